@@ -1,0 +1,1 @@
+"""Runs mixture-of-experts models several times larger than VRAM + RAM."""

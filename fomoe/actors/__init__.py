@@ -1,0 +1,1 @@
+"""Processes on Ray and the channel between them."""

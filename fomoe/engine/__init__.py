@@ -1,0 +1,1 @@
+"""Sequences, caches, the layer loop, sampling."""

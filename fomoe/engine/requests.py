@@ -1,0 +1,153 @@
+"""What a client asks of an engine and what comes back; plain data, no transport."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is drawn; temperature 0 is greedy (ties: the lower token id).
+
+    The draw for position p of a request depends on (seed, p) and the logits alone, so a stream
+    can be continued elsewhere with the same tokens. Order: penalties and bias, temperature, top_k,
+    top_p, min_p, draw.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One sequence to generate.
+
+    `stop_ids` end the sequence (the stop token is reported in `Finished.stop_id`, never emitted
+    as a token); stop *strings* are the server's business, which cancels. `logprobs` is the number
+    of alternatives per emitted token (-1: none at all, 0: only the token's own). `echo` asks for
+    `PromptLogprobs` of the prompt's own tokens before the first token. `car` overrides the
+    engine's cache-aware threshold for this request (None: the engine's default, 0: exact).
+    """
+
+    request_id: str
+    prompt: list[int]
+    max_tokens: int
+    min_tokens: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    logprobs: int = -1
+    echo: bool = False
+    car: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptProgress:
+    """Prompt tokens processed so far (`cached` of them came from an earlier request)."""
+
+    request_id: str
+    total: int
+    processed: int
+    cached: int
+    time_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprobs:
+    """Log probability of each prompt token given those before it (first one: None)."""
+
+    request_id: str
+    logprobs: list[float | None]
+    top: list[list[tuple[int, float]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """One generated token; `top` holds (token id, log probability), best first."""
+
+    request_id: str
+    token: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What an answer cost: tokens, seconds, expert activations and bytes by tier.
+
+    `hits_device`, `hits_ram` and `reads_nvme` count expert activations of decode steps (one per
+    layer, token and chosen expert); `substituted` counts those replaced by cache-aware routing,
+    which are in none of the three. The prompt's activations are counted apart in `prompt_*`.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prompt_ms: float = 0.0
+    generated_tokens: int = 0
+    generated_ms: float = 0.0
+    hits_device: int = 0
+    hits_ram: int = 0
+    reads_nvme: int = 0
+    substituted: int = 0
+    prompt_hits_device: int = 0
+    prompt_hits_ram: int = 0
+    prompt_reads_nvme: int = 0
+    nvme_bytes: int = 0
+    ram_bytes: int = 0
+    demoted_bytes: int = 0
+    stall_ms: float = 0.0
+    lost_mass: float = 0.0
+    mode: str = "exact"
+    devices: str = "device"  # "device (emulated)" where a cpu device stands in for a GPU
+    logical_capacity: int = 0  # experts per layer, lossy modes only
+    decision_hash: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The last event of a request, exactly one of which is sent."""
+
+    request_id: str
+    reason: FinishReason
+    stop_id: int | None = None
+    error: str | None = None
+    receipt: Receipt = field(default_factory=Receipt)
+
+
+Event = PromptProgress | PromptLogprobs | TokenEvent | Finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """What `/health`, `/ready`, `/metrics` and the status line show."""
+
+    state: Literal["loading", "ready", "degraded", "stopped"]
+    load_progress: float = 1.0  # 0 to 1
+    running: int = 0
+    queued: int = 0
+    detail: str = ""
+    counters: dict[str, float] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """What the server and the command line see of a running engine."""
+
+    @property
+    def ctx_size(self) -> int:
+        """Tokens that one sequence may hold (prompt and answer together)."""
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        """Yield the request's events; closing the iterator early cancels the request."""
+
+    def status(self) -> EngineStatus:
+        """Return the present state without blocking."""

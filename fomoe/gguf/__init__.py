@@ -1,0 +1,1 @@
+"""GGUF files: header, tensor table, expert extents."""

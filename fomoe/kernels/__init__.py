@@ -1,0 +1,1 @@
+"""Compute: the device protocol and the kernels of each device."""

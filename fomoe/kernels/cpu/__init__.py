@@ -1,0 +1,1 @@
+"""CPU kernels: native module, typed wrappers."""

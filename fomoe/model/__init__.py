@@ -1,0 +1,1 @@
+"""The model, exactly: specification, blocks, architectures, tokenizer."""

@@ -1,0 +1,1 @@
+"""Which expert lies in which slot of which tier; pure."""

@@ -1,0 +1,1 @@
+"""Router scores to experts and weights; pure."""

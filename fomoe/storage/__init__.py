@@ -1,0 +1,1 @@
+"""Slot segment and direct reads of experts."""
