@@ -1,0 +1,337 @@
+"""Every option of fomoe as frozen dataclasses, and the one place that reads the environment.
+
+The parts are composed, not inherited: `EngineConfig` holds `Budgets` and `RoutingConfig`;
+`ServerConfig` stands beside it. A wrong value raises `ConfigError` when the object is made, so
+that nothing downstream has to check again.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from fomoe.errors import ConfigError
+
+KVDtype = Literal["f16", "f32"]
+Activations = Literal["int8", "f32"]
+RamPolicy = Literal["exclusive", "inclusive"]
+Eviction = Literal["lfru", "lru"]
+Transport = Literal["auto", "shm", "tcp"]
+
+BUNDLED_MODEL = "fomoe-demo-Q4_K_M.gguf"
+
+# Decimal units as on a disk's label, binary ones as the kernel counts memory; a bare letter is
+# binary because that is what docker, systemd and ulimit mean by it.
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {
+        _letter: 1024**_power,
+        f"{_letter}IB": 1024**_power,
+        f"{_letter}B": 1000**_power,
+    }
+_BYTES_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_DEVICE_PATTERN = re.compile(r"cpu(:\d+)?|(hip|cuda):\d+")
+
+_ENVIRONMENT = {
+    "FOMOE_MODEL": "model",
+    "FOMOE_DEVICES": "devices",
+    "FOMOE_VRAM_BUDGET": "vram_budget",
+    "FOMOE_RAM_BUDGET": "ram_budget",
+    "FOMOE_CTX_SIZE": "ctx_size",
+    "FOMOE_THREADS": "threads",
+    "FOMOE_TRANSPORT": "transport",
+    "FOMOE_ADDRESS": "address",
+    "FOMOE_HOST": "host",
+    "FOMOE_PORT": "port",
+    "FOMOE_API_KEY": "api_key",
+    "FOMOE_API_KEY_FILE": "api_key_file",
+}
+
+_Part = TypeVar("_Part", "Budgets", "RoutingConfig", "EngineConfig", "ServerConfig")
+
+
+def parse_bytes(text: str) -> int:
+    """Return the number of bytes in a text such as `4GiB`, `512MB`, `1.5G` or `1048576`.
+
+    KB, MB, GB, TB are powers of 1000; KiB, MiB, GiB, TiB and the bare letters K, M, G, T are
+    powers of 1024; no unit means bytes. Fractions round down to a whole byte.
+
+    Raises:
+        ConfigError: the text is not a number followed by one of these units.
+    """
+    match = _BYTES_PATTERN.fullmatch(text)
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None:
+        raise ConfigError(
+            f"{text!r} is not a size: write a number and a unit, for example 4GiB, 512MB or 1.5G"
+        )
+    return int(float(match.group(1)) * unit) if "." in match.group(1) else int(match[1]) * unit
+
+
+def format_bytes(n_bytes: int) -> str:
+    """Return a size for people in binary units with three digits, for example `1.50 GiB`."""
+    if abs(n_bytes) < 1024:
+        return f"{n_bytes} B"
+    power = min(int(math.log2(abs(n_bytes)) // 10), 4)
+    value = n_bytes / 1024**power
+    if abs(value) >= 999.5 and power < 4:
+        value, power = value / 1024, power + 1
+    digits = max(0, 2 - int(math.log10(max(abs(value), 1.0))))
+    return f"{value:.{digits}f} {'KMGT'[power - 1]}iB"
+
+
+def parse_devices(text: str) -> tuple[str, ...]:
+    """Return the device names of a comma-separated list such as `cpu,cpu` or `hip:0,hip:1`."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+def default_model() -> Path:
+    """Return the path of the bundled demo model, in an installed wheel or in a checkout.
+
+    Raises:
+        ConfigError: the file is in neither place.
+    """
+    package = Path(__file__).resolve().parent
+    places = (package / "_models" / BUNDLED_MODEL, package.parent / "models" / BUNDLED_MODEL)
+    for place in places:
+        if place.is_file():
+            return place
+    raise ConfigError(
+        f"the bundled model {BUNDLED_MODEL} is neither at {places[0]} nor at {places[1]}; "
+        "name a model file: fomoe serve MODEL.gguf"
+    )
+
+
+def environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the options that FOMOE_* variables set, by option name, as text.
+
+    Args:
+        environ: The variables to read; None reads the process's own.
+
+    Raises:
+        ConfigError: a FOMOE_ variable has a name that fomoe does not know.
+    """
+    variables = os.environ if environ is None else environ
+    ours = {name: value for name, value in variables.items() if name.startswith("FOMOE_")}
+    unknown = sorted(ours.keys() - _ENVIRONMENT.keys())
+    if unknown:
+        raise ConfigError(
+            f"unknown environment variable {', '.join(unknown)}; known: {', '.join(_ENVIRONMENT)}"
+        )
+    return {_ENVIRONMENT[name]: value for name, value in ours.items()}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_choice(name: str, value: str, literal: Any) -> None:
+    choices = get_args(literal)
+    _require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def _require_range(name: str, value: Any, low: int, high: int) -> None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    _require(
+        is_integer and low <= value <= high,
+        f"{name} is {value!r}; it must be a whole number from {low:,} to {high:,}",
+    )
+
+
+def _from_dict(cls: type[_Part], values: Mapping[str, Any]) -> _Part:
+    known = {part.name for part in fields(cls)}
+    unknown = sorted(values.keys() - known)
+    _require(
+        not unknown,
+        f"unknown option {', '.join(unknown)} for {cls.__name__}; "
+        f"known: {', '.join(sorted(known))}",
+    )
+    return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Bytes that experts may take; None leaves the figure to measured free memory.
+
+    Attributes:
+        vram_bytes: Per device: everything on a GPU, the expert slots of a `cpu` device.
+        ram_bytes: Per node: the shared segment of the RAM tier; 0 means no RAM tier.
+    """
+
+    vram_bytes: int | None = None
+    ram_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vram_bytes", "ram_bytes"):
+            value = getattr(self, name)
+            if value is not None:
+                _require_range(name, value, 0, 1 << 50)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingConfig:
+    """How experts are chosen; the default is exact.
+
+    Attributes:
+        car: Threshold of cache-aware routing, 0 (off) to 1: a missing expert is replaced when the
+            best resident one scores at least this fraction of it.
+        car_capacity: Experts per layer that cache-aware routing takes as resident; None lets the
+            budgets fix it at start.
+    """
+
+    car: float = 0.0
+    car_capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        car: Any = self.car
+        _require(
+            isinstance(car, (int, float)) and 0.0 <= car <= 1.0,
+            f"car is {self.car!r}; it must lie between 0 (exact) and 1",
+        )
+        if self.car_capacity is not None:
+            _require_range("car_capacity", self.car_capacity, 1, 1 << 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything that the actors need to know of the command line.
+
+    Attributes:
+        model: The GGUF file, any shard of it.
+        devices: One name per device: `cpu`, `cpu:N`, `hip:N` or `cuda:N`.
+        budgets: Bytes for experts, per device and per node.
+        routing: How experts are chosen.
+        ctx_size: Tokens that one sequence may hold; its KV cache is reserved at start.
+        sequences: Sequences that may hold state at the same time.
+        threads: Threads of one process's kernels; None shares the cores among the processes.
+        kv_dtype: Number format of the KV cache.
+        activations: Input of the quantised kernels: int8 blocks, or float32 for comparisons.
+        ram_policy: Whether an expert on a device also keeps its place in RAM.
+        eviction: Which resident expert makes room.
+        prefetch: Read the experts that the next layer is expected to need.
+        overlap: False runs the serial twin of the loop, which gives the same bits.
+        prefill_chunk: Prompt tokens that go through a layer together.
+        read_threads: File reads in flight per node.
+        transport: How actors talk: shared memory, TCP, or by handshake.
+        seed: Seed of everything that draws random numbers outside a request.
+    """
+
+    model: Path
+    devices: tuple[str, ...] = ("cpu",)
+    budgets: Budgets = field(default_factory=Budgets)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    ctx_size: int = 4096
+    sequences: int = 1
+    threads: int | None = None
+    kv_dtype: KVDtype = "f16"
+    activations: Activations = "int8"
+    ram_policy: RamPolicy = "exclusive"
+    eviction: Eviction = "lfru"
+    prefetch: bool = True
+    overlap: bool = True
+    prefill_chunk: int = 128
+    read_threads: int = 4
+    transport: Transport = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", Path(self.model))
+        object.__setattr__(self, "devices", tuple(self.devices))
+        self._check_devices()
+        _require_choice("kv_dtype", self.kv_dtype, KVDtype)
+        _require_choice("activations", self.activations, Activations)
+        _require_choice("ram_policy", self.ram_policy, RamPolicy)
+        _require_choice("eviction", self.eviction, Eviction)
+        _require_choice("transport", self.transport, Transport)
+        _require_range("ctx_size", self.ctx_size, 1, 1 << 20)
+        _require_range("sequences", self.sequences, 1, 256)
+        _require_range("prefill_chunk", self.prefill_chunk, 1, 4096)
+        _require_range("read_threads", self.read_threads, 1, 64)
+        _require_range("seed", self.seed, 0, (1 << 64) - 1)
+        if self.threads is not None:
+            _require_range("threads", self.threads, 1, 1024)
+
+    def _check_devices(self) -> None:
+        _require(len(self.devices) > 0, "no device is named; cpu is always there")
+        for name in self.devices:
+            _require(
+                _DEVICE_PATTERN.fullmatch(name) is not None,
+                f"{name!r} is not a device; write cpu, cpu:N, hip:N or cuda:N, "
+                "several with commas: cpu,cpu",
+            )
+        twice = sorted({name for name in self.devices if self.devices.count(name) > 1})
+        _require(
+            all(name == "cpu" for name in twice),
+            f"device {', '.join(twice)} is named twice; only plain cpu may be repeated",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that msgpack can carry; `from_dict` makes an equal object."""
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        return values | {
+            "model": str(self.model),
+            "devices": list(self.devices),
+            "budgets": {part.name: getattr(self.budgets, part.name) for part in fields(Budgets)},
+            "routing": {
+                part.name: getattr(self.routing, part.name) for part in fields(RoutingConfig)
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """Return the configuration of `to_dict`'s values.
+
+        Raises:
+            ConfigError: a key is unknown or a value is out of range.
+        """
+        parts = dict(values)
+        if isinstance(parts.get("budgets"), Mapping):
+            parts["budgets"] = _from_dict(Budgets, parts["budgets"])
+        if isinstance(parts.get("routing"), Mapping):
+            parts["routing"] = _from_dict(RoutingConfig, parts["routing"])
+        return _from_dict(cls, parts)
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Where the HTTP server listens and who may talk to it.
+
+    Attributes:
+        host: Address to listen on; anything but loopback needs an API key.
+        port: TCP port; 0 lets the system choose one.
+        api_key: Secret that every request but `/health` must carry; None asks for none.
+        model_name: Name under which the model is offered; None takes it from the file.
+        insecure: Serve on a Ray cluster that runs without a token.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    model_name: str | None = None
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        _require_range("port", self.port, 0, 65535)
+        _require(self.api_key != "", "the API key is empty; give a key or leave the option out")
+        _require(
+            self.api_key is not None or is_loopback(self.host),
+            f"host {self.host} can be reached from other machines, so an API key is needed: add "
+            "--api-key-file FILE (or --api-key KEY), or listen on 127.0.0.1",
+        )
