@@ -1,1 +1,20 @@
-"""Router scores to experts and weights; pure."""
+"""Router scores to experts and weights; pure.
+
+Shape letters: T tokens, E experts of a layer, k experts per token, P = T * k pairs.
+"""
+
+from fomoe.routing.cache_aware import CacheAwareRouting, RouteCounts, count_outcomes
+from fomoe.routing.groups import ExpertGroups, group_by_expert
+from fomoe.routing.prediction import predict_experts
+from fomoe.routing.router import Route, route_exact
+
+__all__ = [
+    "CacheAwareRouting",
+    "ExpertGroups",
+    "Route",
+    "RouteCounts",
+    "count_outcomes",
+    "group_by_expert",
+    "predict_experts",
+    "route_exact",
+]
