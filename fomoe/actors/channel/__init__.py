@@ -1,0 +1,18 @@
+"""The data plane: messages between the processes of an engine, without Ray in the loop."""
+
+from fomoe.actors.channel._channel import landed, load_acquire_u64, store_release_u64
+from fomoe.actors.channel.fabric import Fabric
+from fomoe.actors.channel.ports import Receiver, Regions, Sender
+from fomoe.actors.channel.spec import FabricHandle, FabricSpec
+
+__all__ = [
+    "Fabric",
+    "FabricHandle",
+    "FabricSpec",
+    "Receiver",
+    "Regions",
+    "Sender",
+    "landed",
+    "load_acquire_u64",
+    "store_release_u64",
+]
