@@ -1,0 +1,321 @@
+"""A queue of expert reads into slots of a segment: demand before prefetch, one job per slot.
+
+Order. A job writes one slot (`address`) and may read another (`source_address`). Jobs that touch
+the same slot run one after the other in the order of submission; all others run at the same time,
+demand reads first. The first job in that order never waits for another, so nothing can lock up.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from fomoe.errors import StorageError
+from fomoe.storage.reader import DirectReader
+from fomoe.storage.segment import Segment
+
+_log = logging.getLogger(__name__)
+
+DEMAND = 0
+PREFETCH = 1
+_CLOSE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """One expert to bring into one slot.
+
+    Attributes:
+        slot: the slot's number in its pool; carried for the receiver.
+        address: byte offset of the slot in the segment; slots never overlap in part.
+        generation: the value that tells this content of the slot from the one before.
+        layer: the expert's layer.
+        expert: the expert's number in the layer.
+        priority: DEMAND (0) or PREFETCH (1).
+        source_address: byte offset of the slot to copy from, or -1 to read the file.
+    """
+
+    slot: int
+    address: int
+    generation: int
+    layer: int
+    expert: int
+    priority: int = DEMAND
+    source_address: int = -1
+
+
+@dataclass(slots=True)
+class FetchCounters:
+    """What the queue has done since it was made; each list is indexed by priority.
+
+    `nbytes` are true expert bytes, `busy_s` is the sum over threads of time spent in jobs.
+    """
+
+    jobs: list[int] = field(default_factory=lambda: [0, 0])
+    nbytes: list[int] = field(default_factory=lambda: [0, 0])
+    busy_s: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    failed: int = 0
+    dropped: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A fetch in the queue; `blockers` counts earlier jobs on its slots."""
+
+    fetch: Fetch
+    order: int
+    priority: int
+    blockers: int = 0
+    started: bool = False
+    dropped: bool = False
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        if self.fetch.source_address < 0:
+            return (self.fetch.address,)
+        return (self.fetch.address, self.fetch.source_address)
+
+
+class FetchQueue:
+    """Threads that execute fetches; every submitted fetch lands, fails, or is dropped.
+
+    Args:
+        reader: reads experts from the files.
+        segment: holds the slots.
+        on_landed: called from a worker thread after the bytes of a fetch are in place (error
+            None) or when it failed. Not called for dropped prefetches.
+        threads: number of worker threads; with two or more, one is kept free of prefetches.
+        delay: seconds to wait before executing a fetch, for tests of slow drives.
+    """
+
+    def __init__(
+        self,
+        reader: DirectReader,
+        segment: Segment,
+        on_landed: Callable[[Fetch, StorageError | None], None],
+        threads: int = 4,
+        delay: Callable[[Fetch], float] | None = None,
+    ) -> None:
+        if threads < 1:
+            raise ValueError(f"{threads} threads")
+        self.counters = FetchCounters()
+        self._reader = reader
+        self._segment = segment
+        self._on_landed = on_landed
+        self._delay = delay
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)
+        self._idle = threading.Condition(lock)
+        self._closing = threading.Event()
+        self._ready: list[tuple[int, int, _Job]] = []
+        self._chains: dict[int, deque[_Job]] = {}
+        self._unfinished = 0
+        self._order = 0
+        self._prefetches_running = 0
+        self._most_prefetches = max(1, threads - 1)
+        self._threads = [
+            threading.Thread(target=self._work, name=f"fetch-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, fetches: Iterable[Fetch]) -> tuple[Fetch, ...]:
+        """Queue fetches; returns the queued prefetches that they drop by taking their slots.
+
+        Raises:
+            StorageError: the queue is closed.
+            ValueError: a fetch's addresses or priority are out of range; none is queued then.
+        """
+        fetches = tuple(fetches)
+        for fetch in fetches:
+            self._check(fetch)
+        dropped: list[Fetch] = []
+        with self._changed:
+            if self._closing.is_set():
+                raise StorageError("the fetch queue is closed; its storage actor is stopping")
+            for fetch in fetches:
+                dropped += self._supersede(fetch)
+                self._enqueue(fetch)
+            self._changed.notify_all()
+        return tuple(dropped)
+
+    def cancel_prefetch(self) -> tuple[Fetch, ...]:
+        """Drop the queued prefetches that no other job waits for; returns them."""
+        with self._changed:
+            jobs = {id(job): job for chain in self._chains.values() for job in chain}
+            dropped: list[Fetch] = []
+            # the latest first: a job that only a dropped one waited for can go too
+            for job in sorted(jobs.values(), key=lambda job: -job.order):
+                if self._droppable(job):
+                    self._drop(job)
+                    dropped.append(job.fetch)
+            self._changed.notify_all()
+        return tuple(reversed(dropped))
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is queued or running; False when that took too long."""
+        with self._idle:
+            return self._idle.wait_for(lambda: self._unfinished == 0, timeout_s)
+
+    def close(self, timeout_s: float = _CLOSE_S) -> bool:
+        """Fail what is queued, wait for what is running; False when a read did not end in time."""
+        with self._changed:
+            self._closing.set()
+            left = {id(job): job for chain in self._chains.values() for job in chain}
+            queued = [job for job in left.values() if not job.started]
+            for job in queued:
+                self._drop(job)
+            self._changed.notify_all()
+        for job in sorted(queued, key=lambda job: job.order):
+            self._report(job.fetch, StorageError("the fetch queue was closed before the read"))
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _check(self, fetch: Fetch) -> None:
+        last = self._segment.nbytes - self._reader.table.slot_bytes(fetch.layer)
+        if not 0 <= fetch.address <= last or not -1 <= fetch.source_address <= last:
+            raise ValueError(f"{fetch} lies outside the segment of {self._segment.nbytes} bytes")
+        if fetch.priority not in (DEMAND, PREFETCH) or fetch.source_address == fetch.address:
+            raise ValueError(f"{fetch} has no valid priority or copies a slot onto itself")
+        self._reader.table.extents(fetch.layer, fetch.expert)
+
+    def _supersede(self, fetch: Fetch) -> list[Fetch]:
+        """Drop the queued prefetches whose bytes `fetch` would overwrite unread."""
+        dropped: list[Fetch] = []
+        for job in reversed(tuple(self._chains.get(fetch.address, ()))):
+            if job.fetch.address != fetch.address or not self._droppable(job):
+                break
+            self._drop(job)
+            dropped.append(job.fetch)
+        return dropped
+
+    def _droppable(self, job: _Job) -> bool:
+        """Whether `job` is a queued prefetch whose slot no later job needs."""
+        chain = self._chains[job.fetch.address]
+        waits = any(later.order > job.order for later in chain)
+        return job.priority == PREFETCH and not job.started and not waits
+
+    def _enqueue(self, fetch: Fetch) -> None:
+        job = _Job(fetch, self._order, fetch.priority)
+        self._order += 1
+        self._unfinished += 1
+        for address in job.addresses:
+            chain = self._chains.setdefault(address, deque())
+            job.blockers += bool(chain)
+            chain.append(job)
+        if job.blockers == 0:
+            heapq.heappush(self._ready, (job.priority, job.order, job))
+        elif job.priority == DEMAND:
+            self._promote(job)
+
+    def _promote(self, job: _Job) -> None:
+        """Give every queued prefetch that a demand read waits for the demand's priority."""
+        waiting = [job]
+        while waiting:
+            demand = waiting.pop()
+            for address in demand.addresses:
+                for earlier in self._chains[address]:
+                    if earlier.order >= demand.order:
+                        break
+                    if earlier.priority == PREFETCH and not earlier.started:
+                        earlier.priority = DEMAND
+                        if earlier.blockers == 0:
+                            heapq.heappush(self._ready, (DEMAND, earlier.order, earlier))
+                        waiting.append(earlier)
+
+    def _drop(self, job: _Job) -> None:
+        job.dropped = True
+        self.counters.dropped += 1
+        self._unlink(job)
+
+    def _unlink(self, job: _Job) -> None:
+        """Take a finished or dropped job out of its slots' chains and free the next ones."""
+        for address in job.addresses:
+            chain = self._chains[address]
+            was_head = chain[0] is job
+            chain.remove(job)
+            if not chain:
+                del self._chains[address]
+            elif was_head:
+                follower = chain[0]
+                follower.blockers -= 1
+                if follower.blockers == 0:
+                    heapq.heappush(self._ready, (follower.priority, follower.order, follower))
+        self._unfinished -= 1
+        if self._unfinished == 0:
+            self._idle.notify_all()
+
+    def _next(self) -> _Job | None:
+        """The next job to run, None to end; called and returns with the lock held."""
+        while True:
+            while self._ready:
+                priority, _, job = self._ready[0]
+                if job.dropped or job.started or priority != job.priority:
+                    heapq.heappop(self._ready)  # a leftover of a drop or a promotion
+                elif priority == PREFETCH and self._prefetches_running >= self._most_prefetches:
+                    break
+                else:
+                    heapq.heappop(self._ready)
+                    return job
+            if self._closing.is_set():
+                return None
+            self._changed.wait()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                job = self._next()
+                if job is None:
+                    return
+                job.started = True
+                is_prefetch = job.priority == PREFETCH
+                self._prefetches_running += is_prefetch
+            began = time.perf_counter()
+            nbytes, error = self._execute(job.fetch)
+            busy = time.perf_counter() - began
+            self._report(job.fetch, error)
+            with self._changed:
+                self._prefetches_running -= is_prefetch
+                self._count(job.fetch.priority, nbytes, busy, error)
+                self._unlink(job)
+                # a finished job frees at most two slots and a prefetch's place; this thread takes
+                # one of the three jobs that may have become ready
+                self._changed.notify(2)
+
+    def _execute(self, fetch: Fetch) -> tuple[int, StorageError | None]:
+        if self._delay is not None:
+            self._closing.wait(self._delay(fetch))
+        table = self._reader.table
+        nbytes = table.slot_bytes(fetch.layer)
+        slot = self._segment.view[fetch.address : fetch.address + nbytes]
+        try:
+            if fetch.source_address < 0:
+                return self._reader.read_expert(fetch.layer, fetch.expert, slot), None
+            slot[:] = self._segment.view[fetch.source_address : fetch.source_address + nbytes]
+            return table.expert_bytes(fetch.layer), None
+        except StorageError as error:
+            return 0, error
+        except Exception as error:
+            _log.exception("fetch of layer %d, expert %d", fetch.layer, fetch.expert)
+            return 0, StorageError(f"layer {fetch.layer}, expert {fetch.expert}: {error!r}")
+
+    def _report(self, fetch: Fetch, error: StorageError | None) -> None:
+        try:
+            self._on_landed(fetch, error)
+        except Exception:
+            _log.exception("on_landed failed for layer %d, expert %d", fetch.layer, fetch.expert)
+
+    def _count(self, priority: int, nbytes: int, busy: float, error: StorageError | None) -> None:
+        self.counters.jobs[priority] += 1
+        self.counters.nbytes[priority] += nbytes
+        self.counters.busy_s[priority] += busy
+        self.counters.failed += error is not None
