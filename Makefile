@@ -5,7 +5,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Bytecode is left to the first import: compiling all of it costs more than everything else here.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 # Built without pip's isolation, so that a second build compiles what changed and nothing else;
 # the first two names are build-system.requires of pyproject.toml.
 BUILD_TOOLS := 'scikit-build-core>=0.10' 'nanobind>=2.4' cmake ninja
