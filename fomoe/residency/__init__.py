@@ -1,1 +1,30 @@
-"""Which expert lies in which slot of which tier; pure."""
+"""Which expert lies in which slot of which tier; pure: it returns plans and moves no byte.
+
+Shape letters: L MoE layers, E experts of a layer, T tokens, k experts per token.
+"""
+
+from fomoe.residency.budget import ExpertSizes, plan_budgets
+from fomoe.residency.counters import Counters
+from fomoe.residency.logical import LogicalCache, LogicalSnapshot
+from fomoe.residency.plans import Fetch, Placement, Plan
+from fomoe.residency.policy import LFRU, LRU, EvictionPolicy, History
+from fomoe.residency.residency import Residency
+from fomoe.residency.topology import RamPolicy, Topology
+
+__all__ = [
+    "LFRU",
+    "LRU",
+    "Counters",
+    "EvictionPolicy",
+    "ExpertSizes",
+    "Fetch",
+    "History",
+    "LogicalCache",
+    "LogicalSnapshot",
+    "Placement",
+    "Plan",
+    "RamPolicy",
+    "Residency",
+    "Topology",
+    "plan_budgets",
+]

@@ -1,0 +1,61 @@
+"""What the residency decides, for others to carry out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.types import ExpertKey, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Bring one expert into a device slot.
+
+    First the victim's bytes go to RAM slot `demoted_to`, then the expert's bytes come in. A
+    demotion must be carried out even if the read behind it is cancelled. With an exclusive RAM
+    tier and `source` RAM, `demoted_to == ram_slot` means that the two exchange places.
+
+    Attributes:
+        expert: id inside the plan's layer.
+        slot: index in the pool of the layer's (device, class).
+        source: Tier.RAM or Tier.NVME.
+        ram_slot: where it lies in the (node, class) pool if `source` is RAM, else -1.
+        victim: what leaves the slot, possibly of another layer of the pool; None if it was free.
+        demoted_to: RAM slot that the victim moves to; -1 if dropped or none.
+        kept_in: RAM slot that keeps a copy of what is read (inclusive RAM only), else -1.
+    """
+
+    expert: int
+    slot: int
+    source: Tier
+    ram_slot: int = -1
+    victim: ExpertKey | None = None
+    demoted_to: int = -1
+    kept_in: int = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """One layer's step: what is there, and what must come.
+
+    `hits` and `hit_slots` are int32 of one length: experts on the device, ascending, and their
+    slots. `fetches` are to be carried out in order: a RAM slot that one of them reads may be
+    overwritten by a later one, of this plan or the next.
+    """
+
+    layer: int
+    hits: npt.NDArray[np.int32]
+    hit_slots: npt.NDArray[np.int32]
+    fetches: tuple[Fetch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a preloaded expert goes: `slot` in the device or RAM pool of its layer, by `tier`."""
+
+    key: ExpertKey
+    tier: Tier
+    slot: int
