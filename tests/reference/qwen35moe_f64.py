@@ -18,9 +18,11 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType as Kind
 
 Array = npt.NDArray[np.float64]
 KV_DTYPES = {"f16": np.float16, "f32": np.float32}
+FLOAT_KINDS = (Kind.F32, Kind.F16, Kind.BF16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +41,17 @@ class Result:
         ranked = -np.sort(-self.router, axis=-1)
         if ranked.shape[-1] == top_k:
             return np.full(ranked.shape[1], np.inf)
-        return (ranked[..., top_k - 1] - ranked[..., top_k]).min(axis=0)
+        return np.asarray((ranked[..., top_k - 1] - ranked[..., top_k]).min(axis=0))
 
 
 class Model:
     """A `qwen35moe` GGUF (all its shards) read by `gguf.GGUFReader`."""
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, int8: bool = False) -> None:
         readers = [gguf.GGUFReader(shard) for shard in shards_of(Path(path))]
         self._fields = readers[0].fields
         self._tensors = {t.name: t for reader in readers for t in reader.tensors}
+        self._int8 = int8
         self.layers = self.get("block_count") - self.get("nextn_predict_layers", 0)
         self.interval = self.get("full_attention_interval", 4)
         self.top_k = self.get("expert_used_count")
@@ -73,9 +76,12 @@ class Model:
             gguf.dequantize(np.ascontiguousarray(data), tensor.tensor_type), np.float64
         )
 
-    def linear(self, x: Array, name: str) -> Array:
+    def linear(self, x: Array, name: str, expert: int | None = None) -> Array:
         """`x` [T, columns] times the transposed matrix `<name>.weight`: [T, rows]."""
-        return x @ self.weight(f"{name}.weight").T
+        blocks = self._tensors[f"{name}.weight"].tensor_type not in FLOAT_KINDS
+        if self._int8 and blocks:
+            x = int8_per_32(x)
+        return x @ self.weight(f"{name}.weight", expert).T
 
     def norm(self, x: Array, name: str) -> Array:
         """RMS norm over the last axis with the weights `<name>.weight`."""
@@ -92,17 +98,21 @@ def shards_of(path: Path) -> list[Path]:
 
 
 def forward(
-    path: Path | str, tokens: Sequence[int] | npt.NDArray[Any], *, kv: str = "f32"
+    path: Path | str,
+    tokens: Sequence[int] | npt.NDArray[Any],
+    *,
+    kv: str = "f32",
+    activations: str = "f32",
 ) -> Result:
     """Run `tokens` from position 0 through the model at `path`.
 
     `kv` ("f16" or "f32") is the precision that keys (after norm and rotation) and values are
-    rounded to before attention reads them. Everything else is float64.
+    rounded to before attention reads them. With `activations` "int8" the input of every matrix in
+    quantised blocks is rounded to int8 per 32 values first. Everything else is float64.
     """
-    model = Model(path)
+    model = Model(path, int8=activations == "int8")
     ids = np.asarray(tokens, dtype=np.int64)
-    embedding = model.weight("token_embd.weight")
-    residual = embedding[ids]
+    residual = model.weight("token_embd.weight")[ids]
     router = np.empty((model.layers, len(ids), model.n_experts))
     for layer in range(model.layers):
         block = f"blk.{layer}"
@@ -115,8 +125,8 @@ def forward(
         routed, router[layer] = routed_experts(model, block, x)
         residual = residual + (routed + shared_expert(model, block, x))
     x = model.norm(residual, "output_norm")
-    head = model.weight("output.weight") if "output.weight" in model else embedding
-    return Result(logits=x @ head.T, router=router)
+    head = "output" if "output.weight" in model else "token_embd"
+    return Result(logits=model.linear(x, head), router=router)
 
 
 def full_attention(model: Model, block: str, x: Array, kv_dtype: Any) -> Array:
@@ -212,14 +222,12 @@ def routed_experts(model: Model, block: str, x: Array) -> tuple[Array, Array]:
 
 def one_expert(model: Model, block: str, expert: int, x: Array) -> Array:
     """down(silu(gate x) * up x) of one routed expert for the rows of `x`."""
-    fused = f"{block}.ffn_gate_up_exps.weight"
-    if fused in model:
-        gate, up = np.split(model.weight(fused, expert), 2)
+    if f"{block}.ffn_gate_up_exps.weight" in model:
+        gate, up = np.split(model.linear(x, f"{block}.ffn_gate_up_exps", expert), 2, axis=1)
     else:
-        gate = model.weight(f"{block}.ffn_gate_exps.weight", expert)
-        up = model.weight(f"{block}.ffn_up_exps.weight", expert)
-    hidden = silu(x @ gate.T) * (x @ up.T)
-    return hidden @ model.weight(f"{block}.ffn_down_exps.weight", expert).T
+        gate = model.linear(x, f"{block}.ffn_gate_exps", expert)
+        up = model.linear(x, f"{block}.ffn_up_exps", expert)
+    return model.linear(silu(gate) * up, f"{block}.ffn_down_exps", expert)
 
 
 def shared_expert(model: Model, block: str, x: Array) -> Array:
@@ -230,14 +238,22 @@ def shared_expert(model: Model, block: str, x: Array) -> Array:
     return model.linear(hidden, f"{block}.ffn_down_shexp") * gate[:, None]
 
 
+def int8_per_32(x: Array) -> Array:
+    """`x` as 32 values at a time round to it: int8 times a float32 scale of absmax / 127."""
+    blocks = x.reshape(-1, 32)
+    scale = (np.abs(blocks).max(axis=1, keepdims=True) / 127).astype(np.float32).astype(np.float64)
+    rounded = np.rint(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0))
+    return np.asarray((rounded * scale).reshape(x.shape))
+
+
 def rms(x: Array, eps: float) -> Array:
     """`x` divided by its root mean square over the last axis."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps))
 
 
 def unit(x: Array, eps: float) -> Array:
     """`x` divided by its Euclidean length over the last axis."""
-    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + eps)
+    return np.asarray(x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + eps))
 
 
 def sigmoid(x: Array) -> Array:

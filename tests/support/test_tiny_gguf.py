@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -30,7 +31,13 @@ KINDS = [
     "IQ4_NL",
     "IQ4_XS",
 ]
-SMALL = {"layers": 2, "experts": 6, "top_k": 2, "attention_interval": 2, "vocab": 300}
+SMALL: dict[str, Any] = {
+    "layers": 2,
+    "experts": 6,
+    "top_k": 2,
+    "attention_interval": 2,
+    "vocab": 300,
+}
 
 
 @pytest.mark.parametrize("name", KINDS)
