@@ -22,7 +22,7 @@ from fomoe.gguf.quants import UNSUPPORTED_TYPES, GGMLType, row_bytes
 from fomoe.gguf.stream import HeaderStream
 
 MAX_DIMS = 4
-MAX_ENTRIES = 1 << 17  # key-value pairs, and tensors: a 1000-layer model has 30,000
+MAX_ENTRIES = 1 << 16  # key-value pairs, and tensors: a 1000-layer model has 30,000
 MAX_NAME_BYTES = 63  # ggml keeps names in 64 bytes with a terminating zero
 MAX_KEY_BYTES = 65535
 MAX_ALIGNMENT = 1 << 20

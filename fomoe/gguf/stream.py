@@ -12,6 +12,7 @@ from fomoe.errors import GGUFError
 
 # A header of a 248k-token vocabulary with its merges is 10 MB; nothing known comes near this.
 MAX_HEADER_BYTES = 64 << 20
+MAX_STRINGS = 1 << 20  # in one array; the largest vocabularies have half a million merges
 _CHUNK_BYTES = 1 << 20
 
 _U8 = struct.Struct("<B")
@@ -134,6 +135,8 @@ class HeaderStream:
             string's bytes end (its first byte lies 8 after the end of the one before).
         """
         self.need_items(count, _U64.size, field)
+        if count > MAX_STRINGS:
+            self.fail(field, f"at most {MAX_STRINGS:,} strings are read", _TRUNCATED)
         start = position = self.offset
         ends = array("q")
         unpack, limit, have = _U64.unpack_from, self._limit, len(self._buffer)
