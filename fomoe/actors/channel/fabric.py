@@ -8,7 +8,7 @@ import mmap
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -20,7 +20,8 @@ from fomoe.actors.channel._channel import ABSENT, Layout, Plane, Ring
 from fomoe.actors.channel.peers import PeerWatcher, boot_id, starttime
 from fomoe.actors.channel.ports import SLICE_S, Receiver, RingReceiver, RingSender, Sender
 from fomoe.actors.channel.spec import FabricHandle, FabricSpec
-from fomoe.errors import ChannelError
+from fomoe.errors import BudgetError, ChannelError
+from fomoe.storage.segment import available_bytes
 
 # Nobody can shrink the file under a mapping (SIGBUS) or lift the seals.
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -79,7 +80,7 @@ class Fabric:
     def create(cls, spec: FabricSpec, me: str) -> Fabric:
         """Makes the fabric of this box and joins it as process `me`.
 
-        Raises ChannelError when the memory cannot be had.
+        Raises BudgetError when there is too little memory, ChannelError when it cannot be made.
         """
         nbytes = _layout(spec).total_bytes
         fabric_id = secrets.token_bytes(16)
@@ -135,11 +136,9 @@ class Fabric:
                 "make a new fabric after a death"
             )
         others = set(range(len(self.spec.processes))) - {self._row}
-        self._watcher = PeerWatcher(self._plane, others, self._bury)
+        plane = self._plane  # not self: the watcher must not keep a dropped fabric alive
+        self._watcher = PeerWatcher(plane, others, lambda row: plane.leave(row, True))
         self._watcher.start()
-
-    def _bury(self, row: int) -> None:
-        self._plane.leave(row, True)
 
     @property
     def fabric_id(self) -> str:
@@ -157,25 +156,28 @@ class Fabric:
 
     def sender(self, to: str) -> Sender:
         """The sending end of the ring to `to`; always the same object."""
-        ring = self.spec.ring_index(self.me, to)
+        ring = self._ring_index(self.me, to)
         if to not in self._senders:
             remote = self._remotes.get(to)
             self._senders[to] = (
-                RingSender(Ring(self._plane, ring), to, self) if remote is None else remote.sender()
+                RingSender(Ring(self._plane, ring), to) if remote is None else remote.sender()
             )
         return self._senders[to]
 
     def receiver(self, frm: str) -> Receiver:
         """The receiving end of the ring from `frm`; always the same object."""
-        ring = self.spec.ring_index(frm, self.me)
+        ring = self._ring_index(frm, self.me)
         if frm not in self._receivers:
             remote = self._remotes.get(frm)
             self._receivers[frm] = (
-                RingReceiver(Ring(self._plane, ring), frm, self)
-                if remote is None
-                else remote.receiver()
+                RingReceiver(Ring(self._plane, ring), frm) if remote is None else remote.receiver()
             )
         return self._receivers[frm]
+
+    def _ring_index(self, frm: str, to: str) -> int:
+        if self._closed:
+            raise ChannelError(f"{self.me} has closed its fabric")
+        return self.spec.ring_index(frm, to)
 
     def arena(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of an arena, starting on a page; valid as long as the array is kept."""
@@ -224,8 +226,11 @@ class Fabric:
         """Routes messages to and from `process` through a connection from now on."""
         if process in self._senders or process in self._receivers:
             raise ChannelError(f"{process} was connected after its ports were handed out")
-        self._watcher.ignore({self._rows[process]})
         self._remotes[process] = remote
+
+    def expect_elsewhere(self, processes: Iterable[str]) -> None:
+        """Notes that `processes` live on other boxes and will never attach here."""
+        self._watcher.ignore(self._rows[process] for process in processes)
 
     def inbox(self, frm: str) -> Ring:
         """The local ring that a connection fills with the messages of remote peer `frm`."""
@@ -249,6 +254,10 @@ class Fabric:
         self._plane.leave(self._row, False)
         self._watcher.stop()
         os.close(self._fd)
+        # Ports and connections refer back to this object; the memory goes with the last user.
+        self._senders.clear()
+        self._receivers.clear()
+        self._remotes.clear()
 
     def __enter__(self) -> Fabric:
         return self
@@ -291,6 +300,9 @@ def open_memory(handle: Mapping[str, Any]) -> int:
 
 def _reserve(nbytes: int) -> int:
     """A sealed, nameless memory file whose pages are all there."""
+    available = available_bytes()
+    if nbytes > available:  # asked first: the kernel would kill processes to make room
+        raise BudgetError("shared memory between processes", nbytes, available)
     fd = os.memfd_create("fomoe-fabric", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         # Reserved now: a page that is missing later would end a process with SIGBUS.

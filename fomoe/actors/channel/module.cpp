@@ -249,8 +249,8 @@ class Ring {
 
     uint64_t used() const { return load_acquire(&h_->head) - load_acquire(&h_->tail); }
     uint64_t consumed() const { return load_acquire(&h_->tail); }
-    uint32_t from() const { return from_; }
-    uint32_t to() const { return to_; }
+    bool producer_gone() const { return plane_.gone(from_); }
+    bool consumer_gone() const { return plane_.gone(to_); }
 
   private:
     // `known_tail_` spares the consumer's cache line while the ring is known to have room.
@@ -328,7 +328,9 @@ NB_MODULE(_channel, m) {
         .def("try_recv", &Ring::try_recv, "into"_a)
         .def("wait_space", &Ring::wait_space, "spin_us"_a, "timeout_ms"_a)
         .def("used", &Ring::used)
-        .def("consumed", &Ring::consumed);
+        .def("consumed", &Ring::consumed)
+        .def("producer_gone", &Ring::producer_gone)
+        .def("consumer_gone", &Ring::consumer_gone);
 
     m.def(
         "store_release_u64",

@@ -56,25 +56,16 @@ class Receiver(Protocol):
         ...
 
 
-class Liveness(Protocol):
-    """What a port asks its fabric."""
-
-    def peer_dead(self, process: str) -> bool:
-        """Whether `process` is gone."""
-        ...
-
-
 class RingSender:
     """Sender into a ring of shared memory."""
 
-    def __init__(self, ring: Ring, peer: str, fabric: Liveness) -> None:
+    def __init__(self, ring: Ring, peer: str) -> None:
         self.peer = peer
         self._ring = ring
-        self._fabric = fabric
 
     def try_send(self, tag: int, payload: Buffer, regions: Regions = ()) -> bool:
         """See `Sender`; `regions` need no work, both ends map the same arenas."""
-        if self._fabric.peer_dead(self.peer):
+        if self._ring.consumer_gone():
             raise PeerDeadError(self.peer)
         return self._ring.try_send(tag, payload)
 
@@ -95,15 +86,14 @@ class RingSender:
 class RingReceiver:
     """Receiver out of a ring of shared memory."""
 
-    def __init__(self, ring: Ring, peer: str, fabric: Liveness) -> None:
+    def __init__(self, ring: Ring, peer: str) -> None:
         self.peer = peer
         self._ring = ring
-        self._fabric = fabric
 
     def try_recv(self, buffer: WritableBuffer) -> tuple[int, int] | None:
         """See `Receiver`."""
         message = self._ring.try_recv(buffer)
-        if message is None and self._fabric.peer_dead(self.peer):
+        if message is None and self._ring.producer_gone():
             # Looked at again: the last message may have come between the two looks above.
             message = self._ring.try_recv(buffer)
             if message is None:
