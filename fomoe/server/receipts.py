@@ -1,0 +1,127 @@
+"""Receipts as people and clients read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from fomoe.engine.requests import Receipt
+
+_SUMMED = (
+    "prompt_tokens",
+    "cached_tokens",
+    "prompt_ms",
+    "generated_tokens",
+    "generated_ms",
+    "hits_device",
+    "hits_ram",
+    "reads_nvme",
+    "substituted",
+    "prompt_hits_device",
+    "prompt_hits_ram",
+    "prompt_reads_nvme",
+    "nvme_bytes",
+    "ram_bytes",
+    "demoted_bytes",
+    "stall_ms",
+    "lost_mass",
+)
+
+
+def tier_line(receipt: Receipt) -> str:
+    """Return one line on an answer: its speed, where its experts lay, and whether it is exact.
+
+    For example `38 tok/s | device 61 %  ram 12 %  nvme 27 % | exact`. The shares are of expert
+    activations while generating and add up to 100 together with the substituted ones.
+    """
+    counts = (receipt.hits_device, receipt.hits_ram, receipt.reads_nvme, receipt.substituted)
+    if sum(counts):
+        device, ram, nvme, substituted = percentages(counts)
+        tiers = f"{receipt.devices} {device} %  ram {ram} %  nvme {nvme} %"
+    else:
+        substituted = 0
+        tiers = f"{receipt.devices}: no expert was used"
+    lossy = receipt.mode != "exact" or receipt.substituted > 0
+    mode = f"{receipt.mode}, {substituted} % substituted" if lossy else receipt.mode
+    return f"{_speed(receipt.generated_tokens, receipt.generated_ms)} | {tiers} | {mode}"
+
+
+def percentages(counts: Sequence[int]) -> list[int]:
+    """Return whole percentages that add up to 100 (largest remainders are rounded up)."""
+    total = sum(counts)
+    shares = [100 * count // total for count in counts]
+    by_remainder = sorted(range(len(counts)), key=lambda i: -(100 * counts[i] % total))
+    for index in by_remainder[: 100 - sum(shares)]:
+        shares[index] += 1
+    return shares
+
+
+def combined(receipts: Sequence[Receipt]) -> Receipt:
+    """Return the sum of the receipts of one request's answers; the rest is the last one's."""
+    if not receipts:
+        return Receipt()
+    sums = {name: sum(getattr(one, name) for one in receipts) for name in _SUMMED}
+    return replace(receipts[-1], **sums)
+
+
+def timings(receipt: Receipt) -> dict[str, Any]:
+    """Return the `timings` of a response: llama.cpp's fields, and what the experts cost."""
+    fresh = receipt.prompt_tokens - receipt.cached_tokens
+    return {
+        "cache_n": receipt.cached_tokens,
+        "prompt_n": fresh,
+        "prompt_ms": receipt.prompt_ms,
+        "prompt_per_token_ms": receipt.prompt_ms / fresh if fresh else 0.0,
+        "prompt_per_second": _rate(fresh, receipt.prompt_ms),
+        "predicted_n": receipt.generated_tokens,
+        "predicted_ms": receipt.generated_ms,
+        "predicted_per_token_ms": (
+            receipt.generated_ms / receipt.generated_tokens if receipt.generated_tokens else 0.0
+        ),
+        "predicted_per_second": _rate(receipt.generated_tokens, receipt.generated_ms),
+        "fomoe": {
+            "mode": receipt.mode,
+            "devices": receipt.devices,
+            "hit": {
+                "device": receipt.hits_device,
+                "ram": receipt.hits_ram,
+                "nvme": receipt.reads_nvme,
+            },
+            "prompt_hit": {
+                "device": receipt.prompt_hits_device,
+                "ram": receipt.prompt_hits_ram,
+                "nvme": receipt.prompt_reads_nvme,
+            },
+            "substituted": receipt.substituted,
+            "router_mass_lost": receipt.lost_mass,
+            "nvme_bytes": receipt.nvme_bytes,
+            "ram_bytes": receipt.ram_bytes,
+            "demoted_bytes": receipt.demoted_bytes,
+            "stall_ms": receipt.stall_ms,
+            "logical_capacity": receipt.logical_capacity,
+            "decision_hash": receipt.decision_hash,
+        },
+    }
+
+
+def usage(prompt: int, cached: int, generated: int, reasoning: int) -> dict[str, Any]:
+    """Return the `usage` of a response; all arguments are numbers of tokens."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }
+
+
+def _rate(tokens: int, milliseconds: float) -> float:
+    return tokens * 1e3 / milliseconds if milliseconds > 0 else 0.0
+
+
+def _speed(tokens: int, milliseconds: float) -> str:
+    rate = _rate(tokens, milliseconds)
+    if rate == 0.0:
+        return "- tok/s"
+    return f"{rate:.0f} tok/s" if rate >= 10 else f"{rate:.2g} tok/s"
