@@ -1,0 +1,8 @@
+// The vectors of the instruction set that this translation unit is compiled for.
+#pragma once
+
+#if !defined(FOMOE_SCALAR) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "simd_avx2.h"
+#else
+#include "simd_scalar.h"
+#endif

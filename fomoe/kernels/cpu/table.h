@@ -1,0 +1,121 @@
+// The kernels of one instruction set as a table of function pointers. Everything here runs on one
+// thread over the rows, tokens or heads that the caller (drive.cpp) hands it; nothing allocates.
+//
+// Numerics: every output is accumulated over its inputs in one fixed order, in eight float32 lanes
+// with explicit fma, whatever the number of tokens or rows in the call. All instruction sets execute
+// the same operations on the same lanes, so that their results are equal bit for bit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "blocks.h"
+
+namespace fomoe::cpu {
+
+// Activations of T tokens for the integer kernels: int8 per 32 values with a float32 scale.
+// `sums` holds scale * (sum of the 16 or 32 int8 of a group), the factor of a block's offset.
+// Rows of `sums` are padded with zeros to whole chunks of 256 values.
+struct QuantizedRows {
+    const int8_t* q;       // [T, cols]
+    const float* scale;    // [T, scale_stride]
+    const float* sums;     // [T, sums_stride], null where the weight type has no offset
+    int64_t cols;
+    int64_t scale_stride;
+    int64_t sums_stride;
+
+    QuantizedRows from(int64_t token) const {
+        return {q + token * cols, scale + token * scale_stride, sums + token * sums_stride,
+                cols, scale_stride, sums_stride};
+    }
+};
+
+// A slice of a matrix product: rows [begin, end) of the weights against `count` tokens.
+// Token j of the slice is row `tokens[j]` of the activations (row j where `tokens` is null) and its
+// results go to out[j * out_stride + row].
+struct Slice {
+    const uint8_t* weights;
+    int64_t row_bytes;
+    int64_t begin, end;
+    const int32_t* tokens;
+    int64_t count;
+    float* out;
+    int64_t out_stride;
+};
+
+// Working memory of one thread: `bytes` at a 64-byte boundary.
+constexpr int64_t scratch_bytes(int64_t cols) { return 8 * cols + 4096; }
+
+using DequantizeRow = void (*)(const uint8_t* row, int64_t cols, float* out);
+using DotQ8 = void (*)(const Slice&, const QuantizedRows&, void* scratch);
+// `x` float32 [T, cols]
+using DotF32 = void (*)(const Slice&, const float* x, int64_t cols, void* scratch);
+
+struct DeltaShape {
+    int64_t key_heads, value_heads, key_dim, value_dim;
+    int64_t channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
+};
+
+// A view of a key or value cache [positions, kv_heads, head_dim] at one kv head.
+struct CacheHead {
+    const void* data;
+    int64_t stride;  // elements between positions
+    bool f16;
+};
+
+struct Kernels {
+    const char* name;
+    DequantizeRow dequantize[kTypeCount];
+    DotQ8 dot_q8[kTypeCount];
+    DotF32 dot_f32[kTypeCount];
+
+    // x [n] -> int8 q [n], scale [n / 32]; n % 32 == 0
+    void (*quantize)(const float* x, int64_t n, int8_t* q, float* scale);
+    // sums[g] = scale[g * group / 32] * sum(q[g * group ..]), n / group of them
+    void (*group_sums)(const int8_t* q, const float* scale, int64_t n, int group, float* sums);
+
+    // out = x / sqrt(mean(x^2) + eps) * weight, n values; with z also times silu(z)
+    void (*rms_norm)(const float* x, const float* z, const float* weight, int64_t n, float eps,
+                     float* out);
+    void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);
+    void (*sigmoid_gate)(float* x, const float* gate, int64_t n);
+    void (*scale)(float* x, float factor, int64_t n);
+    float (*sigmoid)(float x);
+    void (*add)(float* a, const float* b, int64_t n);
+    void (*add3)(const float* routed, const float* shared, float* residual, int64_t n);
+    // out = fma chain from 0 over k rows pairs[order[j]] * weights[j]
+    void (*weighted_sum)(const float* pairs, const int32_t* order, const float* weights, int64_t k,
+                         int64_t n, float* out);
+    // rotates the pairs (x[i], x[i + half]) by cosine[i], sine[i]
+    void (*rotate)(float* x, const float* cosine, const float* sine, int64_t half);
+
+    void (*to_f16)(const float* x, int64_t n, uint16_t* out);
+    // Softmax attention of `heads` queries [heads, dim] over `count` positions:
+    // top[h] = max score, mass[h] = sum exp(score - top), out[h, dim] = sum exp(score - top) * v.
+    // `scores` has room for heads * count rounded up to a multiple of 8.
+    void (*attend)(const float* q, int64_t heads, int64_t dim, CacheHead k, CacheHead v,
+                   int64_t count, float* scores, float* top, float* mass, float* out);
+    // Folds a partial result into a running one (both as `attend` leaves them).
+    void (*fold)(int64_t heads, int64_t dim, const float* part_top, const float* part_mass,
+                 const float* part_out, float* top, float* mass, float* out);
+
+    // Channels [begin, end) of the causal depthwise convolution of all tokens, then SiLU.
+    void (*conv_silu)(const float* x, const float* weight, float* state, int64_t tokens,
+                      int64_t channels, int64_t width, int64_t begin, int64_t end, float* out);
+    // out = x / sqrt(sum(x^2) + eps) * factor
+    void (*l2_norm)(const float* x, int64_t n, float eps, float factor, float* out);
+    // Columns [begin, end) (multiples of 8) of one value head, all tokens in order. `q`, `k`
+    // [T, key_dim] with token stride `qk_stride`; `v` and `out` point to the head's values of token
+    // 0, `decay` and `beta` to its factors with stride `gate_stride`.
+    void (*delta_head)(const float* q, const float* k, int64_t qk_stride, const float* v,
+                       int64_t v_stride, const float* decay, const float* beta,
+                       int64_t gate_stride, int64_t tokens, int64_t key_dim, int64_t value_dim,
+                       int64_t begin, int64_t end, float* state, float* out, int64_t out_stride);
+};
+
+// Null where this build or this machine lacks the instruction set.
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512vnni_kernels();
+
+}  // namespace fomoe::cpu
