@@ -16,7 +16,12 @@ from support.random_blocks import random_matrix
 from support.tiny_tokenizer import add_tokenizer
 
 # As in llama.cpp's mix: part of the layers keep `down` in a finer type.
-MIXES = {"Q4_K_M": ("Q4_K", "Q6_K"), "Q5_K_M": ("Q5_K", "Q6_K"), "Q2_K_S": ("Q2_K", "Q3_K")}
+MIXES = {
+    "Q4_K_M": ("Q4_K", "Q6_K"),
+    "Q5_K_M": ("Q5_K", "Q6_K"),
+    "Q2_K_S": ("Q2_K", "Q3_K"),
+    "Q4_K_F16": ("Q4_K", "F16"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
