@@ -173,28 +173,36 @@ def connect(
     """
     deadline = time.monotonic() + timeout_s
     known = {endpoint.process: endpoint for endpoint in endpoints}
-    by_transport: dict[str, Literal["shm", "tcp"]] = {}
-    for peer in fabric.spec.neighbours(fabric.me):
-        if peer not in known:
-            raise ChannelError(f"{fabric.me}: no endpoint of {peer} was given")
-        same = known[peer].fabric["fabric_id"] == fabric.fabric_id
-        by_transport[peer] = "shm" if same else "tcp"
-    remote = {peer for peer, over in by_transport.items() if over == "tcp"}
-    if remote and transport == "shm":
-        raise ChannelError(f"{fabric.me}: {sorted(remote)} are in another fabric; use tcp or auto")
-    fabric.expect_elsewhere(
-        name for name, end in known.items() if end.fabric["fabric_id"] != fabric.fabric_id
-    )
+    row_of = fabric.spec.process_index
     with listener:
-        my_row = fabric.spec.process_index(fabric.me)
-        callees = {peer for peer in remote if fabric.spec.process_index(peer) < my_row}
-        for peer in sorted(callees, key=fabric.spec.process_index):
+        by_transport = _choose(fabric, known, transport)
+        remote = {peer for peer, over in by_transport.items() if over == "tcp"}
+        callees = {peer for peer in remote if row_of(peer) < row_of(fabric.me)}
+        for peer in sorted(callees, key=row_of):
             _adopt(fabric, peer, _call(fabric, known[peer], deadline))
         callers = remote - callees
         while callers:
             peer, sock = listener.accept(fabric, callers, deadline)
             _adopt(fabric, peer, sock)
             callers.discard(peer)
+    return by_transport
+
+
+def _choose(
+    fabric: Fabric, known: Mapping[str, Endpoint], transport: Transport
+) -> dict[str, Literal["shm", "tcp"]]:
+    by_transport: dict[str, Literal["shm", "tcp"]] = {}
+    for peer in fabric.spec.neighbours(fabric.me):
+        if peer not in known:
+            raise ChannelError(f"{fabric.me}: no endpoint of {peer} was given")
+        same = known[peer].fabric["fabric_id"] == fabric.fabric_id
+        by_transport[peer] = "shm" if same else "tcp"
+    remote = sorted(peer for peer, over in by_transport.items() if over == "tcp")
+    if remote and transport == "shm":
+        raise ChannelError(f"{fabric.me}: {remote} are in another fabric; use tcp or auto")
+    fabric.expect_elsewhere(
+        name for name, end in known.items() if end.fabric["fabric_id"] != fabric.fabric_id
+    )
     return by_transport
 
 

@@ -12,8 +12,8 @@ from fomoe.errors import ChannelError
 
 MAGIC = 0x656F6D66  # "fmoe"
 MAX_REGIONS = 64
-# magic, kind, pad, regions, tag, payload bytes, pad, position, consumed; padded to 64 bytes
-HEADER = struct.Struct("<IBxHIIxxxxQQ24x")
+# magic, kind, pad, regions, tag, payload bytes, position, consumed; padded to 64 bytes
+HEADER = struct.Struct("<IBxHIIQQ32x")
 REGION = struct.Struct("<IxxxxQQ")  # arena index, offset, nbytes
 
 
