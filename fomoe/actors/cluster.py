@@ -1,0 +1,195 @@
+"""Ray: finds or starts a cluster, wraps the plain actor classes, takes them down again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import ModuleType
+from typing import Any
+
+from fomoe.actors import placement
+from fomoe.actors.driver import DriverActor
+from fomoe.actors.gpu import GPUActor
+from fomoe.actors.launch import Handle, RunningEngine, launch
+from fomoe.actors.names import NAMESPACE
+from fomoe.actors.storage import StorageActor
+from fomoe.config import EngineConfig
+from fomoe.errors import ConfigError, EngineError
+from fomoe.gguf.reader import GGUFFile
+from fomoe.model.spec import ModelSpec
+
+OBJECT_STORE_BYTES = 200_000_000  # control messages only; Ray's default takes a third of the RAM
+
+
+class FomoeDriver(DriverActor):
+    """The driver as a Ray actor."""
+
+    exits_when_orphaned = True
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class FomoeGPU(GPUActor):
+    """A device as a Ray actor."""
+
+    exits_when_orphaned = True
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class FomoeStorage(StorageActor):
+    """A node's storage as a Ray actor."""
+
+    exits_when_orphaned = True
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+_CLASSES = {"driver": FomoeDriver, "gpu": FomoeGPU, "storage": FomoeStorage}
+
+
+class RayHandle:
+    """The owner's end of a Ray actor."""
+
+    def __init__(self, ray: ModuleType, actor: Any) -> None:
+        self._ray = ray
+        self._actor = actor
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        """Start a method of the actor."""
+        future: Future[Any] = getattr(self._actor, method).remote(*args).future()
+        return future
+
+    def kill(self) -> None:
+        """End the actor's process."""
+        self._ray.kill(self._actor)
+
+
+class Cluster:
+    """A connection to a Ray cluster, started here where none was found.
+
+    `address` None looks for a running cluster first. A cluster that was there before is left as
+    it was; one that was started here ends with `close`.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        placement.prepare_environment()
+        if placement.has_token() and not placement.uses_token():
+            placement.use_token()
+        import ray
+
+        self._ray = ray
+        self._owned_here = False
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        self.is_local = False
+        if ray.is_initialized():
+            self._owned_here = True  # the caller's connection, and the caller's to close
+            return
+        options: dict[str, Any] = {
+            "namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR,
+        }  # fmt: skip
+        if address != "local":
+            try:
+                ray.init(address=address or "auto", **options)
+                return
+            except ConnectionError as error:
+                if address is not None:
+                    raise ConfigError(f"no Ray cluster answers at {address}: {error}") from error
+        ray.init(
+            address="local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=True,
+            dashboard_host="127.0.0.1", **options,
+        )  # fmt: skip
+        placement.protect_token()
+        self.is_local = True
+
+    def launch(
+        self, file: GGUFFile, spec: ModelSpec, config: EngineConfig, name: str,
+        on_progress: Callable[[float, str], None] | None = None,
+    ) -> RunningEngine:  # fmt: skip
+        """Start an engine whose actors are called `name-driver`, `name-gpu-0`, ...
+
+        Raises:
+            EngineError: an engine of that name runs on the cluster.
+        """
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        ray = self._ray
+        here = ray.get_runtime_context().get_node_id()
+        nodes = placement.live_nodes(ray.nodes())
+        site, node_ids = placement.plan_site(config.devices, nodes, here)
+
+        def spawn(role: str, process: str, box: int) -> Handle:
+            strategy = NodeAffinitySchedulingStrategy(node_ids[box], soft=False)
+            kind = ray.remote(_CLASSES[role])
+            actor_name = f"{name}-{process}"
+            try:
+                actor = kind.options(
+                    name=actor_name, namespace=NAMESPACE, num_cpus=0, max_restarts=0,
+                    max_task_retries=0, scheduling_strategy=strategy,
+                ).remote(process)  # fmt: skip
+            except ValueError as error:
+                raise EngineError(
+                    f"an actor {actor_name} runs on this cluster already; end it with fomoe stop"
+                ) from error
+            return RayHandle(ray, actor)
+
+        return launch(file, spec, config, site, spawn, on_progress)
+
+    @property
+    def has_token(self) -> bool:
+        """Whether programs need a token on this cluster."""
+        return placement.uses_token() or (self.is_local and placement.has_token())
+
+    def hints(self) -> list[str]:
+        """Return lines for people: how to look at the actors, and what of the cluster hurts."""
+        ray = self._ray
+        prefix = "RAY_AUTH_MODE=token " if self.has_token else ""
+        address = ray.get_runtime_context().gcs_address
+        url = ray.worker.global_worker.node.address_info.get("webui_url") or None
+        lines = [f"{prefix}ray list actors --address {address}"]
+        if url is not None:
+            token = f"  (token: {placement.TOKEN_FILE})" if self.has_token else ""
+            lines.append(f"dashboard http://{url}{token}")
+        if not self.has_token:
+            lines.append(
+                "this cluster runs without a token: anyone who reaches its ports can run code; "
+                "`ray get-auth-token --generate` and start it again with RAY_AUTH_MODE=token"
+            )
+        return lines
+
+    def actor_names(self) -> list[str]:
+        """Return the names of fomoe's actors on this cluster."""
+        from ray.util import list_named_actors
+
+        found = list_named_actors(all_namespaces=True)
+        return sorted(a["name"] for a in found if a["namespace"] == NAMESPACE)
+
+    def kill_actors(self) -> list[str]:
+        """End all of fomoe's actors on this cluster; returns their names."""
+        names = self.actor_names()
+        for name in names:
+            with contextlib.suppress(ValueError):
+                self._ray.kill(self._ray.get_actor(name, namespace=NAMESPACE))
+        return names
+
+    def close(self) -> None:
+        """Disconnect; ends the cluster where it was started here."""
+        if not self._owned_here:
+            self._ray.shutdown()
+
+
+def niceness_hint(nice: int) -> str | None:
+    """Return the line to print where Ray gave our actors less than a normal share of the cores."""
+    if nice <= 0 or os.geteuid() == 0:
+        return None
+    return (
+        f"Ray runs its actors at nice {nice} here; start the cluster with\n"
+        "  RAY_worker_niceness=0 ray start --head --object-store-memory=200000000 "
+        "--disable-usage-stats"
+    )

@@ -1,0 +1,324 @@
+"""The driver's hands: carries a layer's plan to storage and device, waits once for the result."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.actors.channel import Fabric, Receiver, Sender
+from fomoe.actors.layout import StepArena, StepViews
+from fomoe.actors.messages import (
+    DONE,
+    FETCH,
+    STEP,
+    STEP_FIRST,
+    STEP_ID,
+    STEP_LAST,
+    Priority,
+    ReadFailed,
+    Tag,
+    decode,
+)
+from fomoe.engine.meter import HostCounters
+from fomoe.engine.transfers import Read, SegmentSlots
+from fomoe.errors import PeerStalledError, StorageError
+from fomoe.model.buffers import F32, Rows
+from fomoe.residency import Placement, Plan, Residency, Topology
+from fomoe.routing import ExpertGroups, Route, group_by_expert, predict_experts
+from fomoe.types import ExpertKey, Tier
+
+SPIN_US = 300.0  # while a token is in flight; the waiter yields, so a shared core is no cliff
+WAIT_MS = 20.0
+STEP_BOUND_S = 120.0
+SEND_BOUND_S = 5.0
+FETCH_BATCH = 256  # records a message: half of the smallest ring slot
+
+
+@dataclass(slots=True)
+class DeviceLink:
+    """The driver's ends of one device's rings and the views of its step arena."""
+
+    name: str
+    node: int
+    arena: str
+    sender: Sender
+    receiver: Receiver
+    views: tuple[StepViews, ...]
+
+
+@dataclass(slots=True)
+class NodeLink:
+    """The driver's ends of one node's storage rings, and what lies in that node's segment."""
+
+    name: str
+    sender: Sender
+    receiver: Receiver
+    slots: SegmentSlots
+
+
+@dataclass(slots=True)
+class _Step:
+    """The layer under way; experts are ordered resident first, in waves that fit the slots."""
+
+    layer: int
+    tokens: int
+    id: int
+    device: DeviceLink
+    views: StepViews
+    buffer: int
+    experts: npt.NDArray[np.int32]
+    pairs: npt.NDArray[np.int64]  # (token, expert) pairs of each expert
+    wave: int
+    sent: int
+    decoding: bool
+
+
+class TieredExperts:
+    """Expert host over three tiers and any number of devices; see `ExpertHost`."""
+
+    def __init__(self, fabric: Fabric, devices: list[DeviceLink], nodes: list[NodeLink],
+                 topology: Topology, residency: Residency, expert_bytes: list[int],
+                 top_k: int) -> None:  # fmt: skip
+        self.counters = HostCounters()
+        self.residency = residency
+        self._fabric = fabric
+        self._devices = devices
+        self._nodes = nodes
+        self._top_k = top_k
+        self._home = [int(d) for d in topology.layer_device]
+        self._expert_bytes = expert_bytes
+        self._buffer = bytearray(fabric.spec.slot_bytes)
+        shape = (topology.n_layers, topology.n_experts)
+        # Prefetched and not used yet: counted as reads when used, and asked for again as demand,
+        # since storage may have dropped a prefetch that never got its turn.
+        self._unproven = np.full(shape, Tier.DEVICE, np.int8)
+        self._step_id = 0
+        self._step: _Step | None = None
+
+    def begin(self, layer: int, h: Rows, route: Route, *, decoding: bool) -> None:
+        """Plan the layer, send demand reads out first, start what is resident."""
+        groups = group_by_expert(route.ids)
+        tiers = self.residency.tier_of(layer)[groups.experts]
+        by_tier = np.argsort(tiers, kind="stable")
+        device = self._devices[self._home[layer]]
+        self._step_id += 1
+        buffer = self._step_id % StepArena.BUFFERS
+        views = device.views[buffer]
+        counts = np.diff(groups.pair_start)[by_tier]
+        tokens = len(route.ids)
+        _write_route(views, groups, by_tier, counts, groups.arrange(route.weights))
+        np.copyto(views.x[:tokens], h.x)
+        self._step = _Step(
+            layer, tokens, self._step_id, device, views, buffer, groups.experts[by_tier], counts,
+            max(self.residency.quota(layer), self._top_k), 0, decoding,
+        )  # fmt: skip
+        self._send_wave(self._step)
+
+    def look_ahead(self, layer: int, scores: F32) -> None:
+        """Load what `layer` will probably want, behind all demand reads; never waits."""
+        plan = self.residency.prefetch(layer, predict_experts(scores, self._top_k), self._top_k)
+        if plan.fetches:
+            self._fetch(plan, Priority.PREFETCH)
+            for fetch in plan.fetches:
+                self._unproven[layer, fetch.expert] = fetch.source
+            self.counters.prefetch_issued += len(plan.fetches)
+
+    def finish(self) -> F32:
+        """Wait for the step begun last and return the routed sum float32 [T, D]."""
+        step = self._step
+        assert step is not None
+        while True:
+            self._await_done(step)
+            self.residency.release(step.layer)
+            if step.sent == len(step.experts):
+                return step.views.out[: step.tokens]
+            self._send_wave(step)
+
+    def preload(self, placements: list[Placement]) -> int:
+        """Ask for the reads of an initial fill; returns how many storage will announce."""
+        for number, node in enumerate(self._nodes):
+            mine = [p for p in placements if self._node_of(p.key.layer) == number]
+            self._send_reads(number, node.slots.fill(mine), Priority.PRELOAD)
+        return len(placements)
+
+    def preloaded(self) -> int:
+        """Return how many preload reads have landed since the last call."""
+        return sum(self._storage_messages(node) for node in self._nodes)
+
+    def _send_wave(self, step: _Step) -> None:
+        first = step.sent
+        room = min(step.wave, self.residency.capacity(step.layer))
+        end = min(first + room, len(step.experts))
+        experts = step.experts[first:end]
+        plan = self.residency.plan(step.layer, np.sort(experts))
+        for fetch in plan.fetches:
+            if fetch.source == Tier.NVME:  # a prefetch of it, if any, was evicted unused
+                self._unproven[step.layer, fetch.expert] = Tier.DEVICE
+        self._count(step, plan, experts, step.pairs[first:end])
+        self._fetch(plan, Priority.DEMAND)
+        self._prove(step.layer, experts)
+        slots = self._nodes[step.device.node].slots
+        entries = step.views.entries[first:end]
+        entries["slot"], entries["address"], entries["generation"] = slots.locate(
+            step.layer, experts
+        )
+        entries["expert"] = experts
+        flags = (STEP_FIRST if first == 0 else 0) | (STEP_LAST if end == len(step.experts) else 0)
+        step.sent = end
+        payload = STEP.pack(step.id, step.layer, step.tokens, self._top_k, first, end - first,
+                            flags, step.buffer)  # fmt: skip
+        step.device.sender.send(Tag.STEP, payload, _regions(step, first, end), SEND_BOUND_S)
+
+    def _node_of(self, layer: int) -> int:
+        return self._devices[self._home[layer]].node
+
+    def _is_resident(self, key: ExpertKey) -> bool:
+        return bool(self.residency.mask(key.layer)[key.expert])
+
+    def _fetch(self, plan: Plan, priority: Priority) -> None:
+        """Send the plan's reads to the layer's node."""
+        number = self._node_of(plan.layer)
+        reads = self._nodes[number].slots.apply(plan, self._is_resident)
+        self._send_reads(number, reads, priority)
+        self.counters.nvme_bytes += len(reads) * self._expert_bytes[plan.layer]
+        self._charge(plan)
+
+    def _charge(self, plan: Plan) -> None:
+        """Charge link and RAM for what a card would move: promotions and victims copied back."""
+        for fetch in plan.fetches:
+            if fetch.source == Tier.RAM:
+                self.counters.ram_bytes += self._expert_bytes[plan.layer]
+            if fetch.demoted_to >= 0 and fetch.victim is not None:
+                self.counters.demoted_bytes += self._expert_bytes[fetch.victim.layer]
+
+    def _send_reads(self, node: int, reads: list[Read], priority: Priority) -> None:
+        for start in range(0, len(reads), FETCH_BATCH):
+            rows = [
+                (r.address, r.generation, r.slot, r.expert.layer, r.expert.expert, priority,
+                 self._home[r.expert.layer], 0)
+                for r in reads[start : start + FETCH_BATCH]
+            ]  # fmt: skip
+            batch = np.array(rows, FETCH).view(np.uint8)
+            self._nodes[node].sender.send(Tag.FETCH, batch, (), SEND_BOUND_S)
+
+    def _prove(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
+        """Ask again, as demand, for prefetched experts that are wanted now."""
+        unproven = experts[self._unproven[layer, experts] != Tier.DEVICE]
+        if not len(unproven):
+            return
+        self._unproven[layer, unproven] = Tier.DEVICE
+        number = self._node_of(layer)
+        columns = self._nodes[number].slots.locate(layer, unproven)
+        reads = [
+            Read(ExpertKey(layer, e), s, a, g)
+            for e, s, a, g in zip(unproven.tolist(), *(c.tolist() for c in columns), strict=True)
+        ]
+        self._send_reads(number, reads, Priority.DEMAND)
+
+    def _count(self, step: _Step, plan: Plan, experts: npt.NDArray[np.int32],
+               pairs: npt.NDArray[np.int64]) -> None:  # fmt: skip
+        """Count the wave's activations by the tier that their bytes came from."""
+        source = self._unproven[step.layer].copy()
+        self.counters.prefetch_used += int(np.count_nonzero(source[experts] != Tier.DEVICE))
+        for fetch in plan.fetches:
+            if source[fetch.expert] != Tier.NVME:
+                source[fetch.expert] = fetch.source
+        by_tier = np.bincount(source[experts], weights=pairs, minlength=3).astype(np.int64)
+        device, ram, nvme = (int(n) for n in by_tier)
+        if step.decoding:
+            self.counters.hits_device += device
+            self.counters.hits_ram += ram
+            self.counters.reads_nvme += nvme
+        else:
+            self.counters.prompt_hits_device += device
+            self.counters.prompt_hits_ram += ram
+            self.counters.prompt_reads_nvme += nvme
+
+    def _await_done(self, step: _Step) -> None:
+        """Wait for the device: the only place in the loop that can."""
+        deadline = time.monotonic() + STEP_BOUND_S
+        failure: ReadFailed | None = None
+        while True:
+            bell = self._fabric.bell()
+            message = step.device.receiver.try_recv(self._buffer)
+            if message is not None:
+                step_id, aborted, _, _, waited_ns = DONE.unpack_from(self._buffer)
+                if step_id != step.id:
+                    continue
+                self.counters.stall_s += waited_ns / 1e9
+                if aborted:
+                    self.residency.release(step.layer)
+                    raise StorageError(failure.message if failure else "a device gave up a step")
+                return
+            failure = self._failures(step) or failure
+            if time.monotonic() > deadline:
+                raise PeerStalledError(step.device.name, STEP_BOUND_S)
+            self._fabric.wait(bell, SPIN_US, WAIT_MS)
+
+    def _failures(self, step: _Step) -> ReadFailed | None:
+        """Take storage's messages; ends the step when one of its reads failed."""
+        failed = None
+        for node in self._nodes:
+            found: list[ReadFailed] = []
+            self._storage_messages(node, found)
+            for message in found:
+                if message.layer == step.layer and message.expert in step.experts:
+                    failed = message
+        if failed is not None:
+            step.device.sender.send(Tag.ABORT, STEP_ID.pack(step.id), (), SEND_BOUND_S)
+        return failed
+
+    def _storage_messages(self, node: NodeLink, failed: list[ReadFailed] | None = None) -> int:
+        """Take what storage sent: failures into `failed`; returns how many preloads landed."""
+        landed = 0
+        while (message := node.receiver.try_recv(self._buffer)) is not None:
+            tag, nbytes = message
+            if tag == Tag.PRELOADED:
+                landed += 1
+                continue
+            report = decode(memoryview(self._buffer)[:nbytes])
+            assert isinstance(report, ReadFailed)
+            key = ExpertKey(report.layer, report.expert)
+            if node.slots.is_current(key, report.generation):
+                self.residency.forget(key.layer, np.array([key.expert], np.int32))
+                node.slots.forget(key)
+                self._unproven[key.layer, key.expert] = Tier.DEVICE
+            if failed is None:
+                raise StorageError(report.message)
+            failed.append(report)
+        return landed
+
+
+def _write_route(views: StepViews, groups: ExpertGroups, by_tier: npt.NDArray[np.intp],
+                 counts: npt.NDArray[np.int64], weights: F32) -> None:  # fmt: skip
+    """Write the route with pairs renumbered so that experts stand in the order they are served."""
+    n, pairs, tokens = len(by_tier), len(groups.pair_token), len(weights)
+    views.pair_start[0] = 0
+    np.cumsum(counts, out=views.pair_start[1 : n + 1])
+    moved = np.empty(n, np.int32)  # by how much each expert's pairs move
+    moved[by_tier] = views.pair_start[:n] - groups.pair_start[by_tier]
+    new_of_old = np.arange(pairs, dtype=np.int32) + np.repeat(moved, np.diff(groups.pair_start))
+    views.pair_token[new_of_old] = groups.pair_token
+    np.copyto(views.order[:tokens], new_of_old[groups.order])
+    np.copyto(views.weights[:tokens], weights)
+
+
+def _regions(step: _Step, first: int, end: int) -> tuple[tuple[str, int, int], ...]:
+    """Return the arena ranges that the device must see for a wave."""
+    views, at, name = step.views, step.views.offsets, step.device.arena
+    size = views.entries.itemsize
+    entries = (name, at["entries"] + first * size, (end - first) * size)
+    if first:
+        return (entries,)
+    pairs = step.tokens * views.order.shape[1]
+    return (
+        entries,
+        (name, at["x"], step.tokens * views.x.shape[1] * 4),
+        (name, at["order"], pairs * 4),
+        (name, at["weights"], pairs * 4),
+        (name, at["pair_token"], pairs * 4),
+        (name, at["pair_start"], (len(step.experts) + 1) * 4),
+    )

@@ -1,0 +1,251 @@
+"""Driver actor: owns the sequences, the layer loop, routing and every residency decision."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from fomoe.actors.dispatch import DeviceLink, NodeLink, TieredExperts
+from fomoe.actors.layout import StepArena
+from fomoe.actors.messages import Cancel, LogitsRequest, LogitsRows, StatusRequest
+from fomoe.actors.names import CLIENT, arena_name, device_name, storage_name
+from fomoe.actors.process import FabricMember, LoopThread, log
+from fomoe.actors.wire import MessagePort
+from fomoe.config import EngineConfig
+from fomoe.engine.fill import fill_order
+from fomoe.engine.forward import Forward
+from fomoe.engine.generation import Generation, check_request
+from fomoe.engine.local import sequence_logits
+from fomoe.engine.meter import Meter
+from fomoe.engine.plan import EnginePlan, make_plan
+from fomoe.engine.requests import EngineStatus, Finished, GenerateRequest, Receipt
+from fomoe.engine.sequences import Sequence
+from fomoe.engine.series import engine_series
+from fomoe.errors import ChannelError, EngineError, FomoeError, PeerStalledError, StorageError
+from fomoe.gguf.extents import ExpertTable
+from fomoe.gguf.reader import open_gguf
+from fomoe.kernels.cpu import ops
+from fomoe.model.archs import read_spec
+from fomoe.model.layers import DenseModel
+from fomoe.residency import LFRU, LRU, Residency
+
+_PRELOAD_STALL_S = 60.0
+_ROWS_PER_MESSAGE = 64
+
+
+class DriverActor(FabricMember):
+    """Serves requests one after the other; several may be open, the others wait in order."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._loop: LoopThread | None = None
+        self._progress = 0.0
+        self._queue: deque[GenerateRequest | LogitsRequest] = deque()
+        self._running: Generation | None = None
+        self._rate = 0.0
+
+    def open(self, config: dict[str, Any], device_node: list[int], threads: int) -> None:
+        """Read the dense weights, reserve the sequences' state; experts are not touched."""
+        self._config = EngineConfig.from_dict(config)
+        ops.set_threads(threads)
+        file = open_gguf(Path(self._config.model))
+        self._spec = read_spec(file)
+        self._plan = make_plan(
+            ExpertTable.from_gguf(file, self._spec.n_layers), self._spec, self._config,
+            tuple(device_node),
+        )  # fmt: skip
+        int8 = self._config.activations == "int8"
+        count = self._spec.n_layers
+
+        def on_layer(layer: int) -> None:
+            self._progress = 0.5 * (layer + 1) / count
+
+        self._model = DenseModel(
+            file, self._spec, self._config.prefill_chunk, int8=int8, on_layer=on_layer
+        )
+        self._sequence = Sequence(
+            self._spec, self._config.ctx_size, self._config.kv_dtype, self._plan.logical_capacity
+        )
+
+    def start(self) -> None:
+        """Begin to fill the tiers and then to serve; `progress` tells how far it is."""
+        self._client = MessagePort(self.fabric, CLIENT)
+        self._experts = self._connect_experts(self._plan)
+        self._forward = Forward(self._model, self._experts, prefetch=self._config.prefetch)
+        emulated = all(name.startswith("cpu") for name in self._config.devices)
+        self._meter = Meter(
+            self._experts.counters, self._forward.brain.loss,
+            devices="device (emulated)" if emulated else "device",
+            capacity=self._plan.logical_capacity,
+        )  # fmt: skip
+        self._filled = False
+        self._loop = LoopThread(self, self.poll, self.status_line)
+        self._loop.start()
+
+    def progress(self) -> float:
+        """Return how much of loading is done, 0 to 1; raises what ended the loop."""
+        if self._loop is not None and self._loop.error is not None:
+            raise self._loop.error
+        return self._progress
+
+    def _connect_experts(self, plan: EnginePlan) -> TieredExperts:
+        fabric, spec, topology = self.fabric, self._spec, plan.topology
+        layout = StepArena(
+            self._config.prefill_chunk, spec.hidden, spec.moe.top_k, spec.moe.n_experts
+        )
+        devices = []
+        for i, node in enumerate(topology.device_node):
+            name, arena = device_name(i), arena_name(i)
+            views = layout.views(fabric.arena(arena))
+            devices.append(DeviceLink(name, node, arena, fabric.sender(name),
+                                      fabric.receiver(name), views))  # fmt: skip
+        nodes = []
+        for i in range(max(topology.device_node) + 1):
+            name = storage_name(i)
+            nodes.append(NodeLink(name, fabric.sender(name), fabric.receiver(name),
+                                  plan.segment_slots(i)))  # fmt: skip
+        policy = LRU() if self._config.eviction == "lru" else LFRU()
+        residency = Residency(topology, policy, self._config.ram_policy)
+        sizes = [plan.table.expert_bytes(i) for i in range(spec.n_layers)]
+        return TieredExperts(fabric, devices, nodes, topology, residency, sizes, spec.moe.top_k)
+
+    def _fill(self) -> None:
+        """Load experts into free slots until they are full, before anyone waits for a token."""
+        placements = self._experts.residency.fill(fill_order(self._plan.topology))
+        wanted, landed = self._experts.preload(placements), 0
+        moved = time.monotonic()
+        while landed < wanted:
+            bell = self.fabric.bell()
+            new = self._experts.preloaded()
+            if new:
+                landed, moved = landed + new, time.monotonic()
+                self._progress = 0.5 + 0.5 * landed / wanted
+            elif time.monotonic() - moved > _PRELOAD_STALL_S:
+                raise PeerStalledError(storage_name(0), _PRELOAD_STALL_S)
+            else:
+                self.fabric.wait(bell, 0, 100)
+        self._progress = 1.0
+
+    def poll(self) -> bool:
+        """Take the client's messages, then advance the request under way by one step."""
+        if not self._filled:
+            self._fill()
+            self._filled = True
+        busy = False
+        while (message := self._client.receive()) is not None:
+            self._take(message)
+            busy = True
+        if self._running is None and self._queue:
+            self._begin(self._queue.popleft())
+            return True
+        if self._running is not None:
+            self._advance(self._running)
+            return True
+        return busy
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, GenerateRequest | LogitsRequest):
+            self._queue.append(message)
+        elif isinstance(message, Cancel):
+            self._cancel(message.request_id)
+        elif isinstance(message, StatusRequest):
+            self._client.send(self.status())
+        else:
+            log.warning("%s: unexpected %s", self.name, type(message).__name__)
+
+    def _cancel(self, request_id: str) -> None:
+        running = self._running
+        if running is not None and running.request.request_id == request_id:
+            self._client.send(running.cancel())
+            self._running = None
+            return
+        for waiting in self._queue:
+            if waiting.request_id == request_id:
+                self._queue.remove(waiting)
+                self._client.send(Finished(request_id=request_id, reason="cancelled"))
+                return
+
+    def _begin(self, request: GenerateRequest | LogitsRequest) -> None:
+        try:
+            if isinstance(request, LogitsRequest):
+                self._logits(request)
+                return
+            self._running = Generation(
+                request, self._sequence, self._forward, self._meter,
+                chunk=self._config.prefill_chunk, default_car=self._config.routing.car,
+                serial=not self._config.overlap,
+            )  # fmt: skip
+        except FomoeError as error:
+            self._sequence.reset()
+            self._fail(request.request_id, error)
+
+    def _advance(self, running: Generation) -> None:
+        try:
+            events = running.step()
+        except FomoeError as error:
+            self._running = None
+            running.fail(str(error))
+            self._fail(running.request.request_id, error)
+            return
+        if running.finished:
+            self._running = None
+        for event in events:
+            self._client.send(event)
+
+    def _fail(self, request_id: str, error: FomoeError) -> None:
+        """End a request with an error; one that the engine cannot survive ends the loop."""
+        self._client.send(
+            Finished(request_id=request_id, reason="error", error=str(error), receipt=Receipt())
+        )
+        if isinstance(error, ChannelError | EngineError) and not isinstance(error, StorageError):
+            raise error
+
+    def _logits(self, request: LogitsRequest) -> None:
+        """Answer with the logits of every position; the sequence starts afresh."""
+        sequence = self._sequence
+        sequence.reset()
+        whole = GenerateRequest(request_id=request.request_id, prompt=request.tokens, max_tokens=0)
+        check_request(whole, sequence.state.ctx_size, self._spec.vocab)
+        self._meter.start(car=0.0, cached=0)
+        logits = sequence_logits(
+            self._forward, sequence, request.tokens, self._config.prefill_chunk
+        )
+        self._meter.prompt_done(len(request.tokens))
+        for start in range(0, len(logits), _ROWS_PER_MESSAGE):
+            rows = logits[start : start + _ROWS_PER_MESSAGE]
+            self._client.send(
+                LogitsRows(request_id=request.request_id, start=start, data=rows.tobytes())
+            )
+        receipt = self._meter.receipt(sequence.logical.hash)
+        self._client.send(Finished(request_id=request.request_id, reason="length", receipt=receipt))
+
+    def status(self) -> EngineStatus:
+        """Return the present state and the running totals under their metric names."""
+        return EngineStatus(
+            state="ready",
+            load_progress=self._progress,
+            running=int(self._running is not None),
+            queued=len(self._queue),
+            counters=engine_series(self._meter, self._experts.residency.counters),
+        )
+
+    def status_line(self) -> str:
+        """Return one line for the log."""
+        c = self._meter.host
+        total = max(1, c.hits_device + c.hits_ram + c.reads_nvme)
+        return (
+            f"{self._meter.rate():.1f} tok/s  device {c.hits_device / total:.0%}  "
+            f"ram {c.hits_ram / total:.0%}  nvme {c.reads_nvme / total:.0%}  "
+            f"stalled {c.stall_s:.1f} s  queued {len(self._queue)}"
+        )
+
+    def stats(self) -> dict[str, float]:
+        """Return the running totals under their metric names."""
+        return engine_series(self._meter, self._experts.residency.counters)
+
+    def stop(self) -> None:
+        """End the loop after the present step."""
+        if self._loop is not None:
+            self._loop.stop()

@@ -1,0 +1,211 @@
+"""GPU actor: one device, the kernels on it, the experts that lie in its slots."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fomoe.actors.channel import landed
+from fomoe.actors.layout import StepArena, StepViews
+from fomoe.actors.messages import DONE, STEP, STEP_FIRST, STEP_ID, STEP_LAST, Tag
+from fomoe.actors.process import FabricMember, LoopThread
+from fomoe.actors.storage import landed_bytes
+from fomoe.gguf.extents import ExpertTable
+from fomoe.kernels.device import Device, ExpertShape, open_device
+from fomoe.storage.segment import Segment, SegmentHandle
+
+_SPIN_US = 200.0  # while a token is in flight
+_WAIT_MS = 20.0
+_SEND_BOUND_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """What a device actor computes: shapes of the model, where experts lie, how many tokens."""
+
+    device: str
+    arena: str
+    table: dict[str, Any]
+    n_slots: int
+    n_layers: int
+    n_experts: int
+    top_k: int
+    hidden: int
+    width: int
+    max_tokens: int
+    threads: int
+    int8: bool
+
+
+@dataclass(slots=True)
+class _Step:
+    """The step under way: its views and how far it has come."""
+
+    views: StepViews
+    id: int
+    layer: int
+    tokens: int
+    top_k: int
+    first: int
+    count: int
+    last: bool
+    computed: int = 0
+    compute_ns: int = 0
+    wait_ns: int = 0
+
+
+class GPUActor(FabricMember):
+    """Computes a layer's routed experts as their bytes land and adds them up in id order."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._loop: LoopThread | None = None
+        self._steps = 0
+        self._experts = 0
+        self._stall_ns = 0
+        self._compute_ns = 0
+
+    def open(self, plan: DevicePlan, segment: SegmentHandle) -> None:
+        """Take the device and map the storage actor's segment."""
+        self._plan = plan
+        self._device: Device = open_device(plan.device, threads=plan.threads, int8=plan.int8)
+        self._segment = Segment.attach(segment)
+        self._landed = self._segment.view[: plan.n_slots * 8].view(np.uint64)
+        self._slots_at = self._segment.address + landed_bytes(plan.n_slots)
+        table = ExpertTable.from_dict(plan.table)
+        layers = range(plan.n_layers)
+        self._offsets = [table.part_offset_array(i).T.astype(np.uint64) for i in layers]
+        self._shapes = [ExpertShape(_types(table, i), plan.hidden, plan.width) for i in layers]
+        pairs = plan.max_tokens * plan.top_k
+        self._pairs = np.zeros((pairs, plan.hidden), np.float32)
+        most = min(pairs, plan.n_experts)
+        self._ready = np.zeros(most, np.uint8)
+        self._done = np.zeros(most, np.uint8)
+
+    def start(self) -> None:
+        """Begin to serve steps."""
+        plan, fabric = self._plan, self.fabric
+        self._from_driver = fabric.receiver("driver")
+        self._to_driver = fabric.sender("driver")
+        self._buffer = bytearray(fabric.spec.slot_bytes)
+        layout = StepArena(plan.max_tokens, plan.hidden, plan.top_k, plan.n_experts)
+        self._views = layout.views(fabric.arena(plan.arena))
+        self._loop = LoopThread(self, self.poll, self.status)
+        self._loop.start()
+
+    def poll(self) -> bool:
+        """Serve one step if there is one."""
+        message = self._from_driver.try_recv(self._buffer)
+        if message is None:
+            return False
+        if message[0] == Tag.STEP:
+            self._serve(*STEP.unpack_from(self._buffer))
+        return True
+
+    def _serve(self, step_id: int, layer: int, tokens: int, top_k: int, first: int, count: int,
+               flags: int, buffer: int) -> None:  # fmt: skip
+        step = _Step(self._views[buffer], step_id, layer, tokens, top_k, first, count,
+                     bool(flags & STEP_LAST))  # fmt: skip
+        if flags & STEP_FIRST:
+            self._done[:] = 0
+        complete = self._compute(step)
+        regions: tuple[tuple[str, int, int], ...] = ()
+        if complete and step.last:
+            views = step.views
+            out = views.out[:tokens]
+            self._device.reduce(
+                self._pairs[: tokens * top_k], views.order[:tokens], views.weights[:tokens], out
+            )
+            regions = ((self._plan.arena, views.offsets["out"], out.nbytes),)
+        self._steps += 1
+        self._experts += step.computed
+        self._compute_ns += step.compute_ns
+        self._stall_ns += step.wait_ns
+        payload = DONE.pack(step_id, not complete, step.computed, step.compute_ns, step.wait_ns)
+        self._to_driver.send(Tag.DONE, payload, regions, _SEND_BOUND_S)
+
+    def _compute(self, step: _Step) -> bool:
+        """Compute each expert as it lands; False when the driver gave the step up."""
+        first, end = step.first, step.first + step.count
+        entries = step.views.entries[first:end]
+        slots = np.ascontiguousarray(entries["slot"])
+        generations = np.ascontiguousarray(entries["generation"])
+        ready, done = self._ready[first:end], self._done[first:end]
+        while True:
+            bell = self.fabric.bell()
+            landed(self._landed, slots, generations, ready)
+            started = time.perf_counter_ns()
+            for a, b in _runs(ready > done):
+                self._compute_run(step, first + a, first + b)
+                done[a:b] = 1
+                step.computed += b - a
+            computed = time.perf_counter_ns()
+            step.compute_ns += computed - started
+            if step.computed == step.count:
+                return True
+            if self._given_up(step.id):
+                return False
+            self.fabric.wait(bell, _SPIN_US, _WAIT_MS)
+            step.wait_ns += time.perf_counter_ns() - computed
+
+    def _compute_run(self, step: _Step, a: int, b: int) -> None:
+        """Compute entries a..b, whose pairs lie one behind the other."""
+        views = step.views
+        entries = views.entries[a:b]
+        base = entries["address"].astype(np.uint64) + np.uint64(self._slots_at)
+        addresses = self._offsets[step.layer].take(entries["expert"], axis=1) + base
+        pair_start = views.pair_start[a : b + 1]
+        first, end = int(pair_start[0]), int(pair_start[-1])
+        self._device.experts(
+            self._shapes[step.layer], addresses, views.x[: step.tokens], pair_start - first,
+            views.pair_token[first:end], self._pairs[first:end],
+        )  # fmt: skip
+
+    def _given_up(self, step_id: int) -> bool:
+        """Whether the driver sent ABORT for this step, or this process is to end."""
+        assert self._loop is not None
+        if self._loop.stopping:
+            return True
+        message = self._from_driver.try_recv(self._buffer)
+        return (
+            message is not None
+            and message[0] == Tag.ABORT
+            and STEP_ID.unpack_from(self._buffer)[0] == step_id
+        )
+
+    def status(self) -> str:
+        """Return one line for the log."""
+        return (
+            f"{self._device.name}  {self._steps:,} steps  {self._experts:,} experts  "
+            f"computing {self._compute_ns / 1e9:.1f} s  waiting {self._stall_ns / 1e9:.1f} s"
+        )
+
+    def stats(self) -> dict[str, float]:
+        """Return counters of this device."""
+        return {
+            "steps": self._steps,
+            "experts": self._experts,
+            "compute_s": self._compute_ns / 1e9,
+            "stall_s": self._stall_ns / 1e9,
+        }
+
+    def stop(self) -> None:
+        """End the loop."""
+        if self._loop is not None:
+            self._loop.stop()
+
+
+def _types(table: ExpertTable, layer: int) -> tuple[int, int, int]:
+    gate, up, down = table.types(layer)
+    return int(gate), int(up), int(down)
+
+
+def _runs(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> list[tuple[int, int]]:
+    """Return [start, stop) of each stretch of True."""
+    if mask.all():
+        return [(0, len(mask))] if len(mask) else []
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]

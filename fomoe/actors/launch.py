@@ -1,0 +1,236 @@
+"""Brings an engine up and takes it down; says nothing of how its processes are started."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fomoe.actors.channel import FabricSpec
+from fomoe.actors.client import EngineClient
+from fomoe.actors.gpu import DevicePlan
+from fomoe.actors.layout import StepArena
+from fomoe.actors.names import CLIENT, DRIVER, arena_name, device_name, storage_name
+from fomoe.actors.storage import StoragePlan
+from fomoe.config import EngineConfig
+from fomoe.engine.plan import EnginePlan, make_plan
+from fomoe.engine.requests import EngineStatus
+from fomoe.errors import EngineError
+from fomoe.gguf.extents import ExpertTable
+from fomoe.gguf.reader import GGUFFile
+from fomoe.model.spec import ModelSpec
+
+_CALL_S = 60.0
+_LOAD_S = 3600.0
+_STOP_S = 5.0
+
+
+class Handle(Protocol):
+    """The launcher's end of one actor, whatever it runs on."""
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        """Start a method of the actor; the future carries its result or its exception."""
+
+    def kill(self) -> None:
+        """End the actor's process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A machine that takes part: its name for the control plane and its address."""
+
+    name: str
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where an engine's processes go: boxes (the first is the driver's) and each device's box."""
+
+    boxes: tuple[Box, ...]
+    device_box: tuple[int, ...]
+    cores: int
+
+
+Spawn = Callable[[str, str, int], Handle]  # role, process name, box
+
+
+class RunningEngine:
+    """An engine that is up: its client, its plan, its actors."""
+
+    def __init__(self, client: EngineClient, plan: EnginePlan, handles: dict[str, Handle]) -> None:
+        self.client = client
+        self.plan = plan
+        self.handles = handles
+
+    def stop(self) -> None:
+        """Ask every actor to stop, then end it; bounded whatever state they are in."""
+        self.client.quiet()
+        driver = self.handles.get(DRIVER)
+        others = [handle for name, handle in self.handles.items() if name != DRIVER]
+        # Loops end before anyone leaves the fabric, so that no peer takes another one for dead.
+        _call_each("stop", [] if driver is None else [driver])
+        _call_each("stop", others)
+        _call_each("leave", list(self.handles.values()))
+        self.client.close()
+        for handle in self.handles.values():
+            with contextlib.suppress(Exception):
+                handle.kill()
+
+
+def _call_each(method: str, handles: list[Handle]) -> None:
+    calls = []
+    for handle in handles:
+        with contextlib.suppress(Exception):
+            calls.append(handle.call(method))
+    deadline = time.monotonic() + _STOP_S
+    for call in calls:
+        with contextlib.suppress(Exception):  # dead or stuck: it is killed
+            call.result(max(0.1, deadline - time.monotonic()))
+
+
+def launch(
+    file: GGUFFile, spec: ModelSpec, config: EngineConfig, site: Site, spawn: Spawn,
+    on_progress: Callable[[float, str], None] | None = None,
+) -> RunningEngine:  # fmt: skip
+    """Start the actors of `config` (budgets explicit) and return when requests can be answered.
+
+    Raises what an actor raised; nothing of the engine is left then.
+    """
+    table = ExpertTable.from_gguf(file, spec.n_layers)
+    plan = make_plan(table, spec, config, site.device_box)
+    client = EngineClient(CLIENT, config.ctx_size)
+    engine = RunningEngine(client, plan, {})
+    try:
+        _spawn_all(engine, site, spawn)
+        _join_all(engine, _fabric_spec(spec, config, site), config, site)
+        _open_all(engine, file, spec, config, site)
+        _start_all(engine, site)
+        _await_fill(engine, on_progress)
+    except BaseException:
+        engine.stop()
+        raise
+    return engine
+
+
+def _spawn_all(engine: RunningEngine, site: Site, spawn: Spawn) -> None:
+    engine.handles[DRIVER] = spawn("driver", DRIVER, 0)
+    for box in range(len(site.boxes)):
+        engine.handles[storage_name(box)] = spawn("storage", storage_name(box), box)
+    for device, box in enumerate(site.device_box):
+        engine.handles[device_name(device)] = spawn("gpu", device_name(device), box)
+
+
+def _fabric_spec(spec: ModelSpec, config: EngineConfig, site: Site) -> FabricSpec:
+    peers = [CLIENT, *(storage_name(b) for b in range(len(site.boxes)))]
+    peers += [device_name(d) for d in range(len(site.device_box))]
+    layout = StepArena(config.prefill_chunk, spec.hidden, spec.moe.top_k, spec.moe.n_experts)
+    return FabricSpec(
+        processes=(DRIVER, *peers),
+        rings=tuple(ring for peer in peers for ring in ((DRIVER, peer), (peer, DRIVER))),
+        arenas=tuple((arena_name(d), layout.nbytes) for d in range(len(site.device_box))),
+    )
+
+
+def _join_all(engine: RunningEngine, fabric: FabricSpec, config: EngineConfig, site: Site) -> None:
+    """Join every process to its box's fabric, creators first, and connect them all."""
+    plain, transport = fabric.to_dict(), config.transport
+    endpoints: list[dict[str, Any]] = []
+    for box, where in enumerate(site.boxes):
+        names = [storage_name(box)]
+        names += [device_name(d) for d, b in enumerate(site.device_box) if b == box]
+        for name in [DRIVER, *names] if box == 0 else names:
+            args = (plain, where.name, endpoints, where.host, transport)
+            endpoints = [*endpoints, engine.handles[name].call("join", *args).result(_CALL_S)]
+        if box == 0:
+            args = (plain, where.name, endpoints, where.host, transport)
+            endpoints = [*endpoints, engine.client.join(*args)]
+    calls = [handle.call("connect", endpoints) for handle in engine.handles.values()]
+    engine.client.connect(endpoints)
+    _results(calls, _CALL_S)
+
+
+def _open_all(
+    engine: RunningEngine, file: GGUFFile, spec: ModelSpec, config: EngineConfig, site: Site
+) -> None:
+    """Reserve segments, map them in the devices, read the dense weights in the driver."""
+    threads = config.threads or site.cores
+    driver = engine.handles[DRIVER].call("open", config.to_dict(), list(site.device_box), threads)
+    table = engine.plan.table.to_dict()
+    slots = [engine.plan.segment_slots(box) for box in range(len(site.boxes))]
+    segments = []
+    for box, held in enumerate(slots):
+        storage = StoragePlan(tuple(str(p) for p in file.shards), table, held.n_slots,
+                              held.nbytes, config.read_threads)  # fmt: skip
+        segments.append(engine.handles[storage_name(box)].call("open", storage))
+    handles = _results(segments, _CALL_S)
+    calls = []
+    for device, box in enumerate(site.device_box):
+        plan = DevicePlan(
+            device=config.devices[device].partition("@")[0], arena=arena_name(device), table=table,
+            n_slots=slots[box].n_slots, n_layers=spec.n_layers, n_experts=spec.moe.n_experts,
+            top_k=spec.moe.top_k, hidden=spec.hidden, width=spec.moe.expert_width,
+            max_tokens=config.prefill_chunk, threads=config.threads or max(1, site.cores - 1),
+            int8=config.activations == "int8",
+        )  # fmt: skip
+        calls.append(engine.handles[device_name(device)].call("open", plan, handles[box]))
+    _results(calls, _CALL_S)
+    driver.result(_LOAD_S)
+
+
+def _start_all(engine: RunningEngine, site: Site) -> None:
+    bells = tuple(device_name(d) for d in range(len(site.device_box)))
+    calls = [engine.handles[storage_name(b)].call("start", bells) for b in range(len(site.boxes))]
+    calls += [engine.handles[name].call("start") for name in bells]
+    _results(calls, _CALL_S)
+    engine.handles[DRIVER].call("start").result(_CALL_S)
+    engine.client.start()
+
+
+def _await_fill(engine: RunningEngine, on_progress: Callable[[float, str], None] | None) -> None:
+    """Wait until the tiers are filled; the driver bounds a stall, so this ends."""
+    while True:
+        done = float(engine.handles[DRIVER].call("progress").result(_CALL_S))
+        engine.client.report(EngineStatus(state="loading", load_progress=done))
+        if on_progress is not None:
+            on_progress(done, "loading experts")
+        if done >= 1.0:
+            engine.client.report(EngineStatus(state="ready"))
+            return
+        if engine.client.status().state == "degraded":
+            raise EngineError(engine.client.status().detail)
+        time.sleep(0.02)
+
+
+def _results(calls: list[Future[Any]], timeout_s: float) -> list[Any]:
+    """Return all results; the first exception is raised after every call has ended."""
+    deadline = time.monotonic() + timeout_s
+    failed: BaseException | None = None
+    values = []
+    for call in calls:
+        try:
+            values.append(call.result(max(0.1, deadline - time.monotonic())))
+        except BaseException as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+    return values
+
+
+class ThreadHandle:
+    """An actor as a plain object in this process, its calls on one thread: for tests and tools."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self._calls = ThreadPoolExecutor(max_workers=1)
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        """Start a method on the actor's thread."""
+        return self._calls.submit(getattr(self.actor, method), *args)
+
+    def kill(self) -> None:
+        """End the thread that takes calls."""
+        self._calls.shutdown(wait=False)

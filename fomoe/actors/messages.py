@@ -1,0 +1,179 @@
+"""Every message between processes, in one table.
+
+Control messages are frozen dataclasses on msgpack; the layer step is fixed structs whose arrays
+lie in an arena of the fabric (`layout.py`). Nothing here is pickled.
+
+| tag      | from -> to        | carries                                   | answer          |
+| -------- | ----------------- | ----------------------------------------- | --------------- |
+| MESSAGE  | client <-> driver | a control message of this module          | events          |
+| STEP     | driver -> device  | `STEP` struct, arrays in the step arena   | DONE            |
+| DONE     | device -> driver  | `DONE` struct, result in the step arena   |                 |
+| ABORT    | driver -> device  | u64 step id: stop waiting for its experts | DONE, aborted   |
+| FETCH    | driver -> storage | array of `FETCH` records                  | landed words    |
+| DROP     | driver -> storage | nothing: forget prefetches not started    |                 |
+| PRELOADED| storage -> driver | u32: preload jobs that have landed        |                 |
+| FAILED   | storage -> driver | `ReadFailed`                              |                 |
+
+A landed read is announced by no message: storage writes the job's generation into the slot's
+landed word in the shared segment and rings the device's bell.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import msgpack
+import numpy as np
+
+from fomoe.engine.requests import (
+    EngineStatus,
+    Finished,
+    GenerateRequest,
+    PromptLogprobs,
+    PromptProgress,
+    Receipt,
+    SamplingParams,
+    TokenEvent,
+)
+
+
+class Tag(IntEnum):
+    """First word of every ring message."""
+
+    MESSAGE = 1
+    MESSAGE_PART = 2  # more of the same message follows
+    STEP = 3
+    DONE = 4
+    ABORT = 5
+    FETCH = 6
+    DROP = 7
+    PRELOADED = 8
+    FAILED = 9
+
+
+class Priority(IntEnum):
+    """Order in which storage serves jobs; a smaller number goes first."""
+
+    DEMAND = 0
+    PREFETCH = 1
+    PRELOAD = 2
+
+
+# step id u64, layer, tokens, top_k, first entry, entries, flags, buffer: i32
+STEP = struct.Struct("<Qiiiiiii")
+STEP_FIRST, STEP_LAST = 1, 2
+# step id u64, aborted i32, experts computed i32, nanoseconds computing u64, waiting u64
+DONE = struct.Struct("<QiiQQ")
+STEP_ID = struct.Struct("<Q")
+COUNT = struct.Struct("<I")
+FETCH = np.dtype(
+    [
+        ("address", "<i8"),
+        ("generation", "<u8"),
+        ("slot", "<i4"),
+        ("layer", "<i4"),
+        ("expert", "<i4"),
+        ("priority", "<i4"),
+        ("bell", "<i4"),
+        ("reserved", "<i4"),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Client -> driver: the reader of this request has gone."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitsRequest:
+    """Client -> driver: the logits of a whole sequence, answered by `LogitsRows` then `Finished`."""
+
+    request_id: str
+    tokens: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitsRows:
+    """Driver -> client: rows `start`.. of the logits, float32 little-endian, row by row."""
+
+    request_id: str
+    start: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadFailed:
+    """Storage -> driver: an expert could not be read after retries."""
+
+    layer: int
+    expert: int
+    slot: int
+    generation: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusRequest:
+    """Client -> driver: answer with an `EngineStatus` as soon as the present step ends."""
+
+    nonce: int
+
+
+Message = (
+    Cancel | EngineStatus | Finished | GenerateRequest | LogitsRequest | LogitsRows
+    | PromptLogprobs | PromptProgress | ReadFailed | StatusRequest | TokenEvent
+)  # fmt: skip
+
+_TYPES: tuple[type, ...] = (
+    Cancel, EngineStatus, Finished, GenerateRequest, LogitsRequest, LogitsRows,
+    PromptLogprobs, PromptProgress, ReadFailed, StatusRequest, TokenEvent,
+)  # fmt: skip
+_BY_NAME = {kind.__name__: kind for kind in _TYPES}
+_NESTED = {"sampling": SamplingParams, "receipt": Receipt}
+
+_T = TypeVar("_T")
+
+
+def encode(message: Message) -> bytes:
+    """Return the wire form: msgpack of [type name, fields]."""
+    return bytes(msgpack.packb([type(message).__name__, _plain(message)]))
+
+
+def decode(data: bytes | memoryview) -> Message:
+    """Return the message of a wire form; unknown names or fields raise ValueError."""
+    name, values = msgpack.unpackb(data, strict_map_key=False)
+    kind = _BY_NAME.get(name)
+    if kind is None:
+        raise ValueError(f"unknown message {name!r}")
+    return _build(kind, values)
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    out = {}
+    for part in fields(value):
+        item = getattr(value, part.name)
+        if part.name in _NESTED:
+            item = _plain(item)
+        elif isinstance(item, frozenset):
+            item = sorted(item)
+        out[part.name] = item
+    return out
+
+
+def _build(kind: type[_T], values: dict[str, Any]) -> _T:
+    for name, nested in _NESTED.items():
+        if name in values:
+            values[name] = _build(nested, values[name])
+    if "stop_ids" in values:
+        values["stop_ids"] = frozenset(values["stop_ids"])
+    if kind is TokenEvent:
+        values["top"] = [(i, p) for i, p in values["top"]]
+    elif kind is PromptLogprobs:
+        values["top"] = [[(i, p) for i, p in row] for row in values["top"]]
+    return kind(**values)

@@ -1,0 +1,101 @@
+"""Where processes go on a Ray cluster, and the environment that Ray reads at import."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fomoe.actors.launch import Box, Site
+from fomoe.errors import ConfigError
+
+TOKEN_FILE = Path.home() / ".ray" / "auth_token"
+
+
+def prepare_environment() -> None:
+    """Set what Ray must find in the environment before it is imported.
+
+    Raises:
+        ConfigError: ROCR_VISIBLE_DEVICES stands alone, with which `import ray` fails.
+    """
+    visible = os.environ.get("ROCR_VISIBLE_DEVICES")
+    if visible is not None and "HIP_VISIBLE_DEVICES" not in os.environ:
+        raise ConfigError(
+            f"ROCR_VISIBLE_DEVICES={visible} is set without HIP_VISIBLE_DEVICES, which Ray refuses: "
+            "unset it and set HIP_VISIBLE_DEVICES instead"
+        )
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # for a cluster that fomoe starts itself
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+
+def uses_token() -> bool:
+    """Whether this shell's Ray programs authenticate with a token."""
+    return os.environ.get("RAY_AUTH_MODE") == "token"
+
+
+def use_token() -> None:
+    """Authenticate with the token from now on; Ray reads this at import."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def has_token() -> bool:
+    """Whether a token exists that Ray would use."""
+    return TOKEN_FILE.is_file() or "RAY_AUTH_TOKEN" in os.environ
+
+
+def protect_token() -> None:
+    """Make the token file readable for its owner alone; Ray writes it with the shell's umask."""
+    if TOKEN_FILE.is_file() and TOKEN_FILE.stat().st_mode & 0o077:
+        TOKEN_FILE.chmod(0o600)
+
+
+@dataclass(frozen=True, slots=True)
+class RayNode:
+    """One live node of a Ray cluster."""
+
+    node_id: str
+    host: str
+    name: str
+
+
+def plan_site(devices: tuple[str, ...], nodes: list[RayNode], here: str) -> tuple[Site, list[str]]:
+    """Return the site of an engine and the node id of each box; the first box is this node.
+
+    A device `cpu@NODE` goes to the node with that id (or its beginning), name or address; one
+    without `@` stays here.
+
+    Raises:
+        ConfigError: a device names a node that the cluster does not have.
+    """
+    by_id = {node.node_id: node for node in nodes}
+    if here not in by_id:
+        raise ConfigError(f"this node {here[:12]} is not among the cluster's {len(nodes)} nodes")
+    order, device_box = [here], []
+    for device in devices:
+        where = device.partition("@")[2]
+        node_id = _find(where, nodes) if where else here
+        if node_id not in order:
+            order.append(node_id)
+        device_box.append(order.index(node_id))
+    boxes = tuple(Box(node_id, by_id[node_id].host) for node_id in order)
+    return Site(boxes, tuple(device_box), len(os.sched_getaffinity(0))), order
+
+
+def _find(where: str, nodes: list[RayNode]) -> str:
+    found = [n for n in nodes if n.node_id.startswith(where) or where in (n.host, n.name)]
+    if len(found) != 1:
+        known = ", ".join(f"{n.node_id[:12]} ({n.host})" for n in nodes)
+        raise ConfigError(f"{where!r} names {len(found)} nodes of the cluster; there are {known}")
+    return found[0].node_id
+
+
+def live_nodes(records: list[dict[str, Any]]) -> list[RayNode]:
+    """Return the live nodes of `ray.nodes()`."""
+    return [
+        RayNode(r["NodeID"], r["NodeManagerAddress"], r.get("NodeName") or r["NodeManagerHostname"])
+        for r in records
+        if r["Alive"]
+    ]

@@ -1,0 +1,158 @@
+"""Storage actor: the RAM tier's segment and every read of expert bytes on its node."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fomoe.actors.channel import load_acquire_u64, store_release_u64
+from fomoe.actors.messages import COUNT, FETCH, Priority, ReadFailed, Tag, encode
+from fomoe.actors.process import FabricMember, LoopThread, log
+from fomoe.errors import ChannelError, StorageError
+from fomoe.gguf.extents import ExpertTable
+from fomoe.storage.fetch import DEMAND, PREFETCH, Fetch, FetchQueue
+from fomoe.storage.reader import DirectReader
+from fomoe.storage.segment import Segment, SegmentHandle
+
+_SEND_BOUND_S = 5.0
+_PAGE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StoragePlan:
+    """What a storage actor holds: files, where experts lie in them, slots of the segment.
+
+    The segment starts with one landed word (u64) per slot, padded to a page; slots follow.
+    """
+
+    shards: tuple[str, ...]
+    table: dict[str, Any]
+    n_slots: int
+    slots_bytes: int
+    threads: int
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes of the landed words."""
+        return landed_bytes(self.n_slots)
+
+
+def landed_bytes(n_slots: int) -> int:
+    """Return the size of the landed words at the head of a segment, in whole pages."""
+    return -(-n_slots * 8 // _PAGE) * _PAGE
+
+
+class StorageActor(FabricMember):
+    """Reads experts into the node's shared segment as the driver asks."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._queue: FetchQueue | None = None
+        self._loop: LoopThread | None = None
+        self._send_lock = threading.Lock()
+
+    def open(
+        self, plan: StoragePlan, delay: Callable[[Fetch], float] | None = None
+    ) -> SegmentHandle:
+        """Reserve the segment and open the files; returns the segment's handle."""
+        self._segment = Segment.create(plan.header_bytes + plan.slots_bytes)
+        self._landed = self._segment.view[: plan.n_slots * 8].view(np.uint64)
+        self._slots_at = plan.header_bytes
+        table = ExpertTable.from_dict(plan.table)
+        self._reader = DirectReader(tuple(Path(p) for p in plan.shards), table)
+        options: dict[str, Any] = {} if delay is None else {"delay": delay}
+        self._queue = FetchQueue(
+            self._reader, self._segment, self._on_landed, threads=plan.threads, **options
+        )
+        return self._segment.handle()
+
+    def start(self, bells: tuple[str, ...]) -> None:
+        """Begin to serve; `bells[i]` is the process that a job with bell i wakes."""
+        fabric = self.fabric
+        self._bells = bells
+        self._from_driver = fabric.receiver("driver")
+        self._to_driver = fabric.sender("driver")
+        self._buffer = np.zeros(fabric.spec.slot_bytes, np.uint8)
+        self._jobs_bell: dict[int, int] = {}
+        self._announce: set[tuple[int, int]] = set()  # preloads, which the driver counts
+        self._loop = LoopThread(self, self.poll, self.status)
+        self._loop.start()
+
+    def poll(self) -> bool:
+        """Take one message; returns whether there was one."""
+        message = self._from_driver.try_recv(self._buffer)
+        if message is None:
+            return False
+        tag, nbytes = message
+        assert self._queue is not None
+        if tag == Tag.FETCH:
+            records = self._buffer[:nbytes].view(FETCH).tolist()
+            self._queue.submit([self._fetch(r) for r in records if not self._has_landed(r)])
+        elif tag == Tag.DROP:
+            self._queue.cancel_prefetch()
+        return True
+
+    def _has_landed(self, record: tuple[int, ...]) -> bool:
+        """Whether a read that is asked for again, because it was a prefetch, is there already."""
+        return bool(load_acquire_u64(self._landed, record[2]) >= record[1])
+
+    def _fetch(self, record: tuple[int, ...]) -> Fetch:
+        address, generation, slot, layer, expert, priority, bell, _ = record
+        self._jobs_bell[slot] = bell
+        if priority == Priority.PRELOAD:
+            self._announce.add((slot, generation))
+        return Fetch(slot=slot, address=address + self._slots_at, generation=generation,
+                     layer=layer, expert=expert,
+                     priority=PREFETCH if priority == Priority.PREFETCH else DEMAND)  # fmt: skip
+
+    def _on_landed(self, job: Fetch, error: StorageError | None) -> None:
+        """Announce a job; runs on a reader thread."""
+        if error is not None:
+            log.error("%s: %s", self.name, error)
+            failed = ReadFailed(layer=job.layer, expert=job.expert, slot=job.slot,
+                                generation=job.generation, message=str(error))  # fmt: skip
+            self._send(Tag.FAILED, encode(failed))
+            return
+        store_release_u64(self._landed, job.slot, job.generation)
+        self.fabric.ring(self._bells[self._jobs_bell.get(job.slot, 0)])
+        if (job.slot, job.generation) in self._announce:
+            self._announce.discard((job.slot, job.generation))
+            self._send(Tag.PRELOADED, COUNT.pack(1))
+
+    def _send(self, tag: Tag, payload: bytes) -> None:
+        with self._send_lock:  # rings have one producer; reader threads take turns
+            try:
+                self._to_driver.send(tag, payload, (), _SEND_BOUND_S)
+            except ChannelError as error:
+                log.error("%s: %s", self.name, error)
+
+    def status(self) -> str:
+        """Return one line for the log."""
+        c = self.stats()
+        return (
+            f"{c['reads']:,.0f} demand reads  {c['prefetches']:,.0f} prefetches  "
+            f"{c['bytes'] / 1e9:.2f} GB in {c['busy_s']:.1f} thread seconds  "
+            f"{c['failed']:,.0f} failed"
+        )
+
+    def stats(self) -> dict[str, float]:
+        """Return counters of reads."""
+        if self._queue is None:
+            return {}
+        c = self._queue.counters
+        return {
+            "reads": c.jobs[0], "prefetches": c.jobs[1], "bytes": sum(c.nbytes),
+            "busy_s": sum(c.busy_s), "failed": c.failed, "dropped": c.dropped,
+        }  # fmt: skip
+
+    def stop(self) -> None:
+        """End the loop and the readers; the segment goes with the process."""
+        if self._loop is not None:
+            self._loop.stop()
+        if self._queue is not None:
+            self._queue.close()

@@ -1,0 +1,52 @@
+"""Routing of one layer for a batch: exact for prompts, cache-aware where a sequence asks for it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fomoe.engine.meter import LossCounters
+from fomoe.engine.sequences import Sequence
+from fomoe.model.buffers import F32
+from fomoe.model.state import Batch
+from fomoe.routing import CacheAwareRouting, Route, route_exact
+
+
+class Brain:
+    """Turns router scores into experts and weights; reads logical state only."""
+
+    def __init__(self, top_k: int) -> None:
+        self._top_k = top_k
+        self._lossy: dict[float, CacheAwareRouting] = {}
+        self.loss = LossCounters()
+
+    def route(
+        self, layer: int, scores: F32, batch: Batch, sequences: tuple[Sequence, ...]
+    ) -> Route:
+        """Return experts and weights [T, k]; tells each sequence's logical cache what it decided."""
+        route = route_exact(scores, self._top_k)
+        for run, sequence in zip(batch.runs, sequences, strict=True):
+            rows = slice(run.start, run.stop)
+            wanted = route.ids[rows]
+            if sequence.car > 0.0:
+                if sequence.decoding:
+                    self._substitute(layer, scores, rows, sequence, route)
+                sequence.logical.commit(layer, route.ids[rows])
+            else:
+                sequence.logical.observe(layer, wanted)
+        return route
+
+    def _substitute(
+        self, layer: int, scores: F32, rows: slice, sequence: Sequence, route: Route
+    ) -> None:
+        policy = self._lossy.get(sequence.car)
+        if policy is None:
+            policy = self._lossy[sequence.car] = CacheAwareRouting(sequence.car)
+        lossy = policy.route(scores[rows], self._top_k, sequence.logical.mask(layer))
+        changed = int(np.count_nonzero(lossy.substituted))
+        if changed:
+            sequence.lossy = True
+            self.loss.substituted += changed
+            self.loss.lost_mass += float(np.sum(1.0 - lossy.weights.sum(axis=1)))
+        route.ids[rows] = lossy.ids
+        route.weights[rows] = lossy.weights
+        route.substituted[rows] = lossy.substituted

@@ -1,0 +1,85 @@
+"""Where routed experts are computed: the contract of the layer loop, and the simplest host."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.gguf.extents import ExpertTable
+from fomoe.gguf.reader import GGUFFile
+from fomoe.kernels.device import ExpertShape, open_device
+from fomoe.model.buffers import F32, Buffer, Rows
+from fomoe.model.spec import ModelSpec
+from fomoe.routing import Route, group_by_expert
+
+
+class ExpertHost(Protocol):
+    """Computes a layer's routed experts; one step is under way at a time."""
+
+    def begin(self, layer: int, h: Rows, route: Route, *, decoding: bool) -> None:
+        """Plan the layer, send demand reads out first, start what is resident."""
+
+    def look_ahead(self, layer: int, scores: F32) -> None:
+        """Load what `layer` will probably want, behind all demand reads; never waits."""
+
+    def finish(self) -> F32:
+        """Wait for the step begun last and return the routed sum float32 [T, D]."""
+
+
+class ResidentExperts:
+    """Every expert in this process's memory: the reference host, without tiers or actors."""
+
+    def __init__(
+        self, file: GGUFFile, spec: ModelSpec, max_tokens: int, *, int8: bool, threads: int
+    ) -> None:
+        table = ExpertTable.from_gguf(file)
+        self._spec = spec
+        self._device = open_device("cpu", threads=threads, int8=int8)
+        self._shapes = [expert_shape(table, spec, i) for i in range(spec.n_layers)]
+        self._tensors: list[npt.NDArray[np.uint8]] = []
+        self._addresses = [self._load(file, table, i) for i in range(spec.n_layers)]
+        self._pairs = Buffer(max_tokens * spec.moe.top_k, spec.hidden)
+        self._routed = Buffer(max_tokens, spec.hidden)
+        self._result = self._routed.at(1)
+
+    def _load(self, file: GGUFFile, table: ExpertTable, layer: int) -> npt.NDArray[np.uint64]:
+        """Read a layer's expert tensors; returns addresses uint64 [3, E] of gate, up, down."""
+        starts = []
+        for part in table.part_names:
+            data = file.read(f"blk.{layer}.ffn_{part}_exps.weight")
+            self._tensors.append(data)
+            stride = data.nbytes // self._spec.moe.n_experts
+            starts.append((data.ctypes.data, stride))
+        ids = np.arange(self._spec.moe.n_experts, dtype=np.uint64)
+        columns = [np.uint64(base) + ids * np.uint64(stride) for base, stride in starts]
+        if len(columns) == 2:  # fused: the gate's rows lie before the up projection's
+            columns.insert(1, columns[0] + np.uint64(starts[0][1] // 2))
+        return np.stack(columns)
+
+    def begin(self, layer: int, h: Rows, route: Route, *, decoding: bool) -> None:
+        """Compute the whole layer at once."""
+        del decoding
+        groups = group_by_expert(route.ids)
+        tokens, top_k = route.ids.shape
+        pairs = self._pairs.at(tokens * top_k)
+        addresses = np.ascontiguousarray(self._addresses[layer][:, groups.experts])
+        self._device.experts(
+            self._shapes[layer], addresses, h.x, groups.pair_start, groups.pair_token, pairs
+        )
+        self._result = self._routed.at(tokens)
+        self._device.reduce(pairs, groups.order, groups.arrange(route.weights), self._result)
+
+    def look_ahead(self, layer: int, scores: F32) -> None:
+        """Everything is resident already."""
+
+    def finish(self) -> F32:
+        """Return what `begin` computed."""
+        return self._result
+
+
+def expert_shape(table: ExpertTable, spec: ModelSpec, layer: int) -> ExpertShape:
+    """Return what a device must know of a layer's experts."""
+    gate, up, down = table.types(layer)
+    return ExpertShape((int(gate), int(up), int(down)), spec.hidden, spec.moe.expert_width)

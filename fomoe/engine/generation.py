@@ -1,0 +1,188 @@
+"""One request under way: prompt in chunks, then a token at a step, as events."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import numpy as np
+
+from fomoe.engine.forward import Forward
+from fomoe.engine.meter import Meter
+from fomoe.engine.requests import (
+    Event,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    PromptLogprobs,
+    PromptProgress,
+    TokenEvent,
+)
+from fomoe.engine.sampler import log_probabilities, sample
+from fomoe.engine.sequences import Sequence
+from fomoe.errors import RequestError
+from fomoe.model.buffers import F32
+from fomoe.model.layers import HEAD_ROWS
+from fomoe.model.state import Batch
+
+
+class Generation:
+    """Advances one sequence; each `step` is one pass through the layers and returns its events."""
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        sequence: Sequence,
+        forward: Forward,
+        meter: Meter,
+        *,
+        chunk: int,
+        default_car: float,
+        serial: bool = False,
+    ) -> None:
+        check_request(request, sequence.state.ctx_size, forward.model.spec.vocab)
+        self.request = request
+        self.finished = False
+        self._sequence = sequence
+        self._forward = forward
+        self._pass = forward.step_serial if serial else forward.step
+        self._chunk = chunk
+        self._meter = meter
+        self._prompt_counts = Counter(request.prompt)
+        self._output_counts: Counter[int] = Counter()
+        self._generated = 0
+        self._next: int | None = None
+        self._echo: list[float | None] = [None]
+        self._echo_top: list[list[tuple[int, float]]] = [[]]
+        car = default_car if request.car is None else request.car
+        self._cached = 0 if request.echo or car > 0.0 else sequence.reusable_prefix(request.prompt)
+        if not self._cached:
+            sequence.reset()
+        sequence.car, sequence.decoding = car, False
+        meter.start(car=car, cached=self._cached)
+        self._started = time.monotonic()
+
+    def step(self) -> list[Event]:
+        """Run one prompt chunk or one decode step."""
+        if self._next is None:
+            return self._prefill()
+        token, self._next = self._next, None
+        self._sequence.decoding = True
+        hidden = self._run([token])
+        return self._choose(self._forward.model.logits(hidden, _LAST)[0])
+
+    def cancel(self) -> Finished:
+        """End the request early."""
+        return self._finish("cancelled")
+
+    def fail(self, message: str) -> Finished:
+        """End the request with an error; its sequence is not continued from."""
+        self._sequence.reset()
+        return self._finish("error", error=message)
+
+    def _run(self, tokens: list[int]) -> F32:
+        sequence = self._sequence
+        hidden = self._pass(Batch.of([(sequence.state, tokens)]), (sequence,))
+        sequence.tokens.extend(tokens)
+        return hidden
+
+    def _prefill(self) -> list[Event]:
+        request, done = self.request, len(self._sequence.tokens)
+        part = request.prompt[done : done + self._chunk]
+        hidden = self._run(part)
+        done += len(part)
+        if request.echo:
+            self._score_prompt(hidden, done - len(part), len(part))
+        events: list[Event] = [
+            PromptProgress(
+                request_id=request.request_id,
+                total=len(request.prompt),
+                processed=done,
+                cached=self._cached,
+                time_ms=(time.monotonic() - self._started) * 1e3,
+            )
+        ]
+        if done < len(request.prompt):
+            return events
+        if request.echo:
+            events.append(
+                PromptLogprobs(
+                    request_id=request.request_id, logprobs=self._echo, top=self._echo_top
+                )
+            )
+        self._meter.prompt_done(len(request.prompt))
+        if request.max_tokens == 0:
+            return [*events, self._finish("length")]
+        last = np.array([len(part) - 1])
+        return events + self._choose(self._forward.model.logits(hidden, last)[0])
+
+    def _score_prompt(self, hidden: F32, start: int, count: int) -> None:
+        """Collect the log probability of each prompt token that follows a row of this chunk."""
+        prompt, n_top = self.request.prompt, max(0, self.request.logprobs)
+        for row in range(0, count, HEAD_ROWS):
+            rows = np.arange(row, min(row + HEAD_ROWS, count))
+            logits = self._forward.model.logits(hidden, rows)
+            for offset, one in zip(rows, logits, strict=True):
+                following = start + int(offset) + 1
+                if following < len(prompt):
+                    own, top = log_probabilities(one, prompt[following], n_top)
+                    self._echo.append(own)
+                    self._echo_top.append(top)
+
+    def _choose(self, logits: F32) -> list[Event]:
+        request = self.request
+        position = len(self._sequence.tokens)
+        if self._generated < request.min_tokens and request.stop_ids:
+            logits = logits.copy()
+            logits[list(request.stop_ids)] = -np.inf
+        token = sample(logits, request.sampling, position, self._prompt_counts, self._output_counts)
+        if token in request.stop_ids:
+            return [self._finish("stop", stop_id=token)]
+        self._generated += 1
+        self._output_counts[token] += 1
+        self._meter.token()
+        own: float | None = None
+        top: list[tuple[int, float]] = []
+        if request.logprobs >= 0:
+            own, top = log_probabilities(logits, token, request.logprobs)
+        events: list[Event] = [
+            TokenEvent(request_id=request.request_id, token=token, logprob=own, top=top)
+        ]
+        full = position + 1 > self._sequence.state.ctx_size
+        if self._generated >= request.max_tokens or full:
+            return [*events, self._finish("length")]
+        self._next = token
+        return events
+
+    def _finish(
+        self, reason: FinishReason, *, stop_id: int | None = None, error: str | None = None
+    ) -> Finished:
+        self.finished = True
+        return Finished(
+            request_id=self.request.request_id,
+            reason=reason,
+            stop_id=stop_id,
+            error=error,
+            receipt=self._meter.receipt(self._sequence.logical.hash),
+        )
+
+
+_LAST = np.array([0])
+
+
+def check_request(request: GenerateRequest, ctx_size: int, vocab: int) -> None:
+    """Refuse a request that cannot run; RequestError names the field."""
+    if not request.prompt:
+        raise RequestError("the prompt has no tokens", "prompt")
+    if len(request.prompt) > ctx_size:
+        raise RequestError(
+            f"the prompt has {len(request.prompt):,} tokens, the context holds {ctx_size:,}; "
+            "shorten it or start with a larger --ctx-size",
+            "prompt",
+        )
+    worst = max(request.prompt, key=lambda t: -1 if 0 <= t < vocab else abs(t) + vocab)
+    if not 0 <= worst < vocab:
+        raise RequestError(f"token id {worst} is outside the vocabulary of {vocab:,}", "prompt")
+    outside = [t for t in request.sampling.logit_bias if not 0 <= t < vocab]
+    if outside:
+        raise RequestError(f"logit_bias names token {outside[0]} of {vocab:,}", "logit_bias")

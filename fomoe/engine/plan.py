@@ -1,0 +1,153 @@
+"""What a run will hold where: budgets to slots, slots to segments; a pure function of its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fomoe.config import Budgets, EngineConfig, format_bytes
+from fomoe.engine.transfers import SegmentSlots
+from fomoe.errors import ConfigError
+from fomoe.gguf.extents import ExpertTable
+from fomoe.model.spec import ModelSpec
+from fomoe.residency import ExpertSizes, Topology, plan_budgets
+
+# Of the memory that is free when fomoe starts, the share that experts may take by default; the
+# rest is for the page cache, other programs and what the processes need themselves.
+DEFAULT_SHARE = 0.8
+FALLBACK_CAPACITY = 6  # lossy modes without explicit budgets: a sixth of the experts of a layer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EnginePlan:
+    """The layout of one engine; equal inputs give equal plans in every process."""
+
+    topology: Topology
+    table: ExpertTable
+    vram_bytes: int
+    ram_bytes: int
+    logical_capacity: int
+
+    def segment_slots(self, node: int) -> SegmentSlots:
+        """Return the empty slot table of a node's segment: device and RAM slots by class."""
+        t = self.topology
+        counts: dict[int, int] = {}
+        for (device, size_class), n in t.device_slots.items():
+            if t.device_node[device] == node:
+                counts[size_class] = counts.get(size_class, 0) + n
+        for (where, size_class), n in t.ram_slots.items():
+            if where == node:
+                counts[size_class] = counts.get(size_class, 0) + n
+        return SegmentSlots(
+            {c: (n, self.table.classes[c].slot_bytes) for c, n in counts.items() if n},
+            t.layer_class, t.n_experts,
+        )  # fmt: skip
+
+    def slot_bytes(self) -> tuple[int, int]:
+        """Return the bytes of all device slots and of all RAM slots."""
+        size = [c.slot_bytes for c in self.table.classes]
+        device = sum(n * size[c] for (_, c), n in self.topology.device_slots.items())
+        ram = sum(n * size[c] for (_, c), n in self.topology.ram_slots.items())
+        return device, ram
+
+    def text(self) -> str:
+        """Return one paragraph for people: what the budgets hold."""
+        t = self.topology
+        experts = t.n_layers * t.n_experts
+        on_device, in_ram = sum(t.device_slots.values()), sum(t.ram_slots.values())
+        device, ram = self.slot_bytes()
+        rest = max(0, experts - on_device - in_ram)
+        total = sum(self.table.expert_bytes(i) * t.n_experts for i in range(t.n_layers))
+        lines = [
+            f"experts  {experts:,} in {t.n_layers} layers, {format_bytes(total)} on NVMe",
+            f"device   {on_device:,} slots ({on_device / experts:.0%}), {format_bytes(device)} on "
+            f"{len(t.device_node)} device(s) of {format_bytes(self.vram_bytes)}",
+            f"ram      {in_ram:,} slots ({in_ram / experts:.0%}), {format_bytes(ram)} of "
+            f"{format_bytes(self.ram_bytes)}",
+            f"nvme     {rest:,} experts ({rest / experts:.0%}) are read when wanted",
+        ]
+        return "\n".join(lines)
+
+
+def make_plan(
+    table: ExpertTable, spec: ModelSpec, config: EngineConfig, device_node: tuple[int, ...]
+) -> EnginePlan:
+    """Return the plan for explicit budgets; layer l lives on device l mod n.
+
+    Raises:
+        BudgetError: a budget cannot hold one layer's top-k of each size class.
+        ConfigError: a budget is missing, or the logical capacity does not fit.
+    """
+    budgets = config.budgets
+    if budgets.vram_bytes is None or budgets.ram_bytes is None:
+        raise ConfigError("budgets must be resolved before a plan is made")
+    n = len(device_node)
+    sizes = ExpertSizes(
+        n_experts=spec.moe.n_experts,
+        slot_bytes=tuple(c.slot_bytes for c in table.classes),
+        layer_class=np.array([table.size_class(i) for i in range(spec.n_layers)], np.int32),
+        layer_device=(np.arange(spec.n_layers) % n).astype(np.int32),
+        device_node=device_node,
+    )
+    topology = plan_budgets(
+        sizes,
+        vram_budget_bytes=[budgets.vram_bytes] * n,
+        ram_budget_bytes=[budgets.ram_bytes] * (max(device_node) + 1),
+        top_k=spec.moe.top_k,
+        ram=config.ram_policy,
+    )
+    return EnginePlan(topology, table, budgets.vram_bytes, budgets.ram_bytes,
+                      _logical_capacity(topology, spec, config))  # fmt: skip
+
+
+def _logical_capacity(topology: Topology, spec: ModelSpec, config: EngineConfig) -> int:
+    """Return the experts per layer that lossy modes take as resident.
+
+    Fixed by the user: an explicit capacity, else what the given budgets hold. Never by how much
+    memory happens to be free, so that the same command gives the same text anywhere.
+    """
+    least, most = spec.moe.top_k, spec.moe.n_experts
+    capacity = config.routing.car_capacity
+    if capacity is None:
+        slots = sum(topology.device_slots.values()) + sum(topology.ram_slots.values())
+        capacity = min(most, max(least, slots // spec.n_layers))
+    if not least <= capacity <= most:
+        raise ConfigError(
+            f"--car-capacity {capacity}: a layer has {most} experts and uses {least} at a time; "
+            f"choose {least} to {most}"
+        )
+    return capacity
+
+
+def resolve(
+    config: EngineConfig, table: ExpertTable, spec: ModelSpec, free_bytes: int
+) -> EngineConfig:
+    """Return `config` with every budget explicit; missing ones come from measured free memory."""
+    budgets, routing = config.budgets, config.routing
+    if budgets.vram_bytes is not None and budgets.ram_bytes is not None:
+        return config
+    vram, ram = default_budgets(table, spec, len(config.devices), free_bytes)
+    if routing.car_capacity is None:
+        capacity = max(spec.moe.top_k, spec.moe.n_experts // FALLBACK_CAPACITY)
+        routing = replace(routing, car_capacity=capacity)
+    given = Budgets(
+        vram_bytes=vram if budgets.vram_bytes is None else budgets.vram_bytes,
+        ram_bytes=ram if budgets.ram_bytes is None else budgets.ram_bytes,
+    )
+    return replace(config, budgets=given, routing=routing)
+
+
+def default_budgets(
+    table: ExpertTable, spec: ModelSpec, n_devices: int, free_bytes: int
+) -> tuple[int, int]:
+    """Return (bytes per device, bytes of RAM tier) for `cpu` devices out of free memory.
+
+    Both tiers of a `cpu` device are the same memory, so the device tier takes all of it.
+    """
+    n = max(n_devices, 1)
+    most = 0
+    for device in range(n):
+        layers = range(device, spec.n_layers, n)
+        most = max(most, sum(table.slot_bytes(i) * spec.moe.n_experts for i in layers))
+    return min(most, int(free_bytes * DEFAULT_SHARE) // n), 0

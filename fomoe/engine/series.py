@@ -1,0 +1,38 @@
+"""Running totals of an engine under the names of `telemetry.METRICS`."""
+
+from __future__ import annotations
+
+from fomoe.engine.meter import Meter
+from fomoe.residency import Counters
+
+
+def engine_series(meter: Meter, residency: Counters) -> dict[str, float]:
+    """Return value by series, labels written into the name as Prometheus does."""
+    host, loss = meter.host, meter.loss
+    lookups, prompt = "fomoe_expert_lookups_total", "fomoe_prompt_expert_lookups_total"
+    return {
+        "fomoe_prompt_tokens_total": float(meter.prompt_tokens),
+        "fomoe_prompt_cached_tokens_total": float(meter.cached_tokens),
+        "fomoe_prompt_seconds_total": meter.prompt_s,
+        "fomoe_generated_tokens_total": float(meter.generated_tokens),
+        "fomoe_generated_seconds_total": meter.generated_s,
+        "fomoe_tokens_per_second": meter.rate(),
+        f'{lookups}{{tier="device"}}': float(host.hits_device),
+        f'{lookups}{{tier="ram"}}': float(host.hits_ram),
+        f'{lookups}{{tier="nvme"}}': float(host.reads_nvme),
+        f'{prompt}{{tier="device"}}': float(host.prompt_hits_device),
+        f'{prompt}{{tier="ram"}}': float(host.prompt_hits_ram),
+        f'{prompt}{{tier="nvme"}}': float(host.prompt_reads_nvme),
+        "fomoe_substitutions_total": float(loss.substituted),
+        "fomoe_router_mass_lost_total": loss.lost_mass,
+        "fomoe_expert_bytes_read_total": float(host.nvme_bytes),
+        "fomoe_expert_bytes_copied_total": float(host.ram_bytes),
+        "fomoe_expert_stall_seconds_total": host.stall_s,
+        'fomoe_expert_evictions_total{tier="device"}': float(residency.evictions.sum()),
+        'fomoe_expert_evictions_total{tier="ram"}': float(residency.ram_drops.sum()),
+        "fomoe_expert_demotions_total": float(residency.demotions.sum()),
+        "fomoe_expert_demoted_bytes_total": float(host.demoted_bytes),
+        "fomoe_prefetch_issued_total": float(host.prefetch_issued),
+        "fomoe_prefetch_used_total": float(host.prefetch_used),
+        "fomoe_prefetch_wasted_total": float(residency.prefetch_wasted.sum()),
+    }

@@ -1,0 +1,197 @@
+"""The Python API: a model on a Ray cluster as a context manager."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from fomoe.actors.client import EngineClient
+from fomoe.actors.cluster import Cluster
+from fomoe.actors.launch import RunningEngine
+from fomoe.config import Budgets, EngineConfig, RoutingConfig, default_model, parse_bytes
+from fomoe.engine.plan import resolve
+from fomoe.engine.requests import (
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    Receipt,
+    SamplingParams,
+    TokenEvent,
+)
+from fomoe.errors import EngineError
+from fomoe.gguf.extents import ExpertTable
+from fomoe.gguf.reader import open_gguf
+from fomoe.model.archs import read_spec
+from fomoe.model.buffers import F32
+from fomoe.model.chat import ChatTemplate
+from fomoe.model.tokenizer import Tokenizer
+
+_NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    receipt: Receipt
+
+
+class LLM:
+    """A running model: `with LLM("model.gguf", devices=["cpu", "cpu"]) as llm: ...`.
+
+    Args:
+        path: GGUF file, any shard; None takes the bundled model.
+        devices: One name per device, e.g. `["cpu", "cpu"]`.
+        vram_budget: Bytes (or text such as "4GiB") for each device's expert slots.
+        ram_budget: The same for each node's RAM tier.
+        car: Threshold of cache-aware routing, 0 for exact.
+        address: Ray cluster; None finds a running one or starts one, "local" always starts one.
+        name: Prefix of the actors' names on the cluster.
+        on_progress: Called with (share done, what) while loading.
+        options: Any other field of `EngineConfig`, e.g. `ctx_size`.
+
+    Raises ConfigError, BudgetError, GGUFError or EngineError; nothing is left running then.
+    """
+
+    def __init__(
+        self,
+        path: Path | str | None = None,
+        *,
+        devices: list[str] | tuple[str, ...] = ("cpu",),
+        vram_budget: int | str | None = None,
+        ram_budget: int | str | None = None,
+        car: float = 0.0,
+        address: str | None = None,
+        name: str | None = None,
+        on_progress: Callable[[float, str], None] | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        routing = RoutingConfig(car=car, car_capacity=options.pop("car_capacity", None))
+        config = EngineConfig(
+            model=default_model() if path is None else Path(path),
+            devices=tuple(devices),
+            budgets=Budgets(vram_bytes=_size(vram_budget), ram_bytes=_size(ram_budget)),
+            routing=routing,
+            **options,
+        )
+        self.file = open_gguf(config.model)
+        self.spec = read_spec(self.file)
+        table = ExpertTable.from_gguf(self.file, self.spec.n_layers)
+        free = psutil.virtual_memory().available
+        self.config = resolve(replace(config, model=config.model.resolve()), table, self.spec, free)
+        self.tokenizer = Tokenizer.from_gguf(self.file.metadata)
+        self.cluster = Cluster(address)
+        try:
+            self._engine: RunningEngine | None = self.cluster.launch(
+                self.file, self.spec, self.config,
+                name or f"fomoe-{os.getpid()}-{next(_NUMBERS)}", on_progress,
+            )  # fmt: skip
+        except BaseException:
+            self.cluster.close()
+            raise
+
+    @property
+    def engine(self) -> EngineClient:
+        """The engine as the server sees it."""
+        return self.running.client
+
+    @property
+    def running(self) -> RunningEngine:
+        """The engine's actors and plan; EngineError after `close`."""
+        if self._engine is None:
+            raise EngineError("this LLM was closed")
+        return self._engine
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """The model's chat template."""
+        return ChatTemplate.from_gguf(self.file.metadata, self.tokenizer)
+
+    def plan_text(self) -> str:
+        """Return what the budgets hold, for people."""
+        return self.running.plan.text()
+
+    def cluster_text(self) -> str:
+        """Return lines for people: how to look at the actors on the Ray cluster."""
+        return "\n".join(self.cluster.hints())
+
+    def generate(
+        self, prompt: str | list[int], *, max_tokens: int = 128, **sampling: Any
+    ) -> Completion:
+        """Return the whole continuation of a prompt (text or token ids).
+
+        `sampling` are fields of `SamplingParams`, plus `car`, `min_tokens` and `ignore_eos`.
+        """
+        ids: list[int] = []
+        for event in self._events(prompt, max_tokens, sampling):
+            if isinstance(event, TokenEvent):
+                ids.append(event.token)
+            elif isinstance(event, Finished):
+                if event.error is not None:
+                    raise EngineError(event.error)
+                return Completion(self.tokenizer.decode(ids), ids, event.reason, event.receipt)
+        raise EngineError("the engine ended without an answer")
+
+    def stream(
+        self, prompt: str | list[int], *, max_tokens: int = 128, **sampling: Any
+    ) -> Iterator[str]:
+        """Yield the continuation as text, piece by piece; closing the iterator cancels."""
+        decoder = self.tokenizer.stream()
+        for event in self._events(prompt, max_tokens, sampling):
+            if isinstance(event, TokenEvent):
+                if piece := decoder.push(event.token):
+                    yield piece
+            elif isinstance(event, Finished) and event.error is not None:
+                raise EngineError(event.error)
+
+    def logits(self, tokens: list[int]) -> F32:
+        """Return the logits float32 [T, V] of a token sequence."""
+        return self.engine.logits(list(tokens), self.spec.vocab)
+
+    def _events(
+        self, prompt: str | list[int], max_tokens: int, sampling: dict[str, Any]
+    ) -> Iterator[object]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ignore_eos = sampling.pop("ignore_eos", False)
+        request = GenerateRequest(
+            request_id=f"llm-{os.getpid()}-{next(_NUMBERS)}",
+            prompt=ids,
+            max_tokens=max_tokens,
+            min_tokens=sampling.pop("min_tokens", 0),
+            car=sampling.pop("car", None),
+            stop_ids=frozenset() if ignore_eos else self.tokenizer.eos_ids,
+            sampling=SamplingParams(**sampling),
+        )
+        return self.engine.stream(request)
+
+    def close(self) -> None:
+        """Stop the actors; a cluster that was there before stays as it was."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.stop()
+            self.cluster.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _size(value: int | str | None) -> int | None:
+    return parse_bytes(value) if isinstance(value, str) else value
