@@ -187,7 +187,7 @@ class DirectReader:
                 got = self._pread(file.fd, area[done:], start + done)
             except OSError as error:
                 if direct and error.errno == errno.EINVAL:
-                    _fall_back(file)
+                    _fall_back(file, area)
                     continue
                 failures += 1
                 self._pause_or_refuse(file, start + done, error, failures)
@@ -247,8 +247,11 @@ def _open_direct(path: Path, flags: int) -> tuple[int, bool]:
         return os.open(path, flags), False
 
 
-def _fall_back(file: _File) -> None:
+def _fall_back(file: _File, area: memoryview) -> None:
     """Read `file` through the page cache from now on, on the same open file."""
+    address = np.frombuffer(area, np.uint8).ctypes.data
+    if address % PAGE_BYTES:
+        raise ValueError(f"a slot at address {address:#x} is not aligned to {PAGE_BYTES} bytes")
     flags = fcntl.fcntl(file.fd, fcntl.F_GETFL)
     fcntl.fcntl(file.fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
     file.direct = False

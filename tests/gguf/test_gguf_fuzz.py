@@ -76,7 +76,7 @@ def check(path: Path, content: bytes) -> None:
 
 
 fuzzing = settings(
-    max_examples=600,
+    max_examples=400,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
