@@ -11,6 +11,7 @@ import ipaddress
 import math
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -125,6 +126,30 @@ def environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
             f"unknown environment variable {', '.join(unknown)}; known: {', '.join(_ENVIRONMENT)}"
         )
     return {_ENVIRONMENT[name]: value for name, value in ours.items()}
+
+
+def notify_socket() -> str | None:
+    """Return the socket on which systemd waits for news of this process; None without one."""
+    return os.environ.get("NOTIFY_SOCKET")
+
+
+def runtime_dir() -> Path:
+    """Return this user's private directory for files about running servers; made if missing.
+
+    Raises:
+        ConfigError: the directory belongs to another user.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and os.access(base, os.W_OK):
+        directory = Path(base) / "fomoe"
+    else:
+        directory = Path(tempfile.gettempdir()) / f"fomoe-{os.getuid()}"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if directory.stat().st_uid != os.getuid() or directory.is_symlink():
+        raise ConfigError(
+            f"{directory} belongs to another user; set XDG_RUNTIME_DIR to a directory of yours"
+        )
+    return directory
 
 
 def _require(condition: bool, message: str) -> None:
@@ -318,14 +343,12 @@ class ServerConfig:
         port: TCP port; 0 lets the system choose one.
         api_key: Secret that every request but `/health` must carry; None asks for none.
         model_name: Name under which the model is offered; None takes it from the file.
-        insecure: Serve on a Ray cluster that runs without a token.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
     model_name: str | None = None
-    insecure: bool = False
 
     def __post_init__(self) -> None:
         _require_range("port", self.port, 0, 65535)

@@ -1,0 +1,88 @@
+"""Opens a model as the options say and shows how far loading has come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fomoe.cli.options import EngineOptions, ModelOptions
+from fomoe.gguf.extents import ExpertTable
+from fomoe.gguf.reader import open_gguf
+
+if TYPE_CHECKING:
+    from fomoe.llm import LLM
+
+# What the bundled model may hold of its experts, so that each tier has something to do.
+DEMO_DEVICE_SHARE = 3
+DEMO_RAM_SHARE = 6
+
+
+def demo_budgets(table: ExpertTable, n_devices: int) -> tuple[int, int]:
+    """Return (bytes per device, bytes of RAM): a third and a sixth of all expert slots."""
+    slots = sum(each.slot_bytes * len(each.layers) for each in table.classes) * table.n_experts
+    return slots // DEMO_DEVICE_SHARE // n_devices, slots // DEMO_RAM_SHARE
+
+
+def llm_arguments(model: ModelOptions, engine: EngineOptions) -> dict[str, Any]:
+    """Return the arguments of `LLM` for these options."""
+    devices = model.device_names()
+    vram_budget, ram_budget = model.vram_budget, model.ram_budget
+    if model.is_demo and not model.has_budget:
+        table = ExpertTable.from_gguf(open_gguf(model.path))
+        vram_budget, ram_budget = demo_budgets(table, len(devices))
+    return {
+        "devices": list(devices),
+        "vram_budget": vram_budget,
+        "ram_budget": ram_budget,
+        "car": engine.car,
+        "car_capacity": engine.car_capacity,
+        "ctx_size": engine.ctx_size,
+        "threads": engine.threads,
+        "kv_dtype": engine.kv_dtype,
+        "activations": engine.activations,
+        "ram_policy": engine.ram_policy,
+        "prefetch": engine.prefetch,
+        "overlap": engine.overlap,
+        "prefill_chunk": engine.prefill_chunk,
+        "transport": engine.transport,
+        "address": engine.address,
+    }
+
+
+@contextmanager
+def opened(model: ModelOptions, engine: EngineOptions, **more: Any) -> Iterator[LLM]:
+    """Start the actors, load the model with a progress bar on stderr, stop them at the end."""
+    # Imported here because Ray takes a second, which `fomoe --help` and `fomoe show` can spare.
+    from fomoe.llm import LLM
+
+    arguments = llm_arguments(model, engine)
+    with progress_bar() as progress:
+        task = progress.add_task(f"loading {model.path.name}", total=1.0)
+        llm = LLM(
+            model.path,
+            **arguments,
+            **more,
+            on_progress=lambda share, what: progress.update(
+                task, completed=share, description=what
+            ),
+        )
+    with llm:
+        yield llm
+
+
+def progress_bar() -> Progress:
+    """Return a bar on stderr that leaves no trace; nothing is drawn where nobody looks."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,217 @@
+"""Options that several verbs share, as dataclasses that become options of each verb."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from fomoe.config import (
+    BUNDLED_MODEL,
+    Activations,
+    EngineConfig,
+    KVDtype,
+    RamPolicy,
+    ServerConfig,
+    Transport,
+    default_model,
+    parse_bytes,
+    parse_devices,
+)
+from fomoe.errors import ConfigError
+
+_DEFAULTS = EngineConfig(model=Path())
+
+
+def flattened(verb: Callable[..., None]) -> Callable[..., None]:
+    """Return the verb with each dataclass among its parameters replaced by the fields of it."""
+    hints = get_type_hints(verb, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        if name in groups:
+            parameters += _parameters_of(groups[name])
+        else:
+            parameters.append(
+                parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+            )
+
+    @wraps(verb)
+    def command(**values: Any) -> None:
+        arguments = {
+            name: group(**{part.name: values.pop(part.name) for part in fields(group)})
+            for name, group in groups.items()
+        }
+        verb(**arguments, **values)
+
+    vars(command).pop("__wrapped__")
+    vars(command)["__signature__"] = inspect.Signature(parameters)
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return command
+
+
+def _parameters_of(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            part.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if part.default is MISSING else part.default,
+            annotation=hints[part.name],
+        )
+        for part in fields(group)
+    ]
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which model, on which devices, in how much memory."""
+
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="MODEL", help="GGUF file, any shard of it; the bundled model if left out."
+        ),
+    ] = None
+    devices: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Devices, with commas: cpu,cpu. Default: cpu."),
+    ] = None
+    vram_budget: Annotated[
+        int | None,
+        typer.Option(
+            parser=_size,
+            metavar="SIZE",
+            help="Memory of each device, for example 12GiB; on cpu devices the expert slots.",
+        ),
+    ] = None
+    ram_budget: Annotated[
+        int | None,
+        typer.Option(parser=_size, metavar="SIZE", help="Memory of the RAM tier of each node."),
+    ] = None
+
+    @property
+    def path(self) -> Path:
+        """The model file, the bundled one when none is named."""
+        return default_model() if self.model is None else self.model
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the bundled model, or a copy of it."""
+        return self.model is None or self.model.name == BUNDLED_MODEL
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a budget was given for either tier."""
+        return self.vram_budget is not None or self.ram_budget is not None
+
+    def device_names(self) -> tuple[str, ...]:
+        """Return the devices; the bundled model has two, so that all of fomoe is at work."""
+        if self.devices is not None:
+            return parse_devices(self.devices)
+        return ("cpu", "cpu") if self.is_demo else ("cpu",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How the model runs."""
+
+    ctx_size: Annotated[
+        int, typer.Option(metavar="TOKENS", help="Longest prompt and answer together.")
+    ] = _DEFAULTS.ctx_size
+    car: Annotated[
+        float,
+        typer.Option(
+            metavar="0..1",
+            help="Cache-aware routing: lets a resident expert stand in for a missing one that it "
+            "comes this close to. 0 is exact.",
+        ),
+    ] = 0.0
+    car_capacity: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Experts per layer that --car takes as resident. Default: what the budgets hold.",
+        ),
+    ] = None
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="Threads of each process's kernels.")
+    ] = None
+    kv_dtype: Annotated[KVDtype, typer.Option(help="Number format of the KV cache.")] = "f16"
+    activations: Annotated[
+        Activations, typer.Option(help="Input of the quantised kernels; f32 is for comparisons.")
+    ] = "int8"
+    ram_policy: Annotated[
+        RamPolicy, typer.Option(help="Whether an expert on a device keeps its place in RAM.")
+    ] = _DEFAULTS.ram_policy
+    prefetch: Annotated[
+        bool, typer.Option(help="Read the experts that the next layer is expected to need.")
+    ] = True
+    overlap: Annotated[
+        bool, typer.Option("--overlap/--serial", help="Compute and read at the same time.")
+    ] = True
+    prefill_chunk: Annotated[
+        int, typer.Option(metavar="TOKENS", help="Prompt tokens that pass a layer together.")
+    ] = _DEFAULTS.prefill_chunk
+    transport: Annotated[Transport, typer.Option(help="How the actors talk; auto finds out.")] = (
+        "auto"
+    )
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Ray cluster to join; found by itself if local."),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Where the server listens and who may talk to it."""
+
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, typer.Option(metavar="N", help="TCP port; 0 takes a free one.")] = 8000
+    api_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Secret that clients must send; others can see it in ps."),
+    ] = None
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File that holds the secret.")
+    ] = None
+    model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name that clients see.")
+    ] = None
+
+    def config(self) -> ServerConfig:
+        """Return the checked configuration.
+
+        Raises:
+            ConfigError: the host needs a key, or the key's file cannot be read.
+        """
+        return ServerConfig(
+            host=self.host,
+            port=self.port,
+            api_key=self._key(),
+            model_name=self.model_name,
+        )
+
+    def _key(self) -> str | None:
+        if self.api_key_file is None:
+            return self.api_key
+        if self.api_key is not None:
+            raise ConfigError("both --api-key and --api-key-file are given; keep one of them")
+        try:
+            return self.api_key_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the API key cannot be read: {error}") from None

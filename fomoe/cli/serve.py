@@ -1,0 +1,134 @@
+"""`fomoe serve`: the HTTP server in the foreground, with the actors under it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import signal
+import socket
+import sys
+from contextlib import closing
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import typer
+import uvicorn
+
+from fomoe.cli.notify import notify
+from fomoe.cli.opening import opened
+from fomoe.cli.options import EngineOptions, ModelOptions, ServerOptions
+from fomoe.cli.runfile import announced
+from fomoe.config import ServerConfig, format_bytes, is_loopback, notify_socket, runtime_dir
+from fomoe.errors import ConfigError
+from fomoe.gguf.reader import GGUFFile
+from fomoe.model.archs import read_spec
+from fomoe.server.info import ServerInfo
+from fomoe.server.receipts import tier_line
+
+if TYPE_CHECKING:
+    from fomoe.llm import LLM
+
+# Requests in flight get this long after SIGTERM; the systemd unit waits 15 s longer.
+DRAIN_S = 30
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket, so that a taken port is known before a model is loaded.
+
+    Raises:
+        ConfigError: the address is not this machine's, or the port is taken.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror}; stop what uses it "
+            "(`fomoe stop` for a server of ours) or choose another with --port"
+        ) from None
+
+
+def url_of(sock: socket.socket) -> str:
+    """Return the URL under which a client on this machine reaches the socket."""
+    host, port = sock.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def curl_line(url: str, *, needs_key: bool) -> str:
+    """Return a command to paste into another shell."""
+    body = {
+        "messages": [{"role": "user", "content": "Tell me a short story about a fox."}],
+        "stream": True,
+    }
+    key = ' -H "Authorization: Bearer $FOMOE_API_KEY"' if needs_key else ""
+    return (
+        f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
+        f"-d {shlex.quote(json.dumps(body))}"
+    )
+
+
+def banner(model: ModelOptions) -> str:
+    """Return what is served; of the bundled model also what not to expect of it."""
+    size = model.path.stat().st_size
+    if model.is_demo:
+        return (
+            f"{model.path.name}: demo model, {round(size / 1e6)} MB, fluent but knows nothing; "
+            "fomoe serve MODEL.gguf runs a real one"
+        )
+    return f"{model.path.name}: {format_bytes(size)}"
+
+
+def server_info(file: GGUFFile, config: ServerConfig) -> ServerInfo:
+    """Return what the HTTP server says about the model; each answer's tier line is printed."""
+    return ServerInfo(
+        model_id=config.model_name or file.path.stem,
+        n_params=sum(math.prod(tensor.shape) for tensor in file.tensors.values()),
+        size_bytes=sum(file.shard_bytes),
+        n_ctx_train=read_spec(file).ctx_train,
+        api_key=config.api_key,
+        allowed_hosts=() if is_loopback(config.host) else None,
+        on_answer=lambda receipt: typer.echo(tier_line(receipt)),
+    )
+
+
+def _stop_on_sigterm() -> None:
+    def leave(_signal: int, _frame: FrameType | None) -> None:
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+def _answer_requests(llm: LLM, config: ServerConfig, sock: socket.socket) -> None:
+    # Imported here because FastAPI takes half a second, which the other verbs can spare.
+    from fomoe.server.app import create_app
+
+    url, name = url_of(sock), llm.file.path.name
+    with closing(llm.chat) as chat, announced(runtime_dir(), url=url, model=name):
+        app = create_app(llm.engine, llm.tokenizer, chat, server_info(llm.file, config))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S
+            )
+        )
+        typer.echo(llm.plan_text())
+        typer.echo(f"\n{llm.cluster_text()}")
+        typer.echo(f"\nReady. Try it:\n{curl_line(url, needs_key=config.api_key is not None)}\n")
+        notify(notify_socket(), f"READY=1\nSTATUS=serving {name} on {url}")
+        server.run(sockets=[sock])
+        notify(notify_socket(), "STOPPING=1")
+
+
+def serve(model: ModelOptions, engine: EngineOptions, server: ServerOptions) -> None:
+    """Serve a model over an OpenAI-compatible API until Ctrl-C or `fomoe stop`."""
+    config = server.config()
+    _stop_on_sigterm()
+    with closing(listen(config.host, config.port)) as sock:
+        typer.echo(banner(model))
+        notify(notify_socket(), f"STATUS=loading {model.path.name}")
+        with opened(model, engine) as llm:
+            # Ray installs a handler of its own while it starts.
+            _stop_on_sigterm()
+            _answer_requests(llm, config, sock)
