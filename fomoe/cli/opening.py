@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fomoe.cli.options import EngineOptions, ModelOptions
+from fomoe.config import RoutingConfig
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
 
@@ -38,8 +39,7 @@ def llm_arguments(model: ModelOptions, engine: EngineOptions) -> dict[str, Any]:
         "devices": list(devices),
         "vram_budget": vram_budget,
         "ram_budget": ram_budget,
-        "car": engine.car,
-        "car_capacity": engine.car_capacity,
+        "routing": RoutingConfig(car=engine.car, car_capacity=engine.car_capacity),
         "ctx_size": engine.ctx_size,
         "threads": engine.threads,
         "kv_dtype": engine.kv_dtype,

@@ -145,7 +145,9 @@ def _tiers(
 
 def _rows(summary: ModelSummary) -> list[tuple[str, str]]:
     types = "  ".join(f"{name} {format_bytes(n)}" for name, n in summary.type_bytes.items())
-    sizes = ", ".join(f"{format_bytes(n)} in {layers} layers" for n, layers in summary.expert_sizes)
+    sizes = ", ".join(
+        f"{format_bytes(n)} in {_count(layers, 'layer')}" for n, layers in summary.expert_sizes
+    )
     experts = summary.layers * summary.experts_per_layer
     return [
         ("file", f"{Path(summary.path).name}, {_count(summary.files, 'file')}"),

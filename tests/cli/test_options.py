@@ -46,8 +46,7 @@ def test_options_reach_the_model(
         "devices": ["cpu", "cpu:1"],
         "vram_budget": 3 << 19,
         "ram_budget": 2_000_000,
-        "car": 0.6,
-        "car_capacity": 7,
+        "routing": config.RoutingConfig(car=0.6, car_capacity=7),
         "ctx_size": 99,
         "threads": 3,
         "kv_dtype": "f32",
@@ -68,8 +67,6 @@ def test_options_left_out_are_the_configuration_s_own(model: Path) -> None:
     assert arguments.pop("devices") == list(defaults.devices)
     assert arguments.pop("vram_budget") is arguments.pop("ram_budget") is None
     assert arguments.pop("address") is None
-    assert arguments.pop("car") == defaults.routing.car
-    assert arguments.pop("car_capacity") is None
     assert arguments == {name: getattr(defaults, name) for name in arguments}
 
 
