@@ -65,13 +65,18 @@ class FetchCounters:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A fetch in the queue; `blockers` counts earlier jobs on its slots."""
+    """A fetch in the queue.
+
+    `blockers` counts the slots on which an earlier job comes first; `reported` says that nobody
+    can join any more because the landing is being announced.
+    """
 
     fetch: Fetch
     order: int
     priority: int
     blockers: int = 0
     started: bool = False
+    reported: bool = False
     dropped: bool = False
 
     @property
@@ -79,6 +84,16 @@ class _Job:
         if self.fetch.source_address < 0:
             return (self.fetch.address,)
         return (self.fetch.address, self.fetch.source_address)
+
+
+def _same_read(one: Fetch, other: Fetch) -> bool:
+    """Whether two fetches read the same content into the same slot, whatever their priority."""
+    return (
+        one.source_address < 0
+        and other.source_address < 0
+        and (one.address, one.generation) == (other.address, other.generation)
+        and (one.layer, one.expert) == (other.layer, other.expert)
+    )
 
 
 class FetchQueue:
@@ -106,6 +121,9 @@ class FetchQueue:
         self.counters = FetchCounters()
         self._reader = reader
         self._segment = segment
+        table = reader.table
+        self._slot_bytes = {layer: table.slot_bytes(layer) for layer in table.layers}
+        self._n_experts = table.n_experts
         self._on_landed = on_landed
         self._delay = delay
         lock = threading.Lock()
@@ -128,6 +146,9 @@ class FetchQueue:
     def submit(self, fetches: Iterable[Fetch]) -> tuple[Fetch, ...]:
         """Queue fetches; returns the queued prefetches that they drop by taking their slots.
 
+        A read of the same content into the same slot that is queued or running already is not
+        repeated: both land with one call of `on_landed`, a queued prefetch at the newer priority.
+
         Raises:
             StorageError: the queue is closed.
             ValueError: a fetch's addresses or priority are out of range; none is queued then.
@@ -140,8 +161,9 @@ class FetchQueue:
             if self._closing.is_set():
                 raise StorageError("the fetch queue is closed; its storage actor is stopping")
             for fetch in fetches:
-                dropped += self._supersede(fetch)
-                self._enqueue(fetch)
+                if not self._join(fetch):
+                    dropped += self._supersede(fetch)
+                    self._enqueue(fetch)
             self._changed.notify_all()
         return tuple(dropped)
 
@@ -181,12 +203,26 @@ class FetchQueue:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _check(self, fetch: Fetch) -> None:
-        last = self._segment.nbytes - self._reader.table.slot_bytes(fetch.layer)
+        slot_bytes = self._slot_bytes.get(fetch.layer)
+        if slot_bytes is None or not 0 <= fetch.expert < self._n_experts:
+            raise IndexError(f"layer {fetch.layer}, expert {fetch.expert} is not in the model")
+        last = self._segment.nbytes - slot_bytes
         if not 0 <= fetch.address <= last or not -1 <= fetch.source_address <= last:
             raise ValueError(f"{fetch} lies outside the segment of {self._segment.nbytes} bytes")
         if fetch.priority not in (DEMAND, PREFETCH) or fetch.source_address == fetch.address:
             raise ValueError(f"{fetch} has no valid priority or copies a slot onto itself")
-        self._reader.table.extents(fetch.layer, fetch.expert)
+
+    def _join(self, fetch: Fetch) -> bool:
+        """Let a read that is asked for again land once: hurry it if need be, read it no more."""
+        chain = self._chains.get(fetch.address)
+        if not chain or chain[-1].reported or not _same_read(chain[-1].fetch, fetch):
+            return False
+        job = chain[-1]
+        if fetch.priority == DEMAND and job.priority == PREFETCH and not job.started:
+            job.fetch = fetch
+            self._hurry(job)
+            self._promote(job)
+        return True
 
     def _supersede(self, fetch: Fetch) -> list[Fetch]:
         """Drop the queued prefetches whose bytes `fetch` would overwrite unread."""
@@ -227,10 +263,13 @@ class FetchQueue:
                     if earlier.order >= demand.order:
                         break
                     if earlier.priority == PREFETCH and not earlier.started:
-                        earlier.priority = DEMAND
-                        if earlier.blockers == 0:
-                            heapq.heappush(self._ready, (DEMAND, earlier.order, earlier))
+                        self._hurry(earlier)
                         waiting.append(earlier)
+
+    def _hurry(self, job: _Job) -> None:
+        job.priority = DEMAND
+        if job.blockers == 0:
+            heapq.heappush(self._ready, (DEMAND, job.order, job))
 
     def _drop(self, job: _Job) -> None:
         job.dropped = True
@@ -282,6 +321,8 @@ class FetchQueue:
             began = time.perf_counter()
             nbytes, error = self._execute(job.fetch)
             busy = time.perf_counter() - began
+            with self._changed:
+                job.reported = True
             self._report(job.fetch, error)
             with self._changed:
                 self._prefetches_running -= is_prefetch
@@ -294,14 +335,13 @@ class FetchQueue:
     def _execute(self, fetch: Fetch) -> tuple[int, StorageError | None]:
         if self._delay is not None:
             self._closing.wait(self._delay(fetch))
-        table = self._reader.table
-        nbytes = table.slot_bytes(fetch.layer)
+        nbytes = self._slot_bytes[fetch.layer]
         slot = self._segment.view[fetch.address : fetch.address + nbytes]
         try:
             if fetch.source_address < 0:
                 return self._reader.read_expert(fetch.layer, fetch.expert, slot), None
             slot[:] = self._segment.view[fetch.source_address : fetch.source_address + nbytes]
-            return table.expert_bytes(fetch.layer), None
+            return self._reader.table.expert_bytes(fetch.layer), None
         except StorageError as error:
             return 0, error
         except Exception as error:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import StorageError
-from fomoe.gguf.extents import PAGE_BYTES, ExpertTable, Extent, tensor_name
+from fomoe.gguf.extents import PAGE_BYTES, ExpertTable, tensor_name
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +63,30 @@ class _File:
     identity: _Identity
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One part of a layer's experts: where expert 0 lies in the file, and its area in a slot."""
+
+    name: str
+    shard: int
+    offset: int
+    nbytes: int
+    area: int
+    area_bytes: int
+
+
+def _parts(table: ExpertTable, layer: int) -> tuple[_Part, ...]:
+    layout = table.classes[table.size_class(layer)]
+    ends = (*layout.part_area_offsets[1:], layout.slot_bytes)
+    areas = zip(layout.part_area_offsets, ends, strict=True)
+    return tuple(
+        _Part(tensor_name(layer, name), extent.shard, extent.offset, extent.nbytes, at, end - at)
+        for name, extent, (at, end) in zip(
+            table.part_names, table.extents(layer, 0), areas, strict=True
+        )
+    )
+
+
 class DirectReader:
     """Reads experts by (layer, expert); threads may share one reader.
 
@@ -92,6 +116,7 @@ class DirectReader:
         if len(shards) != len(table.shard_bytes):
             raise StorageError(f"{len(shards)} files given, the model has {len(table.shard_bytes)}")
         self._table = table
+        self._parts = {layer: _parts(table, layer) for layer in table.layers}
         self._pread = pread
         self._sleep = sleep
         self._files: list[_File] = []
@@ -129,22 +154,24 @@ class DirectReader:
         Raises:
             StorageError: names file, tensor and offset.
         """
-        slot_class = self._table.classes[self._table.size_class(layer)]
+        parts = self._parts.get(layer)
+        if parts is None or not 0 <= expert < self._table.n_experts:
+            raise IndexError(f"layer {layer}, expert {expert} is not in the model")
         slot = (dst.data if isinstance(dst, np.ndarray) else dst).cast("B")
-        if len(slot) < slot_class.slot_bytes:
-            raise ValueError(f"a slot of {len(slot)} bytes, {slot_class.slot_bytes} are needed")
+        last = parts[-1]
+        if len(slot) < last.area + last.area_bytes:
+            raise ValueError(
+                f"a slot of {len(slot)} bytes, {last.area + last.area_bytes} are needed"
+            )
         total = 0
-        extents = self._table.extents(layer, expert)
-        for part, extent in enumerate(extents):
-            lead = extent.offset % PAGE_BYTES
-            area = slot_class.part_area_offsets[part]
-            pages = -(-(lead + extent.nbytes) // PAGE_BYTES) * PAGE_BYTES
+        for part in parts:
             try:
-                self._read_pages(extent, lead, slot[area : area + pages])
+                offset = part.offset + expert * part.nbytes
+                area = slot[part.area : part.area + part.area_bytes]
+                self._read_pages(self._files[part.shard], offset, part.nbytes, area)
             except StorageError as error:
-                name = tensor_name(layer, self._table.part_names[part])
-                raise StorageError(f"{name}, expert {expert}: {error}") from error.__cause__
-            total += extent.nbytes
+                raise StorageError(f"{part.name}, expert {expert}: {error}") from error.__cause__
+            total += part.nbytes
         return total
 
     def check_unchanged(self) -> None:
@@ -174,11 +201,12 @@ class DirectReader:
     ) -> None:
         self.close()
 
-    def _read_pages(self, extent: Extent, lead: int, area: memoryview) -> None:
-        """Fill `area` from the page before the extent; bytes behind the file's end stay as are."""
-        file = self._files[extent.shard]
-        start = extent.offset - lead
-        wanted = lead + extent.nbytes
+    def _read_pages(self, file: _File, offset: int, nbytes: int, area: memoryview) -> None:
+        """Fill `area` from the page before `offset`; bytes behind the file's end stay as are."""
+        lead = offset % PAGE_BYTES
+        start = offset - lead
+        wanted = lead + nbytes
+        area = area[: -(-wanted // PAGE_BYTES) * PAGE_BYTES]
         done = 0
         failures = 0
         while done < wanted:

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TypedDict
@@ -144,27 +145,57 @@ class Segment:
         self.close()
 
 
-def available_bytes() -> int:
-    """Memory that can be allocated without swapping, within the control group's limit, in bytes."""
-    available = _meminfo_available(Path("/proc/meminfo").read_text(encoding="ascii"))
-    limit = _read_number(Path("/sys/fs/cgroup/memory.max"))
-    used = _read_number(Path("/sys/fs/cgroup/memory.current"))
-    if limit is not None and used is not None:
-        available = min(available, max(limit - used, 0))
-    return available
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that can be allocated without swapping, within all control groups' limits, in bytes.
 
-
-def _meminfo_available(meminfo: str) -> int:
-    for line in meminfo.splitlines():
+    Args:
+        root: where /proc and /sys are found.
+    """
+    available = 2**63 - 1
+    for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
         name, _, rest = line.partition(":")
         if name == "MemAvailable":
-            return int(rest.split()[0]) * 1024
-    return 2**63 - 1
+            available = int(rest.split()[0]) * 1024
+    return min([available, *(_left_in_group(group) for group in _memory_groups(root))])
 
 
-def _read_number(path: Path) -> int | None:
+def _memory_groups(root: Path) -> Iterator[Path]:
+    """The folders of this process's memory control group (version 2 or 1) and its parents."""
     try:
-        return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        # no control group of version 2, or "max"
-        return None
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        # in a container the path may be the host's, of which only the top is to be seen
+        group = top / place.lstrip("/")
+        while group != top:
+            yield group
+            group = group.parent
+        yield top
+
+
+def _left_in_group(group: Path) -> int:
+    """What a control group may still allocate; file pages give way, so they count as free."""
+    limit = _number(group / "memory.max", group / "memory.limit_in_bytes")
+    used = _number(group / "memory.current", group / "memory.usage_in_bytes")
+    if limit is None or used is None:
+        return 2**63 - 1
+    cache = 0
+    with contextlib.suppress(OSError):
+        for line in (group / "memory.stat").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(" ")
+            if name in ("inactive_file", "active_file"):
+                cache += int(value)
+    return max(limit - used + cache, 0)
+
+
+def _number(*paths: Path) -> int | None:
+    """The number in the first file that holds one; an unlimited group of version 2 says "max"."""
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            return int(path.read_text(encoding="ascii"))
+    return None

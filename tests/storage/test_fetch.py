@@ -193,6 +193,59 @@ def test_a_prefetch_that_a_demand_copies_from_is_not_dropped_but_hurried(bench: 
     assert bench.model.in_slot(0, 6, bench.slot(1))
 
 
+def test_a_queued_prefetch_that_is_demanded_is_hurried_and_read_once(bench: Bench) -> None:
+    bench.gate.clear()
+    with bench.queue() as queue:
+        queue.submit([bench.fetch(0)])
+        wait_until(lambda: len(bench.started) == 1)
+        other, wanted = (bench.fetch(slot, 1, slot, priority=PREFETCH) for slot in (1, 2))
+        queue.submit([other, wanted])
+        demand = replace(wanted, priority=DEMAND)
+        assert queue.submit([demand]) == ()
+        assert queue.submit([wanted]) == ()
+        assert queue.cancel_prefetch() == (other,)
+        queue.submit([other])
+        bench.gate.set()
+        assert queue.drain(10)
+    assert [fetch for fetch, _ in bench.landed][1:] == [demand, other]
+    assert bench.model.in_slot(1, 2, bench.slot(2))
+
+
+def test_a_running_prefetch_that_is_demanded_is_read_once(bench: Bench) -> None:
+    bench.gate.clear()
+    with bench.queue(threads=3) as queue:
+        prefetch = bench.fetch(0, priority=PREFETCH)
+        queue.submit([prefetch])
+        wait_until(lambda: len(bench.started) == 1)
+        assert queue.submit([replace(prefetch, priority=DEMAND)]) == ()
+        assert queue.submit([replace(prefetch, priority=DEMAND, generation=99)]) == ()
+        bench.gate.set()
+        assert queue.drain(10)
+    # another generation is another content, which is read after the first
+    assert [fetch.generation for fetch, _ in bench.landed] == [prefetch.generation, 99]
+
+
+def test_a_read_that_is_being_announced_is_read_again(bench: Bench) -> None:
+    announcing = threading.Event()
+    go_on = threading.Event()
+    calls: list[Fetch] = []
+
+    def land(fetch: Fetch, error: StorageError | None) -> None:
+        calls.append(fetch)
+        announcing.set()
+        assert go_on.wait(10)
+
+    queue = FetchQueue(bench.reader, bench.segment, land, 1)
+    fetch = bench.fetch(0)
+    queue.submit([fetch])
+    assert announcing.wait(10)
+    queue.submit([fetch])
+    go_on.set()
+    assert queue.drain(10)
+    assert queue.close()
+    assert calls == [fetch, fetch]
+
+
 def test_cancel_prefetch(bench: Bench) -> None:
     bench.gate.clear()
     with bench.queue() as queue:

@@ -126,6 +126,44 @@ def test_a_refused_allocation_is_a_clear_error() -> None:
     assert "smaller RAM budget" in done.stdout
 
 
+def machine(root: Path, cgroup: str, groups: dict[str, dict[str, str]]) -> Path:
+    """A fake /proc and /sys of a machine with 1,000,000 KiB available."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  1000000 kB\n")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for folder, files in groups.items():
+        path = root / "sys/fs/cgroup" / folder
+        path.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (path / name).write_text(content)
+    return root
+
+
+LIMIT = {"memory.max": "5000", "memory.current": "4000", "memory.stat": "anon 1\n"}
+CACHED = {**LIMIT, "memory.stat": "anon 1\ninactive_file 300\nactive_file 200\nfile 999\n"}
+OLD = {"memory.limit_in_bytes": "7000", "memory.usage_in_bytes": "4000"}
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "groups", "available"),
+    [
+        ("", {}, 1_024_000_000),
+        ("0::/\n", {"": {"memory.stat": ""}}, 1_024_000_000),
+        ("0::/a/b\n", {"a/b": {**LIMIT, "memory.max": "max"}}, 1_024_000_000),
+        ("0::/a/b\n", {"a/b": LIMIT}, 1000),
+        ("0::/a/b\n", {"a": LIMIT}, 1000),
+        ("0::/a/b\n", {"a/b": CACHED}, 1500),
+        ("0::/a\n", {"a": {**LIMIT, "memory.current": "6000"}}, 0),
+        ("0::/host/only\n", {"": LIMIT}, 1000),
+        ("4:memory:/x\n1:cpu:/y\n0::/\n", {"memory/x": OLD}, 3000),
+    ],
+)
+def test_available_memory(
+    tmp_path: Path, cgroup: str, groups: dict[str, dict[str, str]], available: int
+) -> None:
+    assert available_bytes(machine(tmp_path, cgroup, groups)) == available
+
+
 @pytest.mark.parametrize("nbytes", [0, -1])
 def test_no_bytes(nbytes: int) -> None:
     with pytest.raises(ValueError, match="a segment of"):
