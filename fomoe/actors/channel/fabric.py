@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.actors.channel._channel import ABSENT, Layout, Plane, Ring
+from fomoe.actors.channel._channel import ABSENT, ALIVE, Inlet, Layout, Plane, Ring
 from fomoe.actors.channel.peers import PeerWatcher, boot_id, starttime
 from fomoe.actors.channel.ports import SLICE_S, Receiver, RingReceiver, RingSender, Sender
 from fomoe.actors.channel.spec import FabricHandle, FabricSpec
@@ -219,7 +219,7 @@ class Fabric:
         """Whether `process` can be reached: it joined this fabric or is connected to me."""
         if self.peer_dead(process):
             return False
-        joined = self._plane.describe(self._rows[process])[0] != ABSENT
+        joined = self._plane.describe(self._rows[process])[0] == ALIVE
         return joined or process in self._remotes
 
     def adopt(self, process: str, remote: Remote) -> None:
@@ -236,9 +236,9 @@ class Fabric:
         """The local ring that a connection fills with the messages of remote peer `frm`."""
         return Ring(self._plane, self.spec.ring_index(frm, self.me))
 
-    def ring_me(self) -> None:
-        """Rings my own bell."""
-        self._plane.ring(self._row)
+    def inlet(self, inbox: Ring | None, fd: int) -> Inlet:
+        """What reads frames from socket `fd` into `inbox` and the arenas."""
+        return Inlet(self._plane, inbox, self._row, fd)
 
     def lose(self, process: str) -> None:
         """Notes that the connection to a remote peer is gone, and wakes my waiters."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from fomoe.actors.channel.fabric import Fabric
 from fomoe.actors.channel.ports import SLICE_S, Buffer, Receiver, Regions, Sender, WritableBuffer
-from fomoe.actors.channel.wire import HEADER, REGION, Codec, Frame, Kind, pack_header
+from fomoe.actors.channel.wire import Kind, MessagePacker, pack_header
 from fomoe.errors import ChannelError, PeerDeadError, PeerStalledError
 
 log = logging.getLogger(__name__)
@@ -43,25 +43,18 @@ class Connection:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
         self.peer = peer
         self.fabric = fabric
-        self.codec = Codec(fabric.spec)
-        spec = fabric.spec
-        self.inbox = fabric.inbox(peer) if (peer, fabric.me) in spec.rings else None
-        self.room = threading.Condition()
-        self.sent = 0  # messages sent; written by the sending thread
-        self.acked = 0  # of those, consumed by the peer; written by the reader thread
+        self.inbox = fabric.inbox(peer) if (peer, fabric.me) in fabric.spec.rings else None
+        self.inlet = fabric.inlet(self.inbox, sock.fileno())
+        self._packer = MessagePacker(fabric.spec)
         self._sock = sock
         self._write_lock = threading.Lock()
-        self._rest = memoryview(b"")  # of a pulse that the socket took only half of
+        self._rest = memoryview(b"")  # of a pulse that the socket did not take whole
         self._told = 0  # consumed count that the peer knows
-        self._last_write = self._last_read = time.monotonic()
-        self._received = 0
-        self._scratch = memoryview(bytearray(max(spec.slot_bytes, 4096)))
+        self._last_write = time.monotonic()
         self._closing = False
-        self._reader = threading.Thread(target=self._run, name=f"fomoe-tcp-{peer}", daemon=True)
-        self._readable = select.poll()
-        self._readable.register(sock, select.POLLIN)
         self._writable = select.poll()
         self._writable.register(sock, select.POLLOUT)
+        self._reader = threading.Thread(target=self._run, name=f"fomoe-tcp-{peer}", daemon=True)
 
     def start(self) -> None:
         """Begins to read."""
@@ -91,15 +84,15 @@ class Connection:
     def post(self, tag: int, payload: Buffer, regions: Regions) -> None:
         """Writes one message; the caller has made sure of credit."""
         body = payload.data if isinstance(payload, np.ndarray) else memoryview(payload)
+        table = self._packer.check(tag, body.nbytes, regions)
+        parts = [body, *(self._region(*region) for region in regions)]
+        flat = [part.cast("B") for part in parts if part.nbytes]
         with self._write_lock:
-            consumed = self._consumed()
-            head = self.codec.pack_message(tag, body.nbytes, regions, self.sent, consumed)
-            parts = [body, *(self._region(*region) for region in regions)]
-            frame = [memoryview(head), *(part.cast("B") for part in parts if part.nbytes)]
+            self._told = self._consumed()
             # Counted before the write: the peer may answer before the write returns.
-            self.sent += 1
-            self._told = consumed
-            self._write(frame)
+            position = self.inlet.count_sent()
+            head = self._packer.pack(tag, body.nbytes, table, position, self._told)
+            self._write([memoryview(head), *flat])
 
     def give_credit(self) -> None:
         """Tells the peer that slots are free again, once it may have run half out of them."""
@@ -113,7 +106,7 @@ class Connection:
 
     def _header(self, kind: Kind) -> memoryview:
         self._told = self._consumed()
-        return memoryview(pack_header(kind, self.sent, self._told))
+        return memoryview(pack_header(kind, self._told))
 
     def _region(self, arena: str, offset: int, nbytes: int) -> memoryview:
         return self.fabric.arena(arena)[offset : offset + nbytes].data
@@ -162,72 +155,19 @@ class Connection:
 
     def _run(self) -> None:
         try:
-            while True:
-                self._deliver()
-        except (OSError, ChannelError) as error:
+            while self.inlet.pump(PULSE_S * 1e3):
+                self._pulse()
+                if self.inlet.quiet_s() > SILENCE_S:
+                    raise ChannelError(f"nothing was heard for {SILENCE_S:.1f} s")
+        except ChannelError as error:
             if not self._closing:
                 log.warning("connection to %s ended: %s", self.peer, error)
         finally:
             self.fabric.lose(self.peer)
-            with self.room:
-                self.room.notify_all()
+            self.inlet.wake()
             self._break()
             with self._write_lock:
                 self._sock.close()
-
-    def _deliver(self) -> None:
-        header = self._read(HEADER.size)
-        frame = self.codec.parse_header(bytes(header))
-        if not self.acked <= frame.consumed <= self.sent:
-            raise ChannelError(
-                f"{self.peer} says it consumed {frame.consumed} messages, {self.sent} were sent"
-            )
-        if frame.consumed != self.acked:
-            with self.room:
-                self.acked = frame.consumed
-                self.room.notify_all()
-        if frame.kind is Kind.MESSAGE:
-            self._deliver_message(frame)
-        elif frame.kind is Kind.BELL:
-            self.fabric.ring_me()
-
-    def _deliver_message(self, frame: Frame) -> None:
-        if self.inbox is None or frame.position != self._received:
-            raise ChannelError(f"message {frame.position} from {self.peer} was not expected")
-        regions = self.codec.parse_regions(self._read(frame.regions * REGION.size))
-        payload = self._read(frame.payload_bytes)
-        for name, offset, nbytes in regions:
-            self._fill(self._region(name, offset, nbytes))
-        if self._closing:
-            return
-        if not self.inbox.try_send(frame.tag, payload):
-            raise ChannelError(
-                f"{self.peer} sent more than the {self.fabric.spec.ring_slots} slots"
-            )
-        self._received += 1
-
-    def _read(self, nbytes: int) -> memoryview:
-        """The next bytes of the stream; valid until the next call."""
-        view = self._scratch[:nbytes]
-        self._fill(view)
-        return view
-
-    def _fill(self, view: memoryview) -> None:
-        while view.nbytes:
-            try:
-                got = self._sock.recv_into(view)
-            except BlockingIOError:
-                self._readable.poll(PULSE_S * 1e3)
-                got = -1
-            now = time.monotonic()
-            if got == 0:
-                raise ChannelError("it closed the connection")
-            if got > 0:
-                view = view[got:]
-                self._last_read = now
-            elif now - self._last_read > SILENCE_S:
-                raise ChannelError(f"nothing was heard for {now - self._last_read:.1f} s")
-            self._pulse()
 
 
 def _skip(parts: list[memoryview], nbytes: int) -> list[memoryview]:
@@ -256,7 +196,7 @@ class TcpSender:
         connection = self._connection
         if connection.fabric.peer_dead(self.peer):
             raise PeerDeadError(self.peer)
-        if connection.sent - connection.acked >= self._slots:
+        if connection.inlet.in_flight() >= self._slots:
             return False
         connection.post(tag, payload, regions)
         return True
@@ -268,9 +208,7 @@ class TcpSender:
             left = started + timeout_s - time.monotonic()
             if left <= 0:
                 raise PeerStalledError(self.peer, time.monotonic() - started)
-            with self._connection.room:
-                if self._connection.sent - self._connection.acked >= self._slots:
-                    self._connection.room.wait(min(left, SLICE_S))
+            self._connection.inlet.wait_credit(self._slots, min(left, SLICE_S) * 1e3)
 
 
 class TcpReceiver:
