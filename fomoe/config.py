@@ -37,7 +37,8 @@ for _power, _letter in enumerate("KMGT", start=1):
         f"{_letter}B": 1000**_power,
     }
 _BYTES_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-_DEVICE_PATTERN = re.compile(r"cpu(:\d+)?|(hip|cuda):\d+")
+# A device may stand on another node of the cluster: cpu@192.168.1.20.
+_DEVICE_PATTERN = re.compile(r"(cpu(:\d+)?|(hip|cuda):\d+)(@[\w.:-]+)?")
 
 _ENVIRONMENT = {
     "FOMOE_MODEL": "model",
@@ -293,7 +294,7 @@ class EngineConfig:
             )
         twice = sorted({name for name in self.devices if self.devices.count(name) > 1})
         _require(
-            all(name == "cpu" for name in twice),
+            all(name.partition("@")[0] == "cpu" for name in twice),
             f"device {', '.join(twice)} is named twice; only plain cpu may be repeated",
         )
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import psutil
 
-from fomoe.actors.client import EngineClient
 from fomoe.actors.cluster import Cluster
-from fomoe.actors.launch import RunningEngine
-from fomoe.config import Budgets, EngineConfig, RoutingConfig, default_model, parse_bytes
+from fomoe.actors.supervisor import Supervisor
+from fomoe.config import Budgets, EngineConfig, default_model, parse_bytes
 from fomoe.engine.plan import resolve
 from fomoe.engine.requests import (
     Finished,
@@ -54,11 +53,10 @@ class LLM:
         devices: One name per device, e.g. `["cpu", "cpu"]`.
         vram_budget: Bytes (or text such as "4GiB") for each device's expert slots.
         ram_budget: The same for each node's RAM tier.
-        car: Threshold of cache-aware routing, 0 for exact.
         address: Ray cluster; None finds a running one or starts one, "local" always starts one.
-        name: Prefix of the actors' names on the cluster.
         on_progress: Called with (share done, what) while loading.
-        options: Any other field of `EngineConfig`, e.g. `ctx_size`.
+        options: Any other field of `EngineConfig`, e.g. `ctx_size=8192` or
+            `routing=RoutingConfig(car=0.6)`; and `name`, the prefix of the actors' names.
 
     Raises ConfigError, BudgetError, GGUFError or EngineError; nothing is left running then.
     """
@@ -70,18 +68,15 @@ class LLM:
         devices: list[str] | tuple[str, ...] = ("cpu",),
         vram_budget: int | str | None = None,
         ram_budget: int | str | None = None,
-        car: float = 0.0,
         address: str | None = None,
-        name: str | None = None,
         on_progress: Callable[[float, str], None] | None = None,
         **options: Any,
     ) -> None:  # fmt: skip
-        routing = RoutingConfig(car=car, car_capacity=options.pop("car_capacity", None))
+        name = options.pop("name", f"fomoe-{os.getpid()}-{next(_NUMBERS)}")
         config = EngineConfig(
             model=default_model() if path is None else Path(path),
             devices=tuple(devices),
             budgets=Budgets(vram_bytes=_size(vram_budget), ram_bytes=_size(ram_budget)),
-            routing=routing,
             **options,
         )
         self.file = open_gguf(config.model)
@@ -92,22 +87,16 @@ class LLM:
         self.tokenizer = Tokenizer.from_gguf(self.file.metadata)
         self.cluster = Cluster(address)
         try:
-            self._engine: RunningEngine | None = self.cluster.launch(
-                self.file, self.spec, self.config,
-                name or f"fomoe-{os.getpid()}-{next(_NUMBERS)}", on_progress,
-            )  # fmt: skip
+            self._engine: Supervisor | None = Supervisor(
+                lambda: self.cluster.launch(self.file, self.spec, self.config, name, on_progress)
+            )
         except BaseException:
             self.cluster.close()
             raise
 
     @property
-    def engine(self) -> EngineClient:
-        """The engine as the server sees it."""
-        return self.running.client
-
-    @property
-    def running(self) -> RunningEngine:
-        """The engine's actors and plan; EngineError after `close`."""
+    def engine(self) -> Supervisor:
+        """The engine as the server sees it; EngineError after `close`."""
         if self._engine is None:
             raise EngineError("this LLM was closed")
         return self._engine
@@ -119,7 +108,7 @@ class LLM:
 
     def plan_text(self) -> str:
         """Return what the budgets hold, for people."""
-        return self.running.plan.text()
+        return self.engine.plan.text()
 
     def cluster_text(self) -> str:
         """Return lines for people: how to look at the actors on the Ray cluster."""
@@ -178,7 +167,7 @@ class LLM:
         """Stop the actors; a cluster that was there before stays as it was."""
         engine, self._engine = self._engine, None
         if engine is not None:
-            engine.stop()
+            engine.close()
             self.cluster.close()
 
     def __enter__(self) -> LLM:

@@ -1,4 +1,4 @@
-"""The engine as the server and the command line see it: events out of one ring, as async streams."""
+"""The engine as the server and the command line see it: a ring of events as async streams."""
 
 from __future__ import annotations
 
@@ -168,14 +168,14 @@ class EngineClient(FabricMember):
             self._end(request.request_id, self._failure)
         else:
             self._outgoing.append(request)
-            self.fabric.ring_me()
+            self.fabric.ring(self.name)
         return inbox
 
     def _close(self, request_id: str) -> None:
         """Forget a request; where it had not finished, tell the driver."""
         if self._inboxes.pop(request_id, None) is not None and self._failure is None:
             self._outgoing.append(Cancel(request_id=request_id))
-            self.fabric.ring_me()
+            self.fabric.ring(self.name)
 
     def _pump(self) -> None:
         status_at = 0.0
@@ -213,6 +213,8 @@ class EngineClient(FabricMember):
 
     def _fail(self, reason: str) -> None:
         """End every open request with an error; requests from now on end at once."""
+        if self._status.state == "degraded":  # the driver told the cause before it went
+            reason = self._status.detail
         self._failure = reason
         self._status = EngineStatus(state="degraded", detail=reason)
         for request_id in list(self._inboxes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import ModuleType
@@ -14,6 +15,7 @@ from fomoe.actors import placement
 from fomoe.actors.driver import DriverActor
 from fomoe.actors.gpu import GPUActor
 from fomoe.actors.launch import Handle, RunningEngine, launch
+from fomoe.actors.metrics import RayMetrics
 from fomoe.actors.names import NAMESPACE
 from fomoe.actors.storage import StorageActor
 from fomoe.config import EngineConfig
@@ -21,13 +23,19 @@ from fomoe.errors import ConfigError, EngineError
 from fomoe.gguf.reader import GGUFFile
 from fomoe.model.spec import ModelSpec
 
+_NAME_BOUND_S = 3.0
 OBJECT_STORE_BYTES = 200_000_000  # control messages only; Ray's default takes a third of the RAM
 
 
 class FomoeDriver(DriverActor):
-    """The driver as a Ray actor."""
+    """The driver as a Ray actor; its totals also appear on Ray's metrics port."""
 
     exits_when_orphaned = True
+
+    def start(self) -> None:
+        """Begin to fill the tiers and then to serve."""
+        super().start()
+        self._metrics = RayMetrics(self.stats)
 
     def __repr__(self) -> str:
         return self.name
@@ -127,17 +135,11 @@ class Cluster:
         def spawn(role: str, process: str, box: int) -> Handle:
             strategy = NodeAffinitySchedulingStrategy(node_ids[box], soft=False)
             kind = ray.remote(_CLASSES[role])
-            actor_name = f"{name}-{process}"
-            try:
-                actor = kind.options(
-                    name=actor_name, namespace=NAMESPACE, num_cpus=0, max_restarts=0,
-                    max_task_retries=0, scheduling_strategy=strategy,
-                ).remote(process)  # fmt: skip
-            except ValueError as error:
-                raise EngineError(
-                    f"an actor {actor_name} runs on this cluster already; end it with fomoe stop"
-                ) from error
-            return RayHandle(ray, actor)
+            options = kind.options(
+                name=f"{name}-{process}", namespace=NAMESPACE, num_cpus=0, max_restarts=0,
+                max_task_retries=0, scheduling_strategy=strategy,
+            )  # fmt: skip
+            return RayHandle(ray, _create(options, process))
 
         return launch(file, spec, config, site, spawn, on_progress)
 
@@ -182,6 +184,27 @@ class Cluster:
         """Disconnect; ends the cluster where it was started here."""
         if not self._owned_here:
             self._ray.shutdown()
+
+
+def _create(options: Any, process: str) -> Any:
+    """Create a named actor; waits a moment for the name of one that is being ended."""
+    deadline = time.monotonic() + _NAME_BOUND_S
+    actor, error = _try_create(options, process)
+    while actor is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+        actor, error = _try_create(options, process)
+    if actor is None:
+        raise EngineError(
+            f"fomoe runs on this cluster already: {error}; end it with fomoe stop"
+        ) from error
+    return actor
+
+
+def _try_create(options: Any, process: str) -> tuple[Any, ValueError | None]:
+    try:
+        return options.remote(process), None
+    except ValueError as error:  # Ray: the name is taken
+        return None, error
 
 
 def niceness_hint(nice: int) -> str | None:

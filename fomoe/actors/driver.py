@@ -23,7 +23,7 @@ from fomoe.engine.plan import EnginePlan, make_plan
 from fomoe.engine.requests import EngineStatus, Finished, GenerateRequest, Receipt
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.series import engine_series
-from fomoe.errors import ChannelError, EngineError, FomoeError, PeerStalledError, StorageError
+from fomoe.errors import ChannelError, EngineError, FomoeError, PeerStalledError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
 from fomoe.kernels.cpu import ops
@@ -196,10 +196,13 @@ class DriverActor(FabricMember):
 
     def _fail(self, request_id: str, error: FomoeError) -> None:
         """End a request with an error; one that the engine cannot survive ends the loop."""
+        fatal = isinstance(error, ChannelError | EngineError)
+        if fatal:  # first, so that whoever sees the request end knows why
+            self._client.send(EngineStatus(state="degraded", detail=str(error)))
         self._client.send(
             Finished(request_id=request_id, reason="error", error=str(error), receipt=Receipt())
         )
-        if isinstance(error, ChannelError | EngineError) and not isinstance(error, StorageError):
+        if fatal:
             raise error
 
     def _logits(self, request: LogitsRequest) -> None:

@@ -102,13 +102,15 @@ class GPUActor(FabricMember):
         if message is None:
             return False
         if message[0] == Tag.STEP:
-            self._serve(*STEP.unpack_from(self._buffer))
+            self._serve(STEP.unpack_from(self._buffer))
         return True
 
-    def _serve(self, step_id: int, layer: int, tokens: int, top_k: int, first: int, count: int,
-               flags: int, buffer: int) -> None:  # fmt: skip
-        step = _Step(self._views[buffer], step_id, layer, tokens, top_k, first, count,
-                     bool(flags & STEP_LAST))  # fmt: skip
+    def _serve(self, fields: tuple[int, ...]) -> None:
+        step_id, layer, tokens, top_k, first, count, flags, buffer = fields
+        step = _Step(
+            self._views[buffer], step_id, layer, tokens, top_k, first, count,
+            bool(flags & STEP_LAST),
+        )  # fmt: skip
         if flags & STEP_FIRST:
             self._done[:] = 0
         complete = self._compute(step)

@@ -208,16 +208,11 @@ def _await_fill(engine: RunningEngine, on_progress: Callable[[float, str], None]
 def _results(calls: list[Future[Any]], timeout_s: float) -> list[Any]:
     """Return all results; the first exception is raised after every call has ended."""
     deadline = time.monotonic() + timeout_s
-    failed: BaseException | None = None
-    values = []
-    for call in calls:
-        try:
-            values.append(call.result(max(0.1, deadline - time.monotonic())))
-        except BaseException as error:
-            failed = failed or error
-    if failed is not None:
-        raise failed
-    return values
+    errors = [call.exception(max(0.1, deadline - time.monotonic())) for call in calls]
+    for error in errors:
+        if error is not None:
+            raise error
+    return [call.result(0) for call in calls]
 
 
 class ThreadHandle:

@@ -92,7 +92,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitsRequest:
-    """Client -> driver: the logits of a whole sequence, answered by `LogitsRows` then `Finished`."""
+    """Client -> driver: the logits of a sequence, answered by `LogitsRows`, then `Finished`."""
 
     request_id: str
     tokens: list[int]

@@ -22,8 +22,8 @@ def prepare_environment() -> None:
     visible = os.environ.get("ROCR_VISIBLE_DEVICES")
     if visible is not None and "HIP_VISIBLE_DEVICES" not in os.environ:
         raise ConfigError(
-            f"ROCR_VISIBLE_DEVICES={visible} is set without HIP_VISIBLE_DEVICES, which Ray refuses: "
-            "unset it and set HIP_VISIBLE_DEVICES instead"
+            f"ROCR_VISIBLE_DEVICES={visible} is set without HIP_VISIBLE_DEVICES, which Ray "
+            "refuses: unset it and set HIP_VISIBLE_DEVICES instead"
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -80,7 +80,9 @@ def plan_site(devices: tuple[str, ...], nodes: list[RayNode], here: str) -> tupl
         if node_id not in order:
             order.append(node_id)
         device_box.append(order.index(node_id))
-    boxes = tuple(Box(node_id, by_id[node_id].host) for node_id in order)
+    # Sockets are for other boxes only; alone, nothing listens where others could call.
+    hosts = ["127.0.0.1"] if len(order) == 1 else [by_id[node_id].host for node_id in order]
+    boxes = tuple(Box(node_id, host) for node_id, host in zip(order, hosts, strict=True))
     return Site(boxes, tuple(device_box), len(os.sched_getaffinity(0))), order
 
 

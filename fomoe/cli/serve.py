@@ -128,7 +128,7 @@ def serve(model: ModelOptions, engine: EngineOptions, server: ServerOptions) -> 
     with closing(listen(config.host, config.port)) as sock:
         typer.echo(banner(model))
         notify(notify_socket(), f"STATUS=loading {model.path.name}")
-        with opened(model, engine) as llm:
+        with opened(model, engine, name="fomoe") as llm:
             # Ray installs a handler of its own while it starts.
             _stop_on_sigterm()
             _answer_requests(llm, config, sock)

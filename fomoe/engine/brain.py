@@ -22,7 +22,7 @@ class Brain:
     def route(
         self, layer: int, scores: F32, batch: Batch, sequences: tuple[Sequence, ...]
     ) -> Route:
-        """Return experts and weights [T, k]; tells each sequence's logical cache what it decided."""
+        """Return experts and weights [T, k]; each sequence's logical cache learns of them."""
         route = route_exact(scores, self._top_k)
         for run, sequence in zip(batch.runs, sequences, strict=True):
             rows = slice(run.start, run.stop)

@@ -1,4 +1,4 @@
-"""What a run will hold where: budgets to slots, slots to segments; a pure function of its inputs."""
+"""What a run will hold where: budgets to slots, slots to segments; a pure function."""
 
 from __future__ import annotations
 

@@ -1,0 +1,111 @@
+"""Keeps an engine up: when an actor dies, requests end in an error and all actors start again.
+
+A half-finished token is never resumed: the fabric in which a process died is left, the survivors
+are ended, and a new set of actors fills its tiers from the files.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from fomoe.actors.client import Answer
+from fomoe.actors.launch import RunningEngine
+from fomoe.actors.messages import LogitsRequest
+from fomoe.actors.process import log
+from fomoe.engine.plan import EnginePlan
+from fomoe.engine.requests import EngineStatus, Event, GenerateRequest
+from fomoe.errors import EngineError
+from fomoe.model.buffers import F32
+
+_WATCH_S = 0.1
+_MOST_RESTARTS = 3
+_WITHIN_S = 300.0
+
+
+class Supervisor:
+    """An engine that outlives its actors; implements `Engine`.
+
+    `start` brings a new set of actors up. More than three restarts in five minutes mean that
+    starting again does not help: the engine then stays down and says why.
+    """
+
+    def __init__(self, start: Callable[[], RunningEngine]) -> None:
+        self._start = start
+        self._engine = start()
+        self._restarts: deque[float] = deque(maxlen=_MOST_RESTARTS)
+        self.restarts = 0
+        self._down: str | None = None
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="fomoe-supervisor", daemon=True)
+        self._watcher.start()
+
+    @property
+    def ctx_size(self) -> int:
+        """Tokens that one sequence may hold (prompt and answer together)."""
+        return self._engine.client.ctx_size
+
+    @property
+    def running(self) -> RunningEngine:
+        """The present set of actors."""
+        return self._engine
+
+    @property
+    def plan(self) -> EnginePlan:
+        """What the budgets hold; the same after every restart."""
+        return self._engine.plan
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        """Yield the request's events; closing the iterator early cancels the request."""
+        return self._engine.client.generate(request)
+
+    def stream(self, request: GenerateRequest | LogitsRequest) -> Iterator[Answer]:
+        """Yield the request's events in the calling thread; closing early cancels."""
+        return self._engine.client.stream(request)
+
+    def logits(self, tokens: list[int], vocab: int) -> F32:
+        """Return the logits float32 [T, V] of a sequence; EngineError where it failed."""
+        return self._engine.client.logits(tokens, vocab)
+
+    def status(self) -> EngineStatus:
+        """Return the newest status without blocking."""
+        if self._down is not None:
+            return EngineStatus(state="degraded", detail=self._down)
+        return self._engine.client.status()
+
+    def close(self) -> None:
+        """Stop supervising, then the actors; bounded."""
+        self._closing.set()
+        self._watcher.join(10.0)
+        self._engine.stop()
+
+    def _watch(self) -> None:
+        while not self._closing.wait(_WATCH_S):
+            status = self._engine.client.status()
+            if status.state == "degraded" and self._down is None:
+                self._restart(status.detail)
+
+    def _restart(self, reason: str) -> None:
+        now = time.monotonic()
+        if len(self._restarts) == _MOST_RESTARTS and now - self._restarts[0] < _WITHIN_S:
+            self._down = (
+                f"{reason}; {_MOST_RESTARTS} restarts in {_WITHIN_S:.0f} s did not help: "
+                "see the actors' logs, then start fomoe again"
+            )
+            log.error("%s", self._down)
+            return
+        self._restarts.append(now)
+        self.restarts += 1
+        log.error("starting all actors again: %s", reason)
+        self._down = f"{reason}; the engine starts again"
+        self._engine.stop()
+        try:
+            self._engine = self._start()
+        except EngineError as error:
+            log.error("could not start again: %s", error)
+            self._down = str(error)
+            return
+        self._down = None
+        log.error("ready again after %.1f s", time.monotonic() - now)
