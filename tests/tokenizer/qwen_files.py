@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_gguf import metadata_of
+from support.fake_gguf import metadata_of
 from tokenizers import Tokenizer as Reference
 
 from fomoe.model.chat import ChatTemplate

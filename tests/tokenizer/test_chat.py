@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_gguf import metadata_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from qwen_files import TEMPLATE, needs_qwen, qwen, reference
-from small_vocab import END_OF_TEXT, IM_END, IM_START, small_tokenizer, small_values
+from support.fake_gguf import metadata_of
+from support.small_vocab import END_OF_TEXT, IM_END, IM_START, small_tokenizer, small_values
 
 from fomoe.errors import GGUFError, RequestError
 from fomoe.model.chat import ChatTemplate

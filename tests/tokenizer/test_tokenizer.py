@@ -5,11 +5,11 @@ import unicodedata
 from typing import Any
 
 import pytest
-from fake_gguf import metadata_of
 from hypothesis import given
 from hypothesis import strategies as st
 from qwen_files import DATA, needs_qwen, qwen, reference
-from small_vocab import (
+from support.fake_gguf import metadata_of
+from support.small_vocab import (
     END_OF_TEXT,
     GOLDEN,
     IM_END,

@@ -1,4 +1,4 @@
-"""The small vocabulary of golden.json as GGUF metadata."""
+"""The small vocabulary of tests/tokenizer/golden.json as GGUF metadata."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fake_gguf import metadata_of
+from support.fake_gguf import metadata_of
 
 from fomoe.model.tokenizer import Tokenizer
 
-GOLDEN: dict[str, Any] = json.loads(Path(__file__).with_name("golden.json").read_text())
+_PATH = Path(__file__).parents[1] / "tokenizer" / "golden.json"
+GOLDEN: dict[str, Any] = json.loads(_PATH.read_text())
 END_OF_TEXT, IM_START, IM_END, THINK, END_THINK = range(384, 389)
 PADDING = 391
 

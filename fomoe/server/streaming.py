@@ -1,0 +1,131 @@
+"""Responses that stop their work as soon as the client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fomoe.errors import FomoeError
+from fomoe.server.errors import api_error, error_response, to_json
+
+Frames = AsyncGenerator[bytes, None]
+
+DONE = b"data: [DONE]\n\n"
+
+log = logging.getLogger(__name__)
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+def frame(value: Any) -> bytes:
+    """Return a server-sent event."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    """Return a comment, which clients skip: a sign of life."""
+    return b": " + text.encode() + b"\n\n"
+
+
+class Watched(Response):
+    """Base of the responses here: runs `work`, and cancels it when the client disconnects."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request (ASGI)."""
+        work = asyncio.create_task(self.work(scope, receive, send))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+        if not work.cancelled():
+            work.result()
+
+    async def work(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Do the work and send the answer."""
+        raise NotImplementedError
+
+
+class JsonAnswer(Watched):
+    """One JSON body that takes a while to make."""
+
+    def __init__(self, make: Callable[[], Awaitable[Any]]) -> None:
+        super().__init__()
+        self._make = make
+
+    async def work(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Make the body and send it; an exception becomes an error response."""
+        try:
+            body = to_json(await self._make())
+        except Exception as error:
+            await error_response(api_error(error))(scope, receive, send)
+            return
+        await Response(body, media_type="application/json")(scope, receive, send)
+
+
+class EventStream(Watched):
+    """Server-sent events.
+
+    An exception before the first frame becomes an error response; a later one a last frame with
+    the error, and no `[DONE]`. A client that does not read for `stall_s` seconds is given up, so
+    that what is buffered for it stays bounded.
+    """
+
+    def __init__(self, frames: Frames, *, stall_s: float) -> None:
+        super().__init__()
+        self._frames = frames
+        self._stall_s = stall_s
+
+    async def work(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send frames as they come."""
+        async with aclosing(self._frames) as frames:
+            try:
+                first = await anext(frames)
+            except Exception as error:
+                await error_response(api_error(error))(scope, receive, send)
+                return
+            try:
+                await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                await self._send(send, first)
+                await self._send_rest(send, frames)
+            except StalledError as error:
+                log.warning("a stream was given up: %s", error)
+
+    async def _send_rest(self, send: Send, frames: Frames) -> None:
+        try:
+            async for one in frames:
+                await self._send(send, one)
+        except StalledError:
+            raise
+        except Exception as error:
+            await self._send(send, frame(api_error(error).body))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, data: bytes) -> None:
+        message = {"type": "http.response.body", "body": data, "more_body": True}
+        try:
+            await asyncio.wait_for(send(message), self._stall_s)
+        except asyncio.TimeoutError:
+            raise StalledError(f"the client read nothing for {self._stall_s:g} s") from None
+
+
+class StalledError(FomoeError):
+    """The client does not read what it asked for."""
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
