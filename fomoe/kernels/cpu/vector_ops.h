@@ -19,10 +19,10 @@ inline void store_upto(float* p, F8 a, int n) {
     else store_n(p, a, n);
 }
 
-// exp by 2^n * p(r), |r| <= ln 2 / 2, polynomial of Cephes' expf; within 2 ulp. Saturates at 1.2e-38
-// and 2.4e38; NaN stays NaN.
+// exp by 2^n * p(r), |r| <= ln 2 / 2, polynomial of Cephes' expf; within 2 ulp. 2^n is multiplied in
+// two halves, so that large x give infinity and small x subnormals, then 0; NaN stays NaN.
 inline F8 exp(F8 x) {
-    x = min(splat(88.37626f), max(splat(-87.33654f), x));
+    x = min(splat(130.0f), max(splat(-130.0f), x));
     const F8 n = round_even(mul(x, splat(1.44269504f)));
     const F8 r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
     F8 p = splat(1.9875691500e-4f);
@@ -32,7 +32,8 @@ inline F8 exp(F8 x) {
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p, mul(r, r), add(r, splat(1.0f)));
-    return scale_by_power(p, to_int(n));
+    const F8 half = round_even(mul(n, splat(0.5f)));
+    return scale_by_power(scale_by_power(p, to_int(half)), to_int(sub(n, half)));
 }
 // 1 + exp(-x): x / this is silu, 1 / this is sigmoid
 inline F8 one_plus_exp_minus(F8 x) { return add(splat(1.0f), exp(sub(zero(), x))); }
