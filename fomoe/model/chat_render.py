@@ -16,6 +16,9 @@ from typing import Any
 from fomoe.errors import RequestError
 from fomoe.model.chat_worker import HEAD
 
+# A busy machine takes its time to start a process.
+START_S = 60.0
+
 # The child gets this interpreter's module path, whatever environment it is started in.
 _BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
@@ -70,7 +73,7 @@ class TemplateRenderer:
             if self._child is None or self._child.poll() is not None:
                 self._start()
             try:
-                reply = self._exchange(variables)
+                reply = self._exchange(variables, self._limits.wall_s)
             except (TimeoutError, EOFError, BrokenPipeError):
                 self._stop()
                 raise RequestError(
@@ -117,7 +120,7 @@ class TemplateRenderer:
             "memory_bytes": limits.memory_bytes,
         }
         try:
-            reply = self._exchange(first)
+            reply = self._exchange(first, START_S)
         except (TimeoutError, EOFError, BrokenPipeError):
             self._stop()
             raise TemplateError(f"it does not compile within {limits.cpu_s:g} s") from None
@@ -130,7 +133,7 @@ class TemplateRenderer:
             self._cleanup()
         self._child = self._cleanup = None
 
-    def _exchange(self, value: dict[str, Any]) -> dict[str, Any]:
+    def _exchange(self, value: dict[str, Any], wall_s: float) -> dict[str, Any]:
         """Send a frame and wait for its answer."""
         child = self._child
         assert child is not None
@@ -139,7 +142,7 @@ class TemplateRenderer:
         data = json.dumps(value).encode()
         child.stdin.write(HEAD.pack(len(data)) + data)
         child.stdin.flush()
-        deadline = time.monotonic() + self._limits.wall_s
+        deadline = time.monotonic() + wall_s
         size = HEAD.unpack(_read(child.stdout.fileno(), HEAD.size, deadline))[0]
         reply: dict[str, Any] = json.loads(_read(child.stdout.fileno(), size, deadline))
         return reply

@@ -352,7 +352,7 @@ def test_a_hostile_template_ends_in_a_refusal(source: str, message: str) -> None
     started = time.monotonic()
     with pytest.raises(RequestError, match=message):
         renderer.render({"hostile": True, "messages": USER, "n": 10})
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
     assert renderer.render({"hostile": False}) == "fine"
     renderer.close()
 
@@ -370,7 +370,7 @@ def test_a_template_that_hangs_without_using_the_cpu_is_killed() -> None:
     started = time.monotonic()
     with pytest.raises(RequestError, match="did not finish"):
         renderer.render({})
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
     assert child.returncode == -9
     renderer.close()
 
