@@ -88,33 +88,36 @@ class Cluster:
 
     def __init__(self, address: str | None = None) -> None:
         placement.prepare_environment()
-        if placement.has_token() and not placement.uses_token():
-            placement.use_token()
+        self._mode_before = mode = placement.token_use()
+        found = None if address == "local" else placement.find_cluster(address)
+        if mode is None and found is not None:
+            placement.set_token_use("token" if found.wants_token else "disabled")
         import ray
 
         self._ray = ray
-        self._owned_here = False
-        logging.getLogger("ray").setLevel(logging.WARNING)
         self.is_local = False
-        if ray.is_initialized():
-            self._owned_here = True  # the caller's connection, and the caller's to close
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        self._is_callers = ray.is_initialized()
+        if self._is_callers:  # the caller's connection, and the caller's to close
             return
         options: dict[str, Any] = {
             "namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR,
         }  # fmt: skip
-        if address != "local":
-            try:
-                ray.init(address=address or "auto", **options)
-                return
-            except ConnectionError as error:
-                if address is not None:
-                    raise ConfigError(f"no Ray cluster answers at {address}: {error}") from error
+        if found is not None or address not in (None, "local"):
+            self._connect(found.address if found is not None else str(address), options)
+            return
         ray.init(
             address="local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=True,
             dashboard_host="127.0.0.1", **options,
         )  # fmt: skip
         placement.protect_token()
         self.is_local = True
+
+    def _connect(self, address: str, options: dict[str, Any]) -> None:
+        try:
+            self._ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise ConfigError(f"no Ray cluster answers at {address}: {error}") from error
 
     def launch(
         self, file: GGUFFile, spec: ModelSpec, config: EngineConfig, name: str,
@@ -146,7 +149,7 @@ class Cluster:
     @property
     def has_token(self) -> bool:
         """Whether programs need a token on this cluster."""
-        return placement.uses_token() or (self.is_local and placement.has_token())
+        return placement.uses_token()
 
     def hints(self) -> list[str]:
         """Return lines for people: how to look at the actors, and what of the cluster hurts."""
@@ -182,8 +185,9 @@ class Cluster:
 
     def close(self) -> None:
         """Disconnect; ends the cluster where it was started here."""
-        if not self._owned_here:
+        if not self._is_callers:
             self._ray.shutdown()
+        placement.set_token_use(self._mode_before)
 
 
 def _create(options: Any, process: str) -> Any:

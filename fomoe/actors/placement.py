@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from fomoe.actors.launch import Box, Site
 from fomoe.errors import ConfigError
@@ -32,18 +36,56 @@ def prepare_environment() -> None:
 
 
 def uses_token() -> bool:
-    """Whether this shell's Ray programs authenticate with a token."""
+    """Whether this process's Ray calls carry a token."""
     return os.environ.get("RAY_AUTH_MODE") == "token"
 
 
-def use_token() -> None:
-    """Authenticate with the token from now on; Ray reads this at import."""
-    os.environ["RAY_AUTH_MODE"] = "token"
+def set_token_use(mode: str | None) -> None:
+    """Make Ray calls of this process carry a token ("token") or not; None lets Ray decide."""
+    if mode is None:
+        os.environ.pop("RAY_AUTH_MODE", None)
+    else:
+        os.environ["RAY_AUTH_MODE"] = mode
+    if "ray" in sys.modules:  # it looked once, when it was imported
+        sys.modules["ray"]._raylet.Config.initialize("")
 
 
-def has_token() -> bool:
-    """Whether a token exists that Ray would use."""
-    return TOKEN_FILE.is_file() or "RAY_AUTH_TOKEN" in os.environ
+def token_use() -> str | None:
+    """Return RAY_AUTH_MODE of this process."""
+    return os.environ.get("RAY_AUTH_MODE")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundCluster:
+    """A cluster that has a node on this machine, and whether it asks for a token."""
+
+    address: str
+    wants_token: bool
+
+
+def find_cluster(address: str | None) -> FoundCluster | None:
+    """Return the cluster at `address`, else at RAY_ADDRESS, else the one that runs here.
+
+    Every node runs a raylet with the cluster's address in its arguments and Ray's authentication
+    mode in its environment, which is how the mode is known before the first call. None where no
+    raylet of that cluster runs on this machine.
+    """
+    wanted = address or os.environ.get("RAY_ADDRESS")
+    for process in psutil.process_iter(["name"]):
+        if process.info["name"] != "raylet":
+            continue
+        with contextlib.suppress(psutil.Error):
+            found = _cluster_of(process)
+            if found is not None and wanted in (None, "auto", found.address):
+                return found
+    return None
+
+
+def _cluster_of(raylet: psutil.Process) -> FoundCluster | None:
+    addresses = [a.partition("=")[2] for a in raylet.cmdline() if a.startswith("--gcs-address=")]
+    if not addresses or raylet.status() == psutil.STATUS_ZOMBIE:
+        return None
+    return FoundCluster(addresses[0], raylet.environ().get("RAY_AUTH_MODE") == "token")
 
 
 def protect_token() -> None:
