@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.engine.requests import SamplingParams
+from fomoe.errors import EngineError
 from fomoe.model.buffers import F32
 
 F64 = npt.NDArray[np.float64]
@@ -22,11 +23,20 @@ def sample(
 
     `prompt` and `output` count the tokens so far: the repetition penalty looks at both, presence
     and frequency penalties at the output, as OpenAI defines them. Greedy ties go to the lower id.
+
+    Raises:
+        EngineError: the logits hold NaN, +inf or nothing but -inf.
     """
     scores = _penalised(logits, params, prompt, output)
+    best = int(np.argmax(scores))  # the first NaN where there is one
+    if not np.isfinite(scores[best]):
+        raise EngineError(f"the logits of position {position} are not finite; check the model file")
     if params.temperature <= 0.0:
-        return int(np.argmax(scores))
-    ids, p = _candidates(scores.astype(np.float64) / params.temperature, params)
+        return best
+    wide = scores.astype(np.float64)
+    with np.errstate(over="ignore"):  # a vanishing temperature leaves the best alone above -inf
+        below = (wide - wide[best]) / params.temperature
+    ids, p = _candidates(below, params)
     # A counter-based generator: the draw for a position needs no history, so a stream can be
     # taken up by another process with the same tokens.
     generator = np.random.Generator(
@@ -44,9 +54,7 @@ def log_probabilities(logits: F32, token: int, n_top: int) -> tuple[float, list[
     top: list[tuple[int, float]] = []
     if n_top > 0:
         n_top = min(n_top, len(wide))
-        best = np.argpartition(-wide, n_top - 1)[:n_top]
-        best = best[np.lexsort((best, -wide[best]))]
-        top = [(int(i), float(wide[i]) - log_sum) for i in best]
+        top = [(int(i), float(wide[i]) - log_sum) for i in _best(wide, n_top)]
     return float(wide[token]) - log_sum, top
 
 
@@ -81,19 +89,21 @@ def _penalised(
 
 
 def _candidates(scores: F64, params: SamplingParams) -> tuple[npt.NDArray[np.intp], F64]:
-    """Return candidate ids, best first, and their probabilities after top_k, top_p and min_p."""
+    """Return candidate ids, best first, and their probabilities after top_k, top_p and min_p.
+
+    The greatest score is 0.
+    """
     size = len(scores)
-    peak = float(scores.max())
     limit = size if params.top_k <= 0 else min(params.top_k, size)
     total = None
-    if params.top_p < 1.0 and limit > _NUCLEUS_GUESS:
-        weights = np.exp(scores - peak)
+    if params.top_p < 1.0 and limit == size > _NUCLEUS_GUESS:
+        weights = np.exp(scores)
         total = float(weights.sum())
         head = _best(scores, _NUCLEUS_GUESS)
         if float(weights[head].sum()) >= params.top_p * total:
             limit = _NUCLEUS_GUESS
     ids = _best(scores, limit)
-    p = np.exp(scores[ids] - peak)
+    p = np.exp(scores[ids])
     p /= float(p.sum()) if total is None else total
     if params.top_p < 1.0:
         keep = int(np.searchsorted(np.cumsum(p), params.top_p)) + 1
@@ -105,11 +115,11 @@ def _candidates(scores: F64, params: SamplingParams) -> tuple[npt.NDArray[np.int
 
 
 def _best(scores: F64, limit: int) -> npt.NDArray[np.intp]:
-    """Return the ids of the `limit` largest scores: by score descending, then id ascending.
-
-    Ids inside the partition may differ among equal scores at its border only.
-    """
-    if limit >= len(scores):
-        return np.lexsort((np.arange(len(scores)), -scores))
-    part = np.argpartition(-scores, limit - 1)[:limit]
+    """Return the ids of the `limit` largest scores: by score descending, then id ascending."""
+    size = len(scores)
+    if limit >= size:
+        return np.lexsort((np.arange(size), -scores))
+    border = np.partition(scores, size - limit)[size - limit]
+    above = np.flatnonzero(scores > border)
+    part = np.concatenate([above, np.flatnonzero(scores == border)[: limit - len(above)]])
     return part[np.lexsort((part, -scores[part]))]
