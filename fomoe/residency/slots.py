@@ -125,9 +125,9 @@ class VictimQueue:
         row = self._rows.get(layer)
         if row is None:
             present = self._table.slot_of[layer] >= 0
-            experts = np.flatnonzero(present & ~self._blocked(layer))
+            experts = (present & ~self._blocked(layer)).nonzero()[0]
             values = self._values(layer)[experts]
-            falling = np.argsort(values, kind="stable")[::-1]
+            falling = values.argsort(kind="stable")[::-1]
             row = list(zip(values[falling].tolist(), experts[falling].tolist(), strict=True))
             self._rows[layer] = row
         return row

@@ -64,8 +64,7 @@ def test_inclusive_ram_keeps_a_copy_and_drops_victims():
     assert fetch == Fetch(7, 0, Tier.NVME, victim=ExpertKey(0, 3), kept_in=0)
     (fetch,) = run(residency, 0, 7, 9).fetches
     assert fetch == Fetch(9, 1, Tier.NVME, victim=ExpertKey(0, 5), kept_in=1)
-    (fetch,) = run(residency, 0, 7, 9, *()).fetches or (None,)
-    assert fetch is None
+    assert not run(residency, 0, 7, 9).fetches
     assert not residency.counters.demotions.any()
 
 
@@ -90,6 +89,34 @@ def test_a_victim_worth_less_than_all_of_ram_is_dropped():
         Fetch(4, plan.fetches[0].slot, Tier.NVME, victim=ExpertKey(0, 9), demoted_to=-1),
     )
     assert residency.tier_of(0)[2] == Tier.RAM
+
+
+def test_a_victim_worth_as_much_as_ram_is_dropped_without_a_copy():
+    residency = Residency(one_pool(device=2, ram=1), LRU())
+    residency.fill([ExpertKey(0, expert) for expert in range(3)])
+    (fetch,) = run(residency, 0, 9).fetches
+    assert fetch.victim == ExpertKey(0, 0)
+    assert fetch.demoted_to == -1
+
+
+def test_a_layer_below_its_ram_quota_takes_a_slot_whatever_it_holds():
+    residency = Residency(one_pool(n_layers=2, device=4, ram=2), LRU())
+    for wanted in ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10)):
+        run(residency, 0, *wanted)
+    assert (residency.tier_of(0) == Tier.RAM).sum() == 2
+    run(residency, 1, 1, 2)
+    assert not (residency.tier_of(1) == Tier.RAM).any()
+    (fetch,) = run(residency, 1, 3).fetches
+    assert fetch.victim == ExpertKey(1, 1)
+    assert fetch.demoted_to >= 0
+    assert (residency.tier_of(0) == Tier.RAM).sum() == 1
+
+
+def test_inclusive_promotion_counts_as_a_use_of_the_copy():
+    residency = Residency(one_pool(device=1, ram=2), LRU(), "inclusive")
+    for expert in (1, 2, 1, 3):
+        run(residency, 0, expert)
+    assert np.flatnonzero(residency.slots(Tier.RAM)[0] >= 0).tolist() == [1, 3]
 
 
 def test_without_ram_victims_are_dropped():
@@ -127,6 +154,8 @@ def test_fetches_from_ram_come_first():
 
 
 def test_quotas_share_a_pool():
+    wide = Residency(one_pool(n_layers=3, device=8, ram=0), LRU())
+    assert [wide.quota(layer) for layer in range(3)] == [3, 3, 2]
     residency = Residency(one_pool(n_layers=3, device=7, ram=0), LRU())
     assert [residency.quota(layer) for layer in range(3)] == [3, 2, 2]
     run(residency, 0, 1, 2, 3, 4, 5)  # borrows free slots
