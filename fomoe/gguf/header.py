@@ -175,7 +175,6 @@ def _read_array(
     if element is ValueType.STRING:
         return StringArray(*stream.text_array(count, field))
     dtype = _SCALARS[element][1]
-    stream.need_items(count, dtype.itemsize, field)
     numbers = np.frombuffer(stream.take(count * dtype.itemsize, field), dtype)
     if element is ValueType.BOOL and numbers.size and int(numbers.max()) > 1:
         stream.fail(key, f"a boolean of value {int(numbers.max())}", _DAMAGED, count_at)

@@ -139,7 +139,7 @@ class HeaderStream:
             self.fail(field, f"at most {MAX_STRINGS:,} strings are read", _TRUNCATED)
         start = position = self.offset
         ends = array("q")
-        unpack, limit, have = _U64.unpack_from, self._limit, len(self._buffer)
+        unpack, have = _U64.unpack_from, len(self._buffer)
         for _ in range(count):
             if position + 8 > have:
                 self.offset = position
@@ -148,8 +148,6 @@ class HeaderStream:
             after = position + 8 + unpack(self._buffer, position)[0]
             if after > have:
                 self.offset = position + 8
-                if after > limit:
-                    self._refuse_length(after - self.offset, field)
                 self.need(after - self.offset, field)
                 have = len(self._buffer)
             position = after

@@ -85,6 +85,11 @@ class _Job:
             return (self.fetch.address,)
         return (self.fetch.address, self.fetch.source_address)
 
+    @property
+    def droppable(self) -> bool:
+        """Whether the job has not begun and no demand read waits for it, or it were hurried."""
+        return self.priority == PREFETCH and not self.started
+
 
 def _same_read(one: Fetch, other: Fetch) -> bool:
     """Whether two fetches read the same content into the same slot, whatever their priority."""
@@ -168,17 +173,13 @@ class FetchQueue:
         return tuple(dropped)
 
     def cancel_prefetch(self) -> tuple[Fetch, ...]:
-        """Drop the queued prefetches that no other job waits for; returns them."""
+        """Drop the queued prefetches that no demand read waits for; returns them."""
         with self._changed:
-            jobs = {id(job): job for chain in self._chains.values() for job in chain}
-            dropped: list[Fetch] = []
-            # the latest first: a job that only a dropped one waited for can go too
-            for job in sorted(jobs.values(), key=lambda job: -job.order):
-                if self._droppable(job):
-                    self._drop(job)
-                    dropped.append(job.fetch)
+            queued = [job for job in self._jobs() if job.droppable]
+            for job in queued:
+                self._drop(job)
             self._changed.notify_all()
-        return tuple(reversed(dropped))
+        return tuple(job.fetch for job in queued)
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is queued or running; False when that took too long."""
@@ -189,18 +190,22 @@ class FetchQueue:
         """Fail what is queued, wait for what is running; False when a read did not end in time."""
         with self._changed:
             self._closing.set()
-            left = {id(job): job for chain in self._chains.values() for job in chain}
-            queued = [job for job in left.values() if not job.started]
+            queued = [job for job in self._jobs() if not job.started]
             for job in queued:
                 self._drop(job)
             self._changed.notify_all()
-        for job in sorted(queued, key=lambda job: job.order):
+        for job in queued:
             self._report(job.fetch, StorageError("the fetch queue was closed before the read"))
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
+
+    def _jobs(self) -> list[_Job]:
+        """All jobs in the queue in the order of submission."""
+        jobs = {job.order: job for chain in self._chains.values() for job in chain}
+        return [jobs[order] for order in sorted(jobs)]
 
     def _check(self, fetch: Fetch) -> None:
         slot_bytes = self._slot_bytes.get(fetch.layer)
@@ -228,17 +233,11 @@ class FetchQueue:
         """Drop the queued prefetches whose bytes `fetch` would overwrite unread."""
         dropped: list[Fetch] = []
         for job in reversed(tuple(self._chains.get(fetch.address, ()))):
-            if job.fetch.address != fetch.address or not self._droppable(job):
+            if job.fetch.address != fetch.address or not job.droppable:
                 break
             self._drop(job)
             dropped.append(job.fetch)
         return dropped
-
-    def _droppable(self, job: _Job) -> bool:
-        """Whether `job` is a queued prefetch whose slot no later job needs."""
-        chain = self._chains[job.fetch.address]
-        waits = any(later.order > job.order for later in chain)
-        return job.priority == PREFETCH and not job.started and not waits
 
     def _enqueue(self, fetch: Fetch) -> None:
         job = _Job(fetch, self._order, fetch.priority)

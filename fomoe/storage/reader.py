@@ -220,13 +220,14 @@ class DirectReader:
                 failures += 1
                 self._pause_or_refuse(file, start + done, error, failures)
                 continue
-            if got == 0:
-                _refuse(file, start + done, f"the file ends {wanted - done:,} bytes early", None)
             end = done + got
             if direct and end < wanted:
                 # a direct read goes on at a page, so a page that came in part is read again
                 end -= end % PAGE_BYTES
             if end <= done:
+                missing = start + wanted - os.fstat(file.fd).st_size
+                if missing > 0:
+                    _refuse(file, start + done, f"the file ends {missing:,} bytes early", None)
                 failures += 1
                 short = OSError(errno.EIO, f"only {got:,} of {wanted - done:,} bytes came")
                 self._pause_or_refuse(file, start + done, short, failures)

@@ -143,6 +143,29 @@ def test_one_thread_is_kept_free_of_prefetches(bench: Bench) -> None:
     assert len(bench.landed) == 6
 
 
+def test_a_job_that_frees_two_slots_wakes_two_threads(bench: Bench) -> None:
+    gates = {slot: threading.Event() for slot in range(4)}
+
+    def hold(fetch: Fetch) -> float:
+        bench.started.append(fetch)
+        assert gates[fetch.slot].wait(30)
+        return 0.0
+
+    queue = FetchQueue(bench.reader, bench.segment, bench.land, 3, hold)
+    queue.submit([bench.fetch(0, source=1)])
+    wait_until(lambda: len(bench.started) == 1)
+    # both wait for the copy, on its target and on its source, and for nothing else
+    queue.submit([bench.fetch(2, source=0), bench.fetch(3, source=1)])
+    time.sleep(0.02)
+    assert len(bench.started) == 1
+    gates[0].set()
+    wait_until(lambda: len(bench.started) == 3)
+    gates[2].set()
+    gates[3].set()
+    assert queue.drain(10)
+    assert queue.close()
+
+
 def test_a_newer_job_drops_the_queued_prefetch_of_its_slot(bench: Bench) -> None:
     bench.gate.clear()
     with bench.queue() as queue:
@@ -445,7 +468,7 @@ def oracle_order(queued: list[Fetch]) -> list[Fetch]:
 
 
 checked = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
