@@ -168,6 +168,15 @@ class Generation:
 
 
 _LAST = np.array([0])
+_FAR = 1e6  # beyond this a float32 logit keeps nothing of what the model said
+_RANGES = {
+    "temperature": (0.0, _FAR),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1 / _FAR, _FAR),
+    "presence_penalty": (-_FAR, _FAR),
+    "frequency_penalty": (-_FAR, _FAR),
+}
 
 
 def check_request(request: GenerateRequest, ctx_size: int, vocab: int) -> None:
@@ -183,6 +192,17 @@ def check_request(request: GenerateRequest, ctx_size: int, vocab: int) -> None:
     worst = max(request.prompt, key=lambda t: -1 if 0 <= t < vocab else abs(t) + vocab)
     if not 0 <= worst < vocab:
         raise RequestError(f"token id {worst} is outside the vocabulary of {vocab:,}", "prompt")
-    outside = [t for t in request.sampling.logit_bias if not 0 <= t < vocab]
-    if outside:
-        raise RequestError(f"logit_bias names token {outside[0]} of {vocab:,}", "logit_bias")
+    for param, ids in (("logit_bias", request.sampling.logit_bias), ("stop_ids", request.stop_ids)):
+        outside = [t for t in ids if not 0 <= t < vocab]
+        if outside:
+            raise RequestError(f"{param} names token {outside[0]} of {vocab:,}", param)
+    for name, (low, high) in _RANGES.items():
+        _check_range(name, getattr(request.sampling, name), low, high)
+    for bias in request.sampling.logit_bias.values():
+        _check_range("logit_bias", bias, -_FAR, _FAR)
+    _check_range("car", request.car or 0.0, 0.0, 1.0)
+
+
+def _check_range(param: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise RequestError(f"{param} is {value}; it must lie between {low} and {high}", param)
