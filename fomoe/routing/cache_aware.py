@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import ConfigError
-from fomoe.routing.router import Route, best_ids, hide, softmax, sort_keys
+from fomoe.routing.router import Route, best_ids, hide, pick, softmax, sort_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class CacheAwareRouting:
         probabilities = softmax(logits)
         keys = sort_keys(logits)
         ids = best_ids(keys, k)
-        scores = np.take_along_axis(probabilities, ids, axis=1)
+        scores = pick(probabilities, ids)
         denominator = scores.sum(axis=1, keepdims=True)
         resident = np.broadcast_to(resident, logits.shape)
         missing = ~np.take_along_axis(resident, ids, axis=1)
@@ -59,7 +59,7 @@ class CacheAwareRouting:
             blocked = ~resident
             np.put_along_axis(blocked, ids, True, axis=1)
             candidates = best_ids(hide(keys, blocked), k)
-            offered = np.take_along_axis(probabilities, candidates, axis=1)
+            offered = pick(probabilities, candidates)
             n_offered = np.minimum(blocked.shape[1] - blocked.sum(axis=1), k)
             rows, ranks, taken = self._matches(scores, missing, offered, n_offered)
             ids[rows, ranks] = candidates[rows, taken]

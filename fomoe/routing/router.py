@@ -44,7 +44,7 @@ def route_exact(logits: npt.NDArray[np.float32], k: int) -> Route:
     """
     probabilities = softmax(logits)
     ids = best_ids(sort_keys(logits), k)
-    chosen = np.take_along_axis(probabilities, ids, axis=1)
+    chosen = pick(probabilities, ids)
     weights = chosen / chosen.sum(axis=1, keepdims=True)
     return Route(ids, weights, np.zeros(ids.shape, dtype=np.bool_))
 
@@ -53,21 +53,27 @@ def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Softmax over the last axis in float32; [T, E] to [T, E].
 
     Raises:
-        EngineError: a row's sum is not a number; names the row.
+        EngineError: a row's greatest is not a finite number; names the row.
     """
     # A strided row would be summed in another order than a contiguous one.
     logits = np.ascontiguousarray(logits, dtype=np.float32)
-    with np.errstate(invalid="ignore", under="ignore"):
-        powers: npt.NDArray[np.float32] = np.exp(logits - logits.max(axis=1, keepdims=True))
-    total = powers.sum(axis=1, keepdims=True)
-    if not np.isfinite(total).all():
-        row = int(np.flatnonzero(~np.isfinite(total))[0])
+    peak = logits.max(axis=1, keepdims=True)
+    if not np.isfinite(peak).all():
+        row = int(np.flatnonzero(~np.isfinite(peak))[0])
         raise EngineError(
             f"router logits of token {row} of {len(logits)} are not finite; the hidden state is "
             f"broken: check the model file, and report it with the prompt"
         )
-    powers /= total
+    powers: npt.NDArray[np.float32] = logits - peak
+    np.exp(powers, out=powers)
+    powers /= powers.sum(axis=1, keepdims=True)
     return powers
+
+
+def pick(values: npt.NDArray[np.float32], ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """Return values [T, E] at ids [T, k]; several times faster than `np.take_along_axis`."""
+    picked: npt.NDArray[np.float32] = values[np.arange(len(ids))[:, None], ids]
+    return picked
 
 
 def sort_keys(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
