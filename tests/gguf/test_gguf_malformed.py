@@ -155,11 +155,11 @@ def test_malformed_file_is_refused(tmp_path: Path, content: bytes, field: str) -
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         with pytest.raises(GGUFError) as caught:
             open_gguf(path)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
