@@ -90,6 +90,9 @@ class Residency:
         for a prefetch before its layer's next `plan` or `release`. Awaited entries never hold more
         than half of a pool.
 
+        Without `eager` a full LRU cache prefetches almost nothing: what is not on the device was
+        used before everything that is.
+
         Args:
             layer: index of the MoE layer.
             candidates: int32 [n], distinct, most likely first; those on the device are skipped.

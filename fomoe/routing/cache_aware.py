@@ -52,16 +52,17 @@ class CacheAwareRouting:
         ids = best_ids(keys, k)
         scores = pick(probabilities, ids)
         denominator = scores.sum(axis=1, keepdims=True)
-        resident = np.broadcast_to(resident, logits.shape)
-        missing = ~np.take_along_axis(resident, ids, axis=1)
         substituted = np.zeros(ids.shape, dtype=np.bool_)
+        blocked = np.empty(logits.shape, dtype=np.bool_)
+        np.logical_not(resident, out=blocked)
+        tokens = np.arange(len(ids))[:, None]
+        missing = blocked[tokens, ids]
         if self.threshold <= 1 and missing.any():
-            blocked = ~resident
-            np.put_along_axis(blocked, ids, True, axis=1)
+            blocked[tokens, ids] = True
             candidates = best_ids(hide(keys, blocked), k)
             offered = pick(probabilities, candidates)
-            n_offered = np.minimum(blocked.shape[1] - blocked.sum(axis=1), k)
-            rows, ranks, taken = self._matches(scores, missing, offered, n_offered)
+            is_real = ~blocked[tokens, candidates]
+            rows, ranks, taken = self._matches(scores, missing, offered, is_real)
             ids[rows, ranks] = candidates[rows, taken]
             scores[rows, ranks] = offered[rows, taken]
             substituted[rows, ranks] = True
@@ -72,7 +73,7 @@ class CacheAwareRouting:
         scores: npt.NDArray[np.float32],
         missing: npt.NDArray[np.bool_],
         offered: npt.NDArray[np.float32],
-        n_offered: npt.NDArray[np.int64],
+        is_real: npt.NDArray[np.bool_],
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Pair missing ranks with candidates: arrays of row, rank and candidate index.
 
@@ -80,17 +81,16 @@ class CacheAwareRouting:
         enough from missing expert need_j on, and goes to the first such one after candidate
         j - 1's: place_j = max(need_j, place_(j-1) + 1) = j + max over i <= j of (need_i - i).
         """
-        k = scores.shape[1]
-        by_rank = np.argsort(~missing, axis=1, kind="stable")
-        bars = np.float32(self.threshold) * np.take_along_axis(scores, by_rank, axis=1)
-        n_missing = missing.sum(axis=1)
-        unmet = offered[:, :, None] < bars[:, None, :]
-        unmet &= np.arange(k) < n_missing[:, None, None]
-        need = unmet.sum(axis=2)
+        n_tokens, k = scores.shape
+        by_rank = (~missing).argsort(axis=1, kind="stable")
+        bars = np.float32(self.threshold) * scores[np.arange(n_tokens)[:, None], by_rank]
         steps = np.arange(k)
+        n_missing = missing.sum(axis=1, keepdims=True)
+        is_short = offered[:, :, None] < bars[:, None, :]
+        is_short &= (steps < n_missing)[:, None, :]
+        need = is_short.sum(axis=2)
         place = np.maximum.accumulate(need - steps, axis=1) + steps
-        good = (place < n_missing[:, None]) & (steps < n_offered[:, None])
-        rows, taken = np.nonzero(good)
+        rows, taken = ((place < n_missing) & is_real).nonzero()
         return rows, by_rank[rows, place[rows, taken]], taken
 
 
