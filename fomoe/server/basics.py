@@ -21,7 +21,8 @@ def health_router(services: Services) -> APIRouter:
     """Return the routes that say how the server is."""
     router = APIRouter()
 
-    @router.api_route("/health", methods=["GET", "HEAD"])
+    @router.head("/health", include_in_schema=False)
+    @router.get("/health")
     async def health() -> Response:
         """Say whether requests are answered; needs no key, so it says nothing else."""
         status = services.engine.status()
@@ -31,7 +32,8 @@ def health_router(services: Services) -> APIRouter:
         message = "Loading model" if status.state == "loading" else "the engine has stopped"
         return JsonResponse(ApiError(503, message).body | body, 503)
 
-    @router.api_route("/ready", methods=["GET", "HEAD"])
+    @router.head("/ready", include_in_schema=False)
+    @router.get("/ready")
     async def ready() -> Response:
         """Say whether everything works; 503 while loading or while a part is being restarted."""
         status = services.engine.status()

@@ -134,5 +134,5 @@ async def _on_validation(_request: Request, error: Exception) -> Response:
     if first["type"] == "json_invalid":
         problem, param = f"the body is not valid JSON: {first['ctx']['error']}", None
     elif param is None:
-        problem = "the body must be a JSON object, sent with Content-Type: application/json"
+        problem = "the body must be a JSON object"
     return error_response(ApiError(400, f"{param}: {problem}" if param else problem, param=param))

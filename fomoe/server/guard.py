@@ -46,6 +46,8 @@ class Guard:
             self._check_host(hosts)
             self._check_key(scope["path"], headers)
             self._check_size(headers)
+            if scope["method"] == "POST":
+                _check_type(headers)
             if counted:
                 self._check_room()
             await self._app(scope, self._bounded(receive), watched)
@@ -122,6 +124,13 @@ class Guard:
 
     def _too_long(self) -> str:
         return f"the body is longer than {self._services.info.max_body_bytes:,} bytes"
+
+
+def _check_type(headers: dict[bytes, bytes]) -> None:
+    """Refuse what a web page can send to any address without asking its browser's permission."""
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind != b"application/json" and not kind.endswith(b"+json"):
+        raise ApiError(400, "send JSON with the header Content-Type: application/json")
 
 
 def host_name(header: str) -> str:

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fomoe.engine.requests import Receipt
+from fomoe.server.receipts import combined, percentages, tier_line, timings
+
+
+@pytest.mark.parametrize(
+    ("receipt", "line"),
+    [
+        (
+            Receipt(
+                generated_tokens=380,
+                generated_ms=10_000.0,
+                hits_device=61,
+                hits_ram=12,
+                reads_nvme=27,
+                devices="device (emulated)",
+            ),
+            "38 tok/s | device (emulated) 61 %  ram 12 %  nvme 27 % | exact",
+        ),
+        (
+            Receipt(
+                generated_tokens=88,
+                generated_ms=10_000.0,
+                hits_device=61,
+                hits_ram=9,
+                reads_nvme=9,
+                substituted=21,
+                mode="car 0.60",
+            ),
+            "8.8 tok/s | device 61 %  ram 9 %  nvme 9 % | car 0.60, 21 % substituted",
+        ),
+        (
+            Receipt(generated_tokens=1, generated_ms=20_000.0, hits_ram=1, mode="car 0.10"),
+            "0.05 tok/s | device 0 %  ram 100 %  nvme 0 % | car 0.10, 0 % substituted",
+        ),
+        (
+            Receipt(hits_device=1, hits_ram=1, reads_nvme=1),
+            "- tok/s | device 34 %  ram 33 %  nvme 33 % | exact",
+        ),
+        (
+            Receipt(generated_tokens=3, generated_ms=100.0),
+            "30 tok/s | device: no expert was used | exact",
+        ),
+    ],
+)
+def test_the_tier_line_says_what_an_answer_cost(receipt: Receipt, line: str) -> None:
+    assert tier_line(receipt) == line
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=6).filter(any))
+def test_percentages_add_up_and_are_never_off_by_one(counts: list[int]) -> None:
+    shares = percentages(counts)
+    assert sum(shares) == 100
+    for share, count in zip(shares, counts, strict=True):
+        assert abs(share * sum(counts) - 100 * count) < sum(counts)
+
+
+def test_receipts_of_several_answers_are_summed() -> None:
+    one = Receipt(prompt_tokens=3, generated_tokens=2, nvme_bytes=7, mode="exact")
+    two = Receipt(prompt_tokens=3, generated_tokens=5, nvme_bytes=1, mode="car 0.50")
+    both = combined([one, two])
+    assert (both.prompt_tokens, both.generated_tokens, both.nvme_bytes) == (6, 7, 8)
+    assert both.mode == "car 0.50"
+    assert combined([]) == Receipt()
+
+
+def test_timings_hold_the_fields_of_llama_cpp_and_ours() -> None:
+    values = timings(
+        Receipt(
+            prompt_tokens=10,
+            cached_tokens=6,
+            prompt_ms=200.0,
+            generated_tokens=5,
+            generated_ms=250.0,
+            hits_device=3,
+            prompt_reads_nvme=9,
+            substituted=4,
+            lost_mass=0.5,
+            stall_ms=12.0,
+            logical_capacity=64,
+            decision_hash="0f",
+        )
+    )
+    ours = values.pop("fomoe")
+    assert values == {
+        "cache_n": 6,
+        "prompt_n": 4,
+        "prompt_ms": 200.0,
+        "prompt_per_token_ms": 50.0,
+        "prompt_per_second": 20.0,
+        "predicted_n": 5,
+        "predicted_ms": 250.0,
+        "predicted_per_token_ms": 50.0,
+        "predicted_per_second": 20.0,
+    }
+    assert ours["hit"] == {"device": 3, "ram": 0, "nvme": 0}
+    assert ours["prompt_hit"]["nvme"] == 9
+    assert (ours["substituted"], ours["router_mass_lost"], ours["stall_ms"]) == (4, 0.5, 12.0)
+    assert (ours["logical_capacity"], ours["decision_hash"]) == (64, "0f")
+    assert timings(Receipt())["predicted_per_token_ms"] == 0.0
