@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -157,7 +159,8 @@ class Cluster:
         prefix = "RAY_AUTH_MODE=token " if self.has_token else ""
         address = ray.get_runtime_context().gcs_address
         url = ray.worker.global_worker.node.address_info.get("webui_url") or None
-        lines = [f"{prefix}ray list actors --address {address}"]
+        ray_command = Path(sys.executable).with_name("ray")
+        lines = [f"{prefix}{ray_command} list actors --address {address}"]
         if url is not None:
             token = f"  (token: {placement.TOKEN_FILE})" if self.has_token else ""
             lines.append(f"dashboard http://{url}{token}")

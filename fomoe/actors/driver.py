@@ -22,7 +22,7 @@ from fomoe.engine.meter import Meter
 from fomoe.engine.plan import EnginePlan, make_plan
 from fomoe.engine.requests import EngineStatus, Finished, GenerateRequest, Receipt
 from fomoe.engine.sequences import Sequence
-from fomoe.engine.series import engine_series
+from fomoe.engine.series import engine_series, tier_bytes
 from fomoe.errors import ChannelError, EngineError, FomoeError, PeerStalledError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
@@ -231,7 +231,7 @@ class DriverActor(FabricMember):
             load_progress=self._progress,
             running=int(self._running is not None),
             queued=len(self._queue),
-            counters=engine_series(self._meter, self._experts.residency.counters),
+            counters=self.stats(),
         )
 
     def status_line(self) -> str:
@@ -246,7 +246,8 @@ class DriverActor(FabricMember):
 
     def stats(self) -> dict[str, float]:
         """Return the running totals under their metric names."""
-        return engine_series(self._meter, self._experts.residency.counters)
+        residency = self._experts.residency
+        return engine_series(self._meter, residency.counters, tier_bytes(self._plan, residency))
 
     def stop(self) -> None:
         """End the loop after the present step."""

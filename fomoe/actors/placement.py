@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 from fomoe.actors.launch import Box, Site
 from fomoe.errors import ConfigError
 
+_PROBE_S = 1.0
 TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 
 
@@ -76,9 +78,23 @@ def find_cluster(address: str | None) -> FoundCluster | None:
             continue
         with contextlib.suppress(psutil.Error):
             found = _cluster_of(process)
-            if found is not None and wanted in (None, "auto", found.address):
+            if (
+                found is not None
+                and wanted in (None, "auto", found.address)
+                and _answers(found.address)
+            ):
                 return found
     return None
+
+
+def _answers(address: str) -> bool:
+    """Whether the cluster's head can be reached; a raylet outlives its head by seconds."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_PROBE_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _cluster_of(raylet: psutil.Process) -> FoundCluster | None:

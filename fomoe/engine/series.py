@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
+
 from fomoe.engine.meter import Meter
-from fomoe.residency import Counters
+from fomoe.engine.plan import EnginePlan
+from fomoe.residency import Counters, Residency
+from fomoe.types import Tier
 
 
-def engine_series(meter: Meter, residency: Counters) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class TierBytes:
+    """Bytes of experts in each tier and bytes of its slots, over all devices and nodes."""
+
+    device: int
+    ram: int
+    device_slots: int
+    ram_slots: int
+
+
+def tier_bytes(plan: EnginePlan, residency: Residency) -> TierBytes:
+    """Return what the tiers hold now."""
+    sizes = np.array([plan.table.expert_bytes(i) for i in range(plan.topology.n_layers)])
+    device, ram = (
+        int((np.count_nonzero(residency.slots(tier) >= 0, axis=1) * sizes).sum())
+        for tier in (Tier.DEVICE, Tier.RAM)
+    )
+    return TierBytes(device, ram, *plan.slot_bytes())
+
+
+def engine_series(meter: Meter, residency: Counters, tiers: TierBytes) -> dict[str, float]:
     """Return value by series, labels written into the name as Prometheus does."""
     host, loss = meter.host, meter.loss
     lookups, prompt = "fomoe_expert_lookups_total", "fomoe_prompt_expert_lookups_total"
@@ -35,4 +61,8 @@ def engine_series(meter: Meter, residency: Counters) -> dict[str, float]:
         "fomoe_prefetch_issued_total": float(host.prefetch_issued),
         "fomoe_prefetch_used_total": float(host.prefetch_used),
         "fomoe_prefetch_wasted_total": float(residency.prefetch_wasted.sum()),
+        'fomoe_tier_bytes{tier="device"}': float(tiers.device),
+        'fomoe_tier_bytes{tier="ram"}': float(tiers.ram),
+        'fomoe_tier_capacity_bytes{tier="device"}': float(tiers.device_slots),
+        'fomoe_tier_capacity_bytes{tier="ram"}': float(tiers.ram_slots),
     }

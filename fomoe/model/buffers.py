@@ -29,17 +29,23 @@ class Buffer:
         return view
 
 
+class Int8Rows(NamedTuple):
+    """Quantised activations: int8 [T, K] and float32 scales [T, K / 32]."""
+
+    q: npt.NDArray[np.int8]
+    scale: F32
+
+
 class Rows(NamedTuple):
-    """T rows of activations: float32 [T, K] and, in int8 mode, int8 [T, K] with scales [T, K/32]."""
+    """T rows of activations: float32 [T, K] and, in int8 mode, their quantised twin."""
 
     x: F32
-    q: npt.NDArray[np.int8] | None
-    scale: F32 | None
+    int8: Int8Rows | None
 
     def quantize(self) -> Rows:
         """Fill the int8 twin from the float32 rows (a no-op where there is none)."""
-        if self.q is not None:
-            ops.quantize_activations(self.x, self.q, self.scale)
+        if self.int8 is not None:
+            ops.quantize_activations(self.x, self.int8.q, self.int8.scale)
         return self
 
 
@@ -48,18 +54,19 @@ class Activations:
 
     def __init__(self, max_tokens: int, width: int, *, int8: bool) -> None:
         self._x = np.zeros((max_tokens, width), dtype=np.float32)
-        self._q: npt.NDArray[np.int8] | None = None
-        self._scale: F32 | None = None
+        self._int8: Int8Rows | None = None
         if int8 and width % BLOCK == 0:
-            self._q = np.zeros((max_tokens, width), dtype=np.int8)
-            self._scale = np.zeros((max_tokens, width // BLOCK), dtype=np.float32)
+            self._int8 = Int8Rows(
+                np.zeros((max_tokens, width), dtype=np.int8),
+                np.zeros((max_tokens, width // BLOCK), dtype=np.float32),
+            )
         self._views: dict[int, Rows] = {}
 
     def at(self, tokens: int) -> Rows:
         """Return the first `tokens` rows as cached views."""
         rows = self._views.get(tokens)
         if rows is None:
-            q = None if self._q is None else self._q[:tokens]
-            scale = None if self._scale is None else self._scale[:tokens]
-            rows = self._views[tokens] = Rows(self._x[:tokens], q, scale)
+            int8 = self._int8
+            part = None if int8 is None else Int8Rows(int8.q[:tokens], int8.scale[:tokens])
+            rows = self._views[tokens] = Rows(self._x[:tokens], part)
         return rows

@@ -25,10 +25,10 @@ class Linear:
 
     def __call__(self, x: Rows, out: F32) -> F32:
         """Write W x into `out` [T, rows]: int8 activations where `x` has them, else float32."""
-        if x.q is None or self.qtype in _FLOAT_TYPES:
+        if x.int8 is None or self.qtype in _FLOAT_TYPES:
             ops.matmul_f32(self.qtype, self.weight, x.x, out)
         else:
-            ops.matmul_q8(self.qtype, self.weight, x.q, x.scale, out)
+            ops.matmul_q8(self.qtype, self.weight, x.int8.q, x.int8.scale, out)
         return out
 
     def exact(self, x: F32, out: F32) -> F32:
