@@ -38,8 +38,19 @@ def test_echo_between_processes(fabric, spawn):
     assert states[5000:5100].tolist() == list(range(1, 101))
 
 
+def test_sleepers_are_woken_not_timed_out(fabric, spawn):
+    spawn("echo", handle=fabric.handle()).hear()
+    buffer = bytearray(16384)
+    start = time.monotonic()
+    for _ in range(150):
+        fabric.sender("b").send(1, b"x")
+        receive(fabric, fabric.receiver("b"), buffer, 0)
+    # Without the wake each of the 300 sleeps would last its slice of 100 ms.
+    assert time.monotonic() - start < 7.5
+
+
 def test_two_hundred_thousand_messages_keep_their_checksum(spawn):
-    spec = FabricSpec(("a", "b"), (("b", "a"),), (), 16, 300)
+    spec = FabricSpec(("a", "b"), (("b", "a"),), (), 512, 300)
     with Fabric.create(spec, "a") as fabric:
         peer = spawn("flood", handle=fabric.handle(), count=200_000, seed=3)
         digest, buffer = hashlib.blake2b(), bytearray(300)

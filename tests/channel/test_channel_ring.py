@@ -119,14 +119,44 @@ def test_a_blocked_send_goes_on_when_there_is_room(joined):
     assert 0.1 < waited < 2
 
 
-def test_a_blocked_send_ends_when_its_peer_does(joined):
+def test_a_sender_is_woken_not_timed_out(joined):
     a, b = joined(ring_slots=1)
-    a.sender("b").send(0, b"x")
-    threading.Timer(0.1, b.close).start()
+
+    def drain():
+        for _ in range(60):
+            while b.receiver("a").try_recv(bytearray(1)) is None:
+                time.sleep(0.002)
+
+    thread = threading.Thread(target=drain)
+    thread.start()
     start = time.monotonic()
-    with pytest.raises(PeerDeadError):
-        a.sender("b").send(1, b"y", timeout_s=30)
-    assert time.monotonic() - start < 2
+    for i in range(60):
+        a.sender("b").send(i, b"x")
+    thread.join()
+    # Without the wake each of the sleeps would last its slice of 100 ms.
+    assert time.monotonic() - start < 3
+
+
+def test_a_blocked_send_ends_when_its_peer_does(pair):
+    delays = []
+    for _ in range(3):
+        with Fabric.create(pair(ring_slots=1), "a") as a:
+            b = Fabric.attach(a.handle(), "b")
+            a.sender("b").send(0, b"x")
+            closed = []
+
+            def leave(fabric=b, closed=closed):
+                closed.append(time.monotonic())
+                fabric.close()
+
+            timer = threading.Timer(0.03, leave)
+            timer.start()
+            with pytest.raises(PeerDeadError):
+                a.sender("b").send(1, b"y", timeout_s=30)
+            delays.append(time.monotonic() - closed[0])
+            timer.join()
+    # A sender that is not woken goes on sleeping for the other 70 ms of its slice.
+    assert min(delays) < 0.05, delays
 
 
 def test_sizes_are_bounded(joined):
@@ -148,13 +178,14 @@ def test_a_strided_or_readonly_buffer_is_refused(joined):
         b.receiver("a").try_recv(b"read-only")
 
 
-def test_a_damaged_ring_is_noticed(joined):
+@pytest.mark.parametrize("field", [0, 15], ids=["position", "nbytes"])
+def test_a_damaged_ring_is_noticed(joined, field):
     a, b = joined(ring_slots=2, slot_bytes=64)
     a.sender("b").try_send(0, b"x")
     memory = np.frombuffer(a._memory, np.uint8)
     first_slot = 4096 * 2 + 5 * 64
     assert memory[first_slot + 12] == 1  # nbytes
-    memory[first_slot + 15] = 255
+    memory[first_slot + field] = 255
     with pytest.raises(ChannelError, match="damaged at message 0"):
         b.receiver("a").try_recv(bytearray(64))
 
@@ -166,6 +197,13 @@ def test_wait_returns_false_after_the_timeout(joined):
         assert not a.wait(a.bell(), spin_us, 30)
         assert 0.03 <= time.monotonic() - start < 1
     assert not a.wait(a.bell(), 0, 0)
+
+
+def test_a_sleep_costs_no_processor_time(joined):
+    a, _ = joined()
+    before = time.thread_time()
+    assert not a.wait(a.bell(), 0, 300)
+    assert time.thread_time() - before < 0.1
 
 
 def test_a_bell_that_rang_before_the_wait_is_heard(joined):

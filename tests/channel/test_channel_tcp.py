@@ -114,6 +114,24 @@ def test_a_sender_waits_for_a_slow_receiver(linked):
     assert got == list(range(500))
 
 
+def test_a_sender_is_woken_by_credit_not_timed_out(linked):
+    a, b = linked(ring_slots=1)
+
+    def drain():
+        for _ in range(40):
+            receive(b, b.receiver("a"), bytearray(16384))
+            time.sleep(0.003)
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    start = time.monotonic()
+    for i in range(40):
+        a.sender("b").send(i, b"x")
+    thread.join()
+    # Without the wake each of the sleeps would last its slice of 100 ms.
+    assert time.monotonic() - start < 2.5
+
+
 def test_a_ring_of_one_direction(link):
     spec = FabricSpec(("a", "b"), (("a", "b"),), (), 2)
     fabrics, _ = link(spec, BOXES)
