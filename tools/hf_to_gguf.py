@@ -17,9 +17,9 @@ from typing import Any
 
 import gguf
 import numpy as np
+from gguf_metadata import add_metadata, add_tokenizer, file_type
 
 ARCH = "qwen35moe"
-DEFAULT_MROPE_SECTIONS = (11, 11, 10)
 
 TOP_LEVEL = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -52,24 +52,6 @@ PER_LAYER = {
     "mlp.experts.gate_up_proj": "ffn_gate_up_exps.weight",
     "mlp.experts.down_proj": "ffn_down_exps.weight",
 }
-INTEGER_KEYS = {
-    "vocab_size": "vocab_size",
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "head_count": "num_attention_heads",
-    "head_count_kv": "num_key_value_heads",
-    "key_length": "head_dim",
-    "value_length": "head_dim",
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-    "ssm_conv_kernel": "linear_conv_kernel_dim",
-    "ssm_state_size": "linear_key_head_dim",
-    "ssm_group_count": "linear_num_key_heads",
-    "ssm_time_step_rank": "linear_num_value_heads",
-}
 ALWAYS_F32 = ("ssm_conv1d.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 
 
@@ -97,12 +79,12 @@ def write_gguf(  # noqa: PLR0913 one call says everything about a file
     if license_id is not None:
         writer.add_license(license_id)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_metadata(writer, config)
-    writer.add_file_type(_file_type(pick_type("blk.0.ffn_down_exps.weight")))
+    add_metadata(writer, config)
+    writer.add_file_type(file_type(pick_type("blk.0.ffn_down_exps.weight")))
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
     else:
-        _add_tokenizer(writer, tokenizer, int(config["vocab_size"]))
+        add_tokenizer(writer, tokenizer, int(config["vocab_size"]))
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     for tensor_name, values in gguf_tensors(state_dict, config, fused_gate_up=fused_gate_up):
@@ -177,47 +159,3 @@ def _transform_deltanet(key: str, values: np.ndarray, config: Mapping[str, Any])
             flat = values.reshape(values.shape[0], values.shape[-1])
             return np.concatenate([flat[:qk_rows], tiled(flat[qk_rows:], v_dim)])
     return values
-
-
-def _add_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
-    """Add the `qwen35moe.*` keys."""
-    rope = dict(config.get("rope_parameters") or {})
-    fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25))
-    sections = [int(n) for n in rope.get("mrope_section", DEFAULT_MROPE_SECTIONS)]
-    for key, source in INTEGER_KEYS.items():
-        getattr(writer, f"add_{key}")(int(config[source]))
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10_000_000.0)))
-    writer.add_rope_dimension_count(int(config["head_dim"] * fraction))
-    writer.add_rope_dimension_sections((sections + [0] * 4)[:4])
-    writer.add_full_attention_interval(list(config["layer_types"]).index("full_attention") + 1)
-    writer.add_ssm_inner_size(config["linear_num_value_heads"] * config["linear_value_head_dim"])
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Mapping[str, Any], vocab_size: int) -> None:
-    """Add a byte-level BPE vocabulary; ids without a token become unused padding."""
-    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
-    kinds = [gguf.TokenType.UNUSED] * vocab_size
-    for text, index in tokenizer["model"]["vocab"].items():
-        tokens[index], kinds[index] = text, gguf.TokenType.NORMAL
-    for added in tokenizer.get("added_tokens", []):
-        special = bool(added["special"])
-        tokens[added["id"]] = added["content"]
-        kinds[added["id"]] = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
-    merges = tokenizer["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen35")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    writer.add_add_bos_token(False)
-    if "<|im_end|>" in tokens:
-        writer.add_eos_token_id(tokens.index("<|im_end|>"))
-    if "<|endoftext|>" in tokens:
-        writer.add_pad_token_id(tokens.index("<|endoftext|>"))
-
-
-def _file_type(expert_type: str) -> int:
-    """`general.file_type` for the type that the experts have."""
-    names = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
-    return int(gguf.LlamaFileType[names.get(expert_type.upper(), f"MOSTLY_{expert_type.upper()}")])
