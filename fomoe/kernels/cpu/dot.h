@@ -12,11 +12,23 @@ namespace fomoe::cpu::FOMOE_ISA {
 
 constexpr int kTokens = 4;  // tokens that share a pass over an unpacked row
 
-// The scale of one group of 32 in the lanes of its products.
+// The scale of group g of 32 in the lanes of its products; `scales` has one per 16 or 32 values.
 template <class T>
-inline F8 group_scale(const Chunk& c, int g) {
-    if constexpr (T::group == 32) return splat(c.scale[g]);
-    return splat2(c.scale[2 * g], c.scale[2 * g + 1]);
+inline F8 group_scale(const float* scales, int g) {
+    if constexpr (T::group == 32) return splat(scales[g]);
+    return splat_pair(scales + 2 * g);
+}
+
+// scale * (activation scale of the group of 32) for a whole chunk, as the loop over groups would
+// multiply them one by one.
+template <class T>
+inline void scale_chunk(const Chunk& c, F8 activation, float* out) {
+    if constexpr (T::group == 32) {
+        store(out, mul(load(c.scale), activation));
+    } else {
+        store(out, mul(load(c.scale), low_twice(activation)));
+        store(out + 8, mul(load(c.scale + 8), high_twice(activation)));
+    }
 }
 
 template <class T>
@@ -38,15 +50,22 @@ struct Accumulator {
     // `first` is the number of the chunk's first group of 32 in the row.
     inline __attribute__((always_inline)) void take(const Chunk& c, int groups, int64_t first,
                                                     const QuantizedRows& x, const int64_t* token) {
-#pragma GCC unroll 8
-        for (int g = 0; g < groups; ++g) {
-            const F8 scale = group_scale<T>(c, g);
+        alignas(32) float both[N == 1 ? 16 : 1];
+        if constexpr (N == 1) {
+            const float* const at = x.scale + token[0] * x.scale_stride + first;
+            scale_chunk<T>(c, groups == kGroups ? load(at) : load_n(at, groups), both);
+        }
+        FOMOE_UNROLL_GROUPS
+        for (int g = 0; g < groups; ++g)
             for (int t = 0; t < N; ++t) {
                 const B32 q = bytes(x.q + token[t] * x.cols + 32 * (first + g));
-                const F8 both = mul(scale, splat(x.scale[token[t] * x.scale_stride + first + g]));
-                products[t] = fma(to_float(product<T>(c.q[g], q)), both, products[t]);
+                const F8 dots = to_float(product<T>(c.q[g], q));
+                F8 scale;
+                if constexpr (N == 1) scale = group_scale<T>(both, g);
+                else scale = mul(group_scale<T>(c.scale, g),
+                                 splat(x.scale[token[t] * x.scale_stride + first + g]));
+                products[t] = fma(dots, scale, products[t]);
             }
-        }
         if constexpr (T::has_offset) {
             constexpr int vectors = 32 / T::group;  // of 8 offsets in a chunk
             for (int t = 0; t < N; ++t)
@@ -110,25 +129,38 @@ void dot_q8(const Slice& s, const QuantizedRows& x, void* scratch) {
     }
 }
 
+// The 32 values of group g of an unpacked chunk in float32.
 template <class T>
-void dequantize(const uint8_t* row, int64_t cols, float* out) {
-    constexpr int per_scale = T::group / 8;
-    for (int64_t i = 0; i * kChunk < cols; ++i, out += kChunk) {
-        const int64_t left = cols - i * kChunk;
-        const int groups = static_cast<int>(left < kChunk ? left / 32 : kGroups);
-        Chunk c;
-        unpack_at<T>(row, i, groups, c);
-        alignas(32) int8_t q[kChunk];
-        for (int g = 0; g < groups; ++g) store_bytes(q + 32 * g, c.q[g]);
-        for (int v = 0; v < 4 * groups; ++v) {
-            const F8 value = mul(splat(c.scale[v / per_scale]), from_int8(word64(q + 8 * v)));
-            if constexpr (T::has_offset) store(out + 8 * v, add(value, splat(c.offset[v / per_scale])));
-            else store(out + 8 * v, value);
-        }
+inline void values(const Chunk& c, int g, F8* out) {
+    constexpr int scales = 32 / T::group;
+    alignas(32) uint8_t q[32];
+    store_bytes(q, c.q[g]);
+    for (int i = 0; i < 4; ++i) {
+        const int at = scales * g + i * scales / 4;
+        out[i] = mul(splat(c.scale[at]), from_int8(word64(q + 8 * i)));
+        if constexpr (T::has_offset) out[i] = add(out[i], splat(c.offset[at]));
     }
 }
 
-// The float types: F8 load of 8 values and the value of one.
+// Rows as float32: open(i) makes ready the values from kChunk * i on, group(g) yields 32 of them.
+template <class T>
+class BlockRow {
+   public:
+    BlockRow(const uint8_t* row, int64_t cols) : row_(row), cols_(cols) {}
+    inline __attribute__((always_inline)) void open(int64_t i) {
+        const int64_t left = cols_ - i * kChunk;
+        unpack_at<T>(row_, i, left < kChunk ? static_cast<int>(left / 32) : kGroups, chunk_);
+    }
+    void group(int g, F8* out) const { values<T>(chunk_, g, out); }
+    F8 part(int, int) const { return zero(); }  // blocks end at multiples of 32
+
+   private:
+    const uint8_t* row_;
+    int64_t cols_;
+    Chunk chunk_;
+};
+
+// The float types: 8 values at p.
 struct F32 {
     static F8 eight(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
     static constexpr int size = 4;
@@ -143,18 +175,49 @@ struct BF16 {
 };
 
 template <class T>
-void convert(const uint8_t* row, int64_t cols, float* out) {
-    int64_t i = 0;
-    for (; i + 8 <= cols; i += 8) store(out + i, T::eight(row + i * T::size));
-    if (i == cols) return;
-    uint8_t tail[32] = {};
-    std::memcpy(tail, row + i * T::size, static_cast<size_t>(cols - i) * T::size);
-    store_n(out + i, T::eight(tail), static_cast<int>(cols - i));
+class FloatRow {
+   public:
+    FloatRow(const uint8_t* row, int64_t) : row_(row), at_(row) {}
+    void open(int64_t i) { at_ = row_ + i * kChunk * T::size; }
+    void group(int g, F8* out) const {
+        for (int i = 0; i < 4; ++i) out[i] = T::eight(at_ + (32 * g + 8 * i) * T::size);
+    }
+    // values 8 v .. 8 v + n - 1, then zeros
+    F8 part(int v, int n) const {
+        uint8_t tail[32] = {};
+        std::memcpy(tail, at_ + 8 * v * T::size, static_cast<size_t>(n) * T::size);
+        return T::eight(tail);
+    }
+
+   private:
+    const uint8_t *row_, *at_;
+};
+
+inline int chunk_size(int64_t cols, int64_t begin) {
+    return static_cast<int>(cols - begin < kChunk ? cols - begin : kChunk);
 }
 
-// N tokens against one float row: lane j of sum v takes the values 32 i + 8 v + j.
-template <int N>
-inline void dot_floats(const Slice& s, const float* w, const float* x, int64_t cols, int64_t row,
+template <class Row>
+void dequantize(const uint8_t* data, int64_t cols, float* out) {
+    Row row(data, cols);
+    for (int64_t begin = 0; begin < cols; begin += kChunk, out += kChunk) {
+        row.open(begin / kChunk);
+        const int n = chunk_size(cols, begin);
+        for (int g = 0; g < n / 32; ++g) {
+            F8 value[4];
+            row.group(g, value);
+            for (int i = 0; i < 4; ++i) store(out + 32 * g + 8 * i, value[i]);
+        }
+        for (int v = n / 32 * 4; 8 * v < n; ++v) {
+            const int lanes = n - 8 * v < 8 ? n - 8 * v : 8;
+            store_n(out + 8 * v, row.part(v, lanes), lanes);
+        }
+    }
+}
+
+// N tokens against one row: lane j of sum i takes the values 32 g + 8 i + j.
+template <int N, class Row>
+inline void dot_floats(const Slice& s, Row& w, const float* x, int64_t cols, int64_t row,
                        int64_t j) {
     const float* at[N];
     F8 acc[N][4];
@@ -162,31 +225,43 @@ inline void dot_floats(const Slice& s, const float* w, const float* x, int64_t c
         at[t] = x + token_of(s, j + t) * cols;
         for (F8& a : acc[t]) a = zero();
     }
-    int64_t i = 0;
-    for (; i + 32 <= cols; i += 32)
-        for (int v = 0; v < 4; ++v) {
-            const F8 values = load(w + i + 8 * v);
-            for (int t = 0; t < N; ++t) acc[t][v] = fma(values, load(at[t] + i + 8 * v), acc[t][v]);
+    for (int64_t begin = 0; begin < cols; begin += kChunk) {
+        w.open(begin / kChunk);
+        const int n = chunk_size(cols, begin);
+        for (int g = 0; g < n / 32; ++g) {
+            F8 value[4];
+            w.group(g, value);
+            for (int i = 0; i < 4; ++i)
+                for (int t = 0; t < N; ++t)
+                    acc[t][i] = fma(value[i], load(at[t] + begin + 32 * g + 8 * i), acc[t][i]);
         }
-    for (int v = 0; i < cols; i += 8, ++v) {
-        const int n = static_cast<int>(cols - i < 8 ? cols - i : 8);
-        const F8 values = load_n(w + i, n);
-        for (int t = 0; t < N; ++t) acc[t][v] = fma(values, load_n(at[t] + i, n), acc[t][v]);
+        for (int v = n / 32 * 4; 8 * v < n; ++v) {
+            const int lanes = n - 8 * v < 8 ? n - 8 * v : 8;
+            const F8 value = w.part(v, lanes);
+            for (int t = 0; t < N; ++t)
+                acc[t][v % 4] = fma(value, load_n(at[t] + begin + 8 * v, lanes), acc[t][v % 4]);
+        }
     }
     for (int t = 0; t < N; ++t)
         s.out[(j + t) * s.out_stride + row] =
             sum(add(add(acc[t][0], acc[t][1]), add(acc[t][2], acc[t][3])));
 }
 
-// `Row` unpacks a row to float32 in scratch.
-template <DequantizeRow Row>
+template <class Row>
 void dot_f32(const Slice& s, const float* x, int64_t cols, void* scratch) {
-    float* w = static_cast<float*>(scratch);
+    float* const values = static_cast<float*>(scratch);
+    FloatRow<F32> stored(static_cast<const uint8_t*>(scratch), cols);
     for (int64_t row = s.begin; row < s.end; ++row) {
-        Row(s.weights + row * s.row_bytes, cols, w);
+        const uint8_t* const w = s.weights + row * s.row_bytes;
+        if (s.count == 1) {
+            Row alone(w, cols);
+            dot_floats<1>(s, alone, x, cols, row, 0);
+            continue;
+        }
+        dequantize<Row>(w, cols, values);
         int64_t j = 0;
-        for (; j + 3 <= s.count; j += 3) dot_floats<3>(s, w, x, cols, row, j);
-        for (; j < s.count; ++j) dot_floats<1>(s, w, x, cols, row, j);
+        for (; j + 3 <= s.count; j += 3) dot_floats<3>(s, stored, x, cols, row, j);
+        for (; j < s.count; ++j) dot_floats<1>(s, stored, x, cols, row, j);
     }
 }
 

@@ -7,16 +7,16 @@ namespace fomoe::cpu::FOMOE_ISA {
 template <class T>
 void enter(Kernels& k, QType type) {
     const int n = static_cast<int>(type);
-    k.dequantize[n] = dequantize<T>;
+    k.dequantize[n] = dequantize<BlockRow<T>>;
     k.dot_q8[n] = dot_q8<T>;
-    k.dot_f32[n] = dot_f32<dequantize<T>>;
+    k.dot_f32[n] = dot_f32<BlockRow<T>>;
 }
 
 template <class T>
 void enter_float(Kernels& k, QType type) {
     const int n = static_cast<int>(type);
-    k.dequantize[n] = convert<T>;
-    k.dot_f32[n] = dot_f32<convert<T>>;
+    k.dequantize[n] = dequantize<FloatRow<T>>;
+    k.dot_f32[n] = dot_f32<FloatRow<T>>;
 }
 
 inline Kernels make_table(const char* name) {

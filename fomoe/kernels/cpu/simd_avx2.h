@@ -9,6 +9,9 @@
 
 #include "half.h"
 
+// The 8 groups of a chunk stay in registers when their loop is unrolled.
+#define FOMOE_UNROLL_GROUPS _Pragma("GCC unroll 8")
+
 namespace fomoe::cpu::FOMOE_ISA {
 
 using F8 = __m256;
@@ -24,9 +27,19 @@ inline __m256i first_lanes(int n) {
 }
 inline F8 load_n(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
 inline void store_n(float* p, F8 a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a); }
-// (a, a, a, a, b, b, b, b)
-inline F8 splat2(float a, float b) {
-    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(a)), _mm_set1_ps(b), 1);
+// (a, a, a, a, b, b, b, b) of the floats a, b at p
+inline F8 splat_pair(const float* p) {
+    double both;
+    std::memcpy(&both, p, 8);
+    const __m256i pick = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(both)), pick);
+}
+// (a0, a0, a1, a1, a2, a2, a3, a3) and the same of a4 to a7
+inline F8 low_twice(F8 a) {
+    return _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+}
+inline F8 high_twice(F8 a) {
+    return _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
 }
 inline F8 add(F8 a, F8 b) { return _mm256_add_ps(a, b); }
 inline F8 sub(F8 a, F8 b) { return _mm256_sub_ps(a, b); }

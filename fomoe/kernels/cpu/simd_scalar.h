@@ -7,6 +7,8 @@
 
 #include "half.h"
 
+#define FOMOE_UNROLL_GROUPS  // vectors live in memory here: nothing to gain
+
 namespace fomoe::cpu::FOMOE_ISA {
 
 struct F8 {
@@ -29,8 +31,11 @@ inline F8 load(const float* p) { F8 r; std::memcpy(r.v, p, 32); return r; }
 inline void store(float* p, F8 a) { std::memcpy(p, a.v, 32); }
 inline F8 load_n(const float* p, int n) { F8 r = zero(); std::memcpy(r.v, p, 4 * size_t(n)); return r; }
 inline void store_n(float* p, F8 a, int n) { std::memcpy(p, a.v, 4 * size_t(n)); }
-// (a, a, a, a, b, b, b, b)
-inline F8 splat2(float a, float b) { F8 r; FOMOE_LANES(8, i < 4 ? a : b); }
+// (a, a, a, a, b, b, b, b) of the floats a, b at p
+inline F8 splat_pair(const float* p) { F8 r; FOMOE_LANES(8, p[i / 4]); }
+// (a0, a0, a1, a1, a2, a2, a3, a3) and the same of a4 to a7
+inline F8 low_twice(F8 a) { F8 r; FOMOE_LANES(8, a.v[i / 2]); }
+inline F8 high_twice(F8 a) { F8 r; FOMOE_LANES(8, a.v[4 + i / 2]); }
 inline F8 add(F8 a, F8 b) { F8 r; FOMOE_LANES(8, a.v[i] + b.v[i]); }
 inline F8 sub(F8 a, F8 b) { F8 r; FOMOE_LANES(8, a.v[i] - b.v[i]); }
 inline F8 mul(F8 a, F8 b) { F8 r; FOMOE_LANES(8, a.v[i] * b.v[i]); }
