@@ -105,7 +105,7 @@ class Residency:
         table = self._device
         allowed = min(limit, table.size[layer] // 2 - self._count(self._awaited, layer))
         row = table.slot_of[layer]
-        guesses = self._pinned[layer].copy()
+        guesses = np.zeros_like(self._pinned[layer])
         guesses[candidates] = True
         queue = VictimQueue(
             table,
@@ -123,12 +123,12 @@ class Residency:
             ):
                 continue
             claims.append((expert, self._claim_slot(layer, least, queue), least))
+            self._awaited[layer, expert] = self._unused[layer, expert] = True
         in_ram = self._ram.table.slot_of[layer]
-        claims.sort(key=lambda c: (in_ram[c[0]] < 0, -c[2][0] if c[2] else 0.0))
-        fetches = self._move(layer, claims, keep=guesses)
+        claims.sort(key=lambda claim: (in_ram[claim[0]] < 0, _falling_worth(claim[2])))
+        fetches = self._move(layer, claims)
         for fetch in fetches:
             self.counters.prefetches[layer, fetch.source] += 1
-            self._awaited[layer, fetch.expert] = self._unused[layer, fetch.expert] = True
         nothing = np.empty(0, dtype=np.int32)
         return Plan(layer, nothing, nothing, fetches)
 
@@ -243,7 +243,7 @@ class Residency:
             claims.append((least, self._claim_slot(layer, least, queue)))
         # Those from RAM stand first and swap with their victims, who are thus kept for sure; the
         # rest go down by falling worth, so that none moves to RAM to be dropped by the next.
-        claims.sort(key=lambda claim: -claim[0][0] if claim[0] else float("inf"))
+        claims.sort(key=lambda claim: _falling_worth(claim[0]))
         return [(e, slot, victim) for e, (victim, slot) in zip(experts, claims, strict=True)]
 
     def _claim_slot(self, layer: int, victim: Victim, queue: VictimQueue) -> int:
@@ -256,15 +256,11 @@ class Residency:
         self._leave(key)
         return self._device.take_from(key, layer)
 
-    def _move(
-        self, layer: int, claims: list[_Claim], keep: npt.NDArray[np.bool_] | None = None
-    ) -> tuple[Fetch, ...]:
-        """Apply claims to both tables; `keep` are entries of the layer that RAM must not drop."""
+    def _move(self, layer: int, claims: list[_Claim]) -> tuple[Fetch, ...]:
+        """Apply claims to both tables."""
         ram = self._ram
-        pinned = self._pinned
-        queue = ram.queue(
-            self._values, lambda m: keep if keep is not None and m == layer else pinned[m]
-        )
+        # An inclusive tier keeps what a copy may still be reading; an exclusive one has none.
+        queue = ram.queue(self._values, self._keep)
         fetches = []
         for expert, slot, victim in claims:
             key = ExpertKey(layer, expert)
@@ -299,3 +295,8 @@ class Residency:
 
     def _count(self, flags: npt.NDArray[np.bool_], layer: int) -> int:
         return int(np.count_nonzero(flags[self._device.members[layer]]))
+
+
+def _falling_worth(victim: Victim) -> tuple[float, int]:
+    """Sort key: the worthiest victim first, the higher id at a tie, no victim last."""
+    return (-victim[0], -victim[1].expert) if victim else (float("inf"), 0)

@@ -105,7 +105,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     def plan(self, layer, wanted):
         wanted = sorted(wanted)[: self.residency.capacity(layer)]
         blocked = self.pinned | {key for key in self.awaited if key.layer != layer}
-        before = self.residency.slots(Tier.DEVICE)
+        before, copies = (self.residency.slots(tier) for tier in (Tier.DEVICE, Tier.RAM))
         plan = self.residency.plan(layer, np.array(wanted, dtype=np.int32))
         self.memories.carry_out(plan)
         self.steps[layer] += 1
@@ -115,6 +115,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         for fetch in plan.fetches:
             assert fetch.victim is None or fetch.victim not in blocked | keys
         self._check_victims_are_own(layer, plan, before, blocked | keys)
+        self._check_copies_are_kept(copies, blocked | keys)
         self.awaited -= {key for key in self.awaited if key.layer == layer}
         self.pinned |= keys
         self.last_wanted[layer] = keys
@@ -131,6 +132,13 @@ class ResidencyMachine(RuleBasedStateMachine):
         if own:
             assert foreign <= max(0, self.residency.quota(layer) - held)
 
+    def _check_copies_are_kept(self, before, keys):
+        """An inclusive tier keeps the copies of what is in use or awaited."""
+        after = self.residency.slots(Tier.RAM)
+        for key in keys:
+            if self.ram == "inclusive" and before[key.layer, key.expert] >= 0:
+                assert after[key.layer, key.expert] == before[key.layer, key.expert]
+
     @rule(
         layer=st.integers(0, N_LAYERS - 1),
         candidates=st.lists(st.integers(0, N_EXPERTS - 1), unique=True),
@@ -140,8 +148,11 @@ class ResidencyMachine(RuleBasedStateMachine):
     def prefetch(self, layer, candidates, limit, eager):
         capacity = [self.residency.capacity(other) for other in range(N_LAYERS)]
         ids = np.array(candidates, dtype=np.int32)
+        copies = self.residency.slots(Tier.RAM)
         plan = self.residency.prefetch(layer, ids, limit, eager=eager)
         self.memories.carry_out(plan)
+        fetched = {ExpertKey(layer, fetch.expert) for fetch in plan.fetches}
+        self._check_copies_are_kept(copies, self.pinned | self.awaited | fetched)
         assert not plan.hits.size
         assert len(plan.fetches) <= limit
         protected = self.pinned | self.awaited | {ExpertKey(layer, e) for e in candidates}

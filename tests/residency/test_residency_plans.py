@@ -130,7 +130,7 @@ def test_without_ram_victims_are_dropped():
 def test_equal_worth_evicts_the_lower_id():
     residency = Residency(one_pool(device=4), LRU())
     run(residency, 0, 2, 4, 6, 8)
-    assert [f.victim.expert for f in run(residency, 0, 9, 10).fetches] == [2, 4]
+    assert {f.victim.expert for f in run(residency, 0, 9, 10).fetches} == {2, 4}
 
 
 def test_lfru_keeps_the_frequent():
@@ -153,6 +153,28 @@ def test_fetches_from_ram_come_first():
     ]
 
 
+def test_what_comes_from_ram_changes_places_with_the_worthiest_victim():
+    residency = Residency(one_pool(device=3, ram=1), LRU())
+    for wanted in ((1,), (2,), (3,), (4,)):
+        run(residency, 0, *wanted)
+    plan = run(residency, 0, 1, 9)
+    assert [(f.expert, f.victim.expert, f.demoted_to) for f in plan.fetches] == [
+        (1, 3, 0),
+        (9, 2, -1),  # used before 3, which has the only slot
+    ]
+
+
+def test_no_victim_moves_to_ram_to_be_dropped_by_the_next():
+    residency = Residency(one_pool(device=4, ram=2), LRU())
+    for wanted in ((1, 2), (3,), (4,), (5, 6), (7, 8)):
+        plan = run(residency, 0, *wanted)
+    assert sorted(f.victim.expert for f in plan.fetches) == [3, 4]
+    plan = run(residency, 0, 9, 10, 11)
+    kept = [f for f in plan.fetches if f.demoted_to >= 0]
+    assert [f.victim.expert for f in kept] == [7, 6]
+    assert len({f.demoted_to for f in kept}) == 2
+
+
 def test_quotas_share_a_pool():
     wide = Residency(one_pool(n_layers=3, device=8, ram=0), LRU())
     assert [wide.quota(layer) for layer in range(3)] == [3, 3, 2]
@@ -163,9 +185,9 @@ def test_quotas_share_a_pool():
     plan = run(residency, 2, 8)  # below its quota: takes from layer 0, which is most over
     assert plan.fetches[0].victim == ExpertKey(0, 1)
     plan = run(residency, 1, 3, 4)  # at its quota: takes its own
-    assert [f.victim for f in plan.fetches] == [ExpertKey(1, 1), ExpertKey(1, 2)]
+    assert {f.victim for f in plan.fetches} == {ExpertKey(1, 1), ExpertKey(1, 2)}
     plan = run(residency, 1, 5, 6, 7)  # own first, then layer 0 again
-    assert [f.victim.layer for f in plan.fetches] == [1, 1, 0]
+    assert sorted(f.victim.layer for f in plan.fetches) == [0, 1, 1]
     assert (residency.slots(Tier.DEVICE) >= 0).sum(axis=1).tolist() == [3, 3, 1]
 
 
