@@ -75,15 +75,21 @@ def normalise_tools(tools: Sequence[Any] | None) -> list[dict[str, Any]] | None:
     return [dict(tool) for tool in tools]
 
 
-def normalise_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def normalise_options(
+    options: Mapping[str, Any], *, prefix: str = "chat_template_kwargs."
+) -> dict[str, Any]:
     """Return the template's options; flags may come as booleans or as "true" and "false".
+
+    Args:
+        options: What the client sent.
+        prefix: Where the client sent it, for messages.
 
     Raises:
         RequestError: an option is not on the list or has a wrong value.
     """
     clean: dict[str, Any] = {}
     for name, value in options.items():
-        param = f"chat_template_kwargs.{name}"[:100]
+        param = f"{prefix}{name}"[:100]
         if name in FLAGS:
             clean[name] = _flag(name, value, param)
         elif name == "reasoning_effort":

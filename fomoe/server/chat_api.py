@@ -60,7 +60,7 @@ def chat_prompt(services: Services, body: ChatBody) -> list[int]:
     """
     options = normalise_options(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
-        options |= normalise_options({"reasoning_effort": body.reasoning_effort})
+        options |= normalise_options({"reasoning_effort": body.reasoning_effort}, prefix="")
         if body.reasoning_effort == "none":
             options.setdefault("enable_thinking", False)
     tools = body.tools
