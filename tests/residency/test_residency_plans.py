@@ -141,6 +141,12 @@ def test_lfru_keeps_the_frequent():
         assert plan.fetches[0].victim == ExpertKey(0, victim)
 
 
+def test_values_of_the_policies():
+    uses, last = np.array([[4, 1, 0]]), np.array([[1, 3, -1]])
+    assert LRU().values(uses, last, 3).tolist() == [[1, 3, -1]]
+    assert LFRU().values(uses, last, 3).tolist() == [[4 / 3, 1, 0]]
+
+
 def test_fetches_from_ram_come_first():
     residency = Residency(one_pool(device=3, ram=3), LRU())
     run(residency, 0, 1, 7, 8)
@@ -247,6 +253,15 @@ def test_prefetch_spares_what_is_worth_more():
         run(residency, 0, 3, 4)
         fetches = residency.prefetch(0, ids(9), 1, eager=eager).fetches
         assert list(fetches) == expected
+
+
+def test_prefetches_from_ram_come_first():
+    residency = Residency(one_pool(device=4, ram=2), LRU())
+    for wanted in ((1, 2), (3, 4), (5,), (6,)):
+        run(residency, 0, *wanted)
+    plan = residency.prefetch(0, ids(9, 2), 2, eager=True)
+    assert [(f.expert, f.source) for f in plan.fetches] == [(2, Tier.RAM), (9, Tier.NVME)]
+    assert residency.counters.prefetches.tolist() == [[0, 1, 1]]
 
 
 def test_prefetch_never_takes_candidates_or_the_last_plan():
