@@ -16,6 +16,7 @@ from fomoe.actors.channel import (
     load_acquire_u64,
     store_release_u64,
 )
+from fomoe.actors.channel._channel import Ring
 from fomoe.errors import ChannelError, ConfigError, PeerDeadError, PeerStalledError
 
 
@@ -204,6 +205,35 @@ def test_a_sleep_costs_no_processor_time(joined):
     before = time.thread_time()
     assert not a.wait(a.bell(), 0, 300)
     assert time.thread_time() - before < 0.1
+
+
+def test_a_long_wait_spins_once_and_sleeps_in_slices(joined, monkeypatch):
+    a, _ = joined()
+    calls = []
+
+    class Plane:
+        def wait(self, row, seen, spin_us, timeout_ms):
+            calls.append((spin_us, timeout_ms))
+            time.sleep(0.05)
+            return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(a, "_plane", Plane())
+        assert not a.wait(0, 700, 220)
+    assert [spin for spin, _ in calls[:3]] == [700, 0, 0]
+    assert calls[0] == (700, 100)
+    assert all(0 < timeout <= 100 for _, timeout in calls)
+
+
+def test_nobody_waits_for_room_that_a_dead_peer_would_make(joined):
+    a, b = joined(ring_slots=1)
+    a.sender("b").send(0, b"x")
+    ring = Ring(a._plane, 0)
+    assert not ring.wait_space(0, 30)
+    b.close()
+    start = time.monotonic()
+    assert ring.wait_space(0, 10_000)
+    assert time.monotonic() - start < 0.09
 
 
 def test_a_bell_that_rang_before_the_wait_is_heard(joined):
