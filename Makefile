@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 # Bytecode is left to the first import: compiling all of it costs more than everything else here.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 # Built without pip's isolation, so that a second build compiles what changed and nothing else;
-# the first two names are build-system.requires of pyproject.toml.
-BUILD_TOOLS := 'scikit-build-core>=0.10' 'nanobind>=2.4' cmake ninja
+# the first three names are build-system.requires of pyproject.toml.
+BUILD_TOOLS := 'scikit-build-core>=0.10' 'nanobind>=2.4' 'numpy>=2.0' cmake ninja
 SOURCES := pyproject.toml CMakeLists.txt \
   $(shell find fomoe -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt 2>/dev/null)
 MODEL ?=

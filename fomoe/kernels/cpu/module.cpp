@@ -1,6 +1,5 @@
 // Python bindings: check types and shapes, release the GIL where the work is long, call drive.h.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
@@ -8,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "array.h"
 #include "dispatch.h"
 #include "drive.h"
 
@@ -17,8 +17,6 @@ using namespace nb::literals;
 namespace fomoe::cpu {
 namespace {
 
-template <class T, int N>
-using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Bytes = Array<const uint8_t, 2>;
 template <int N>
 using In = Array<const float, N>;
@@ -52,13 +50,15 @@ void check_type(int type, int64_t cols) {
 
 Matrix matrix(int type, const Bytes& w, int64_t cols) {
     check_type(type, cols);
-    const Matrix m{type, w.data(), static_cast<int64_t>(w.shape(0)), cols};
-    same("bytes of a weight row", static_cast<int64_t>(w.shape(1)), m.row_bytes());
+    const Matrix m{type, w.data(), w.shape(0), cols};
+    same("bytes of a weight row", w.shape(1), m.row_bytes());
     return m;
 }
 
 template <class A>
-int64_t dim(const A& a, int i) { return static_cast<int64_t>(a.shape(i)); }
+int64_t dim(const A& a, int i) {
+    return a.shape(i);
+}
 
 void py_dequantize(int type, Bytes w, Out<2> out) {
     same("rows of out", dim(out, 0), dim(w, 0));
@@ -185,14 +185,10 @@ void py_rope(Out<3> x, Ints<1> positions, int64_t n_rot, double base) {
     rope(x.data(), positions.data(), dim(x, 0), dim(x, 1), dim(x, 2), n_rot, base);
 }
 
-using AnyCache = nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-
-Cache cache_of(const AnyCache& k, const AnyCache& v) {
-    const auto half = nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-    if ((k.dtype() != half && k.dtype() != nb::dtype<float>()) || k.dtype() != v.dtype())
-        fail("the caches must both be float16 or both float32");
+Cache cache_of(const CacheArray& k, const CacheArray& v) {
+    if (k.f16() != v.f16()) fail("the caches must both be float16 or both float32");
     for (int i = 0; i < 3; ++i) same("size of cache_v", dim(v, i), dim(k, i));
-    return {const_cast<void*>(k.data()), const_cast<void*>(v.data()), dim(k, 0), dim(k, 1), dim(k, 2), k.dtype() == half};
+    return {k.data(), v.data(), dim(k, 0), dim(k, 1), dim(k, 2), k.f16()};
 }
 
 void check_positions(const Cache& c, int64_t position0, int64_t tokens) {
@@ -201,7 +197,7 @@ void check_positions(const Cache& c, int64_t position0, int64_t tokens) {
              " do not fit a cache of " + std::to_string(c.positions));
 }
 
-void py_kv_store(In<3> k, In<3> v, AnyCache cache_k, AnyCache cache_v, int64_t position0) {
+void py_kv_store(In<3> k, In<3> v, CacheArray cache_k, CacheArray cache_v, int64_t position0) {
     const Cache c = cache_of(cache_k, cache_v);
     check_positions(c, position0, dim(k, 0));
     for (int i = 0; i < 3; ++i) same("size of v", dim(v, i), dim(k, i));
@@ -210,7 +206,7 @@ void py_kv_store(In<3> k, In<3> v, AnyCache cache_k, AnyCache cache_v, int64_t p
     kv_store(k.data(), v.data(), dim(k, 0), c, position0);
 }
 
-void py_attention(In<3> q, AnyCache cache_k, AnyCache cache_v, int64_t position0, Out<3> out) {
+void py_attention(In<3> q, CacheArray cache_k, CacheArray cache_v, int64_t position0, Out<3> out) {
     const Cache c = cache_of(cache_k, cache_v);
     check_positions(c, position0, dim(q, 0));
     for (int i = 0; i < 3; ++i) same("size of out", dim(out, i), dim(q, i));
@@ -302,41 +298,40 @@ void py_set_threads(int count) {
 
 NB_MODULE(_cpu, m) {
     using namespace fomoe::cpu;
+    if (_import_array() < 0) throw nb::python_error();
     const std::string problem = self_test(kernels());
     if (!problem.empty()) throw std::runtime_error("kernel self-test failed: " + problem);
 
-#define ARRAY(name) nb::arg(name).noconvert()
     m.def("set_threads", &py_set_threads, "count"_a);
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("use_isa", &use_isa, "name"_a);
-    m.def("dequantize", &py_dequantize, "qtype"_a, ARRAY("weights"), ARRAY("out"));
-    m.def("embed", &py_embed, "qtype"_a, ARRAY("weights"), ARRAY("ids"), ARRAY("out"));
-    m.def("quantize_activations", &py_quantize, ARRAY("x"), ARRAY("q"), ARRAY("scale"));
-    m.def("matmul_q8", &py_matmul_q8, "qtype"_a, ARRAY("weights"), ARRAY("q"), ARRAY("scale"),
-          ARRAY("out"));
-    m.def("matmul_f32", &py_matmul_f32, "qtype"_a, ARRAY("weights"), ARRAY("x"), ARRAY("out"));
-    m.def("experts", &py_experts, ARRAY("gate"), ARRAY("up"), ARRAY("down"), "qtypes"_a, "hidden"_a,
-          "width"_a, ARRAY("x"), ARRAY("pair_start"), ARRAY("pair_token"), ARRAY("out"),
+    m.def("dequantize", &py_dequantize, "qtype"_a, "weights"_a, "out"_a);
+    m.def("embed", &py_embed, "qtype"_a, "weights"_a, "ids"_a, "out"_a);
+    m.def("quantize_activations", &py_quantize, "x"_a, "q"_a, "scale"_a);
+    m.def("matmul_q8", &py_matmul_q8, "qtype"_a, "weights"_a, "q"_a, "scale"_a,
+          "out"_a);
+    m.def("matmul_f32", &py_matmul_f32, "qtype"_a, "weights"_a, "x"_a, "out"_a);
+    m.def("experts", &py_experts, "gate"_a, "up"_a, "down"_a, "qtypes"_a, "hidden"_a,
+          "width"_a, "x"_a, "pair_start"_a, "pair_token"_a, "out"_a,
           "exact_activations"_a);
-    m.def("reduce_pairs", &py_reduce_pairs, ARRAY("pairs"), ARRAY("order"), ARRAY("weights"),
-          ARRAY("out"));
-    m.def("rms_norm", &py_rms_norm, ARRAY("x"), ARRAY("weight"), "eps"_a, ARRAY("out"));
-    m.def("gated_rms_norm", &py_gated_rms_norm, ARRAY("x"), ARRAY("z"), ARRAY("weight"), "eps"_a,
-          ARRAY("out"));
-    m.def("head_rms_norm", &py_head_rms_norm, ARRAY("x"), ARRAY("weight"), "eps"_a);
-    m.def("rope", &py_rope, ARRAY("x"), ARRAY("positions"), "n_rot"_a, "base"_a);
-    m.def("kv_store", &py_kv_store, ARRAY("k"), ARRAY("v"), ARRAY("cache_k"), ARRAY("cache_v"),
+    m.def("reduce_pairs", &py_reduce_pairs, "pairs"_a, "order"_a, "weights"_a,
+          "out"_a);
+    m.def("rms_norm", &py_rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a);
+    m.def("gated_rms_norm", &py_gated_rms_norm, "x"_a, "z"_a, "weight"_a, "eps"_a,
+          "out"_a);
+    m.def("head_rms_norm", &py_head_rms_norm, "x"_a, "weight"_a, "eps"_a);
+    m.def("rope", &py_rope, "x"_a, "positions"_a, "n_rot"_a, "base"_a);
+    m.def("kv_store", &py_kv_store, "k"_a, "v"_a, "cache_k"_a, "cache_v"_a,
           "position0"_a);
-    m.def("attention", &py_attention, ARRAY("q"), ARRAY("cache_k"), ARRAY("cache_v"), "position0"_a,
-          ARRAY("out"));
-    m.def("sigmoid_gate", &py_sigmoid_gate, ARRAY("x"), ARRAY("gate"));
-    m.def("conv_silu", &py_conv_silu, ARRAY("x"), ARRAY("weight"), ARRAY("state"), ARRAY("out"));
-    m.def("deltanet", &py_deltanet, ARRAY("qkv"), ARRAY("alpha"), ARRAY("beta"), ARRAY("ssm_a"),
-          ARRAY("dt_bias"), "n_k_heads"_a, "n_v_heads"_a, "dk"_a, "dv"_a, "eps"_a, ARRAY("state"),
-          ARRAY("out"));
-    m.def("silu_mul", &py_silu_mul, ARRAY("gate"), ARRAY("up"), ARRAY("out"));
-    m.def("add", &py_add, ARRAY("a"), ARRAY("b"));
-    m.def("add3", &py_add3, ARRAY("routed"), ARRAY("shared"), ARRAY("residual"));
-    m.def("scale_sigmoid", &py_scale_sigmoid, ARRAY("x"), ARRAY("gate"));
-#undef ARRAY
+    m.def("attention", &py_attention, "q"_a, "cache_k"_a, "cache_v"_a, "position0"_a,
+          "out"_a);
+    m.def("sigmoid_gate", &py_sigmoid_gate, "x"_a, "gate"_a);
+    m.def("conv_silu", &py_conv_silu, "x"_a, "weight"_a, "state"_a, "out"_a);
+    m.def("deltanet", &py_deltanet, "qkv"_a, "alpha"_a, "beta"_a, "ssm_a"_a,
+          "dt_bias"_a, "n_k_heads"_a, "n_v_heads"_a, "dk"_a, "dv"_a, "eps"_a, "state"_a,
+          "out"_a);
+    m.def("silu_mul", &py_silu_mul, "gate"_a, "up"_a, "out"_a);
+    m.def("add", &py_add, "a"_a, "b"_a);
+    m.def("add3", &py_add3, "routed"_a, "shared"_a, "residual"_a);
+    m.def("scale_sigmoid", &py_scale_sigmoid, "x"_a, "gate"_a);
 }
