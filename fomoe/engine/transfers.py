@@ -79,8 +79,6 @@ class SegmentSlots:
         for fetch in plan.fetches:
             key = ExpertKey(plan.layer, fetch.expert)
             leaving = [] if fetch.victim is None else [fetch.victim]
-            if fetch.source == Tier.RAM and self._ram.get((number, fetch.ram_slot)) == key:
-                del self._ram[number, fetch.ram_slot]
             for slot, holder in ((fetch.demoted_to, fetch.victim), (fetch.kept_in, key)):
                 if slot >= 0 and holder is not None:
                     displaced = self._ram.get((number, slot))

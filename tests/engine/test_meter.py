@@ -1,0 +1,127 @@
+"""Receipts are differences of running totals; series are the totals themselves."""
+
+from dataclasses import fields
+
+import pytest
+
+from fomoe.engine import meter as meter_module
+from fomoe.engine.meter import HostCounters, LossCounters, Meter
+from fomoe.engine.series import engine_series
+from fomoe.residency import Counters
+from fomoe.telemetry import METRICS, samples
+
+BY_RECEIPT_FIELD = {
+    "hits_device": 3, "hits_ram": 5, "reads_nvme": 7, "prompt_hits_device": 11,
+    "prompt_hits_ram": 13, "prompt_reads_nvme": 17, "nvme_bytes": 19, "ram_bytes": 23,
+    "demoted_bytes": 29,
+}  # fmt: skip
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The meter's clock, moved by hand."""
+
+    class Clock:
+        now = 100.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(meter_module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def totals():
+    return HostCounters(), LossCounters()
+
+
+@pytest.fixture
+def meter(clock, totals):
+    return Meter(*totals, devices="device (emulated)", capacity=9)
+
+
+def test_a_receipt_counts_from_the_start_of_its_request(meter, totals):
+    host, loss = totals
+    for name in BY_RECEIPT_FIELD:
+        setattr(host, name, 1000)
+    host.stall_s, loss.substituted, loss.lost_mass = 50.0, 400, 12.5
+    meter.start(car=0.0, cached=0)
+    for name, value in BY_RECEIPT_FIELD.items():
+        setattr(host, name, 1000 + value)
+    host.stall_s, loss.substituted, loss.lost_mass = 50.25, 431, 12.75
+    receipt = meter.receipt(0)
+    assert {name: getattr(receipt, name) for name in BY_RECEIPT_FIELD} == BY_RECEIPT_FIELD
+    assert (receipt.stall_ms, receipt.substituted, receipt.lost_mass) == (250.0, 31, 0.25)
+    meter.start(car=0.0, cached=0)
+    assert meter.receipt(0).nvme_bytes == 0
+
+
+def test_every_total_of_the_host_is_copied():
+    host = HostCounters(*range(1, 1 + len(fields(HostCounters))))
+    copy = host.copy()
+    assert copy == host
+    host.hits_ram += 1
+    assert copy != host
+
+
+def test_times_of_prompt_and_answer(meter, clock):
+    meter.start(car=0.0, cached=4)
+    clock.now += 2.0
+    meter.prompt_done(24)
+    for pause in (0.0, 0.5, 0.5):
+        clock.now += pause
+        meter.token()
+    assert meter.rate() == pytest.approx(2.0)  # two tokens after the first, in one second
+    clock.now += 0.25
+    receipt = meter.receipt(0)
+    assert (receipt.prompt_tokens, receipt.cached_tokens, receipt.generated_tokens) == (24, 4, 3)
+    assert receipt.prompt_ms == pytest.approx(2000.0)
+    assert receipt.generated_ms == pytest.approx(1250.0)
+    assert meter.prompt_s == pytest.approx(2.0)
+    assert meter.generated_s == pytest.approx(1.0)
+    assert (meter.prompt_tokens, meter.cached_tokens, meter.generated_tokens) == (20, 4, 3)
+
+
+def test_a_request_that_ends_in_its_prompt(meter, clock):
+    meter.start(car=0.0, cached=0)
+    clock.now += 3.0
+    receipt = meter.receipt(0)
+    assert receipt.prompt_ms == pytest.approx(3000.0)
+    assert (receipt.prompt_tokens, receipt.generated_ms) == (0, 0.0)
+    assert meter.rate() == 0.0
+
+
+def test_mode_capacity_and_hash(meter):
+    meter.start(car=0.0, cached=0)
+    exact = meter.receipt(0xABC)
+    assert (exact.mode, exact.logical_capacity) == ("exact", 0)
+    assert exact.decision_hash == "0000000000000abc"
+    assert exact.devices == "device (emulated)"
+    meter.start(car=0.35, cached=0)
+    lossy = meter.receipt(2**64 - 1)
+    assert (lossy.mode, lossy.logical_capacity) == ("car 0.35", 9)
+    assert lossy.decision_hash == "f" * 16
+
+
+def test_series_have_the_names_that_metrics_declare(meter):
+    series = engine_series(meter, Counters.zeros(3))
+    assert series.keys() <= {name for metric in METRICS for name in metric.series()}
+    assert len(list(samples(series))) == len(series)
+
+
+def test_series_tell_the_three_tiers_apart(meter, totals):
+    host, loss = totals
+    for name, value in BY_RECEIPT_FIELD.items():
+        setattr(host, name, value)
+    loss.substituted = 31
+    series = engine_series(meter, Counters.zeros(2))
+    assert series['fomoe_expert_lookups_total{tier="device"}'] == 3
+    assert series['fomoe_expert_lookups_total{tier="ram"}'] == 5
+    assert series['fomoe_expert_lookups_total{tier="nvme"}'] == 7
+    assert series['fomoe_prompt_expert_lookups_total{tier="nvme"}'] == 17
+    assert series["fomoe_expert_bytes_read_total"] == 19
+    assert series["fomoe_expert_bytes_copied_total"] == 23
+    assert series["fomoe_expert_demoted_bytes_total"] == 29
+    assert series["fomoe_substitutions_total"] == 31
