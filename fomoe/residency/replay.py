@@ -96,7 +96,7 @@ def synthetic_trace(
     An expert's score is popularity + topic + context + noise; topic and context are first-order
     autoregressive with half-lives of 150 and 6 tokens. The weights give an LRU of 50, 86 and 128
     slots per layer of 512 experts 61, 72 and 80 %; measured were 60 and 72 % (FOMOE, 397B) and
-    81 % (llama.cpp discussion 27861, 512 experts).
+    81 % (llama.cpp #27861, 512 experts).
 
     Returns:
         int32 [n_tokens, n_layers, top_k], distinct in a row.
