@@ -22,6 +22,7 @@ from fomoe.server.running import Done, Indexed, Item, Run
 from fomoe.server.schemas import ChatBody
 from fomoe.server.services import Services, new_id
 from fomoe.server.streaming import EventStream, JsonAnswer, frame
+from fomoe.server.tool_calls import BEGIN, ToolCallParser
 
 
 def chat_router(services: Services) -> APIRouter:
@@ -63,31 +64,52 @@ def chat_prompt(services: Services, body: ChatBody) -> list[int]:
         options |= normalise_options({"reasoning_effort": body.reasoning_effort}, prefix="")
         if body.reasoning_effort == "none":
             options.setdefault("enable_thinking", False)
-    tools = body.tools
-    if body.tool_choice == "none":
-        tools = None
-    elif body.tool_choice not in (None, "auto"):
+    return services.chat.prompt_ids(body.messages, tools=shown_tools(body), **options)
+
+
+def shown_tools(body: ChatBody) -> list[Any] | None:
+    """Return the tools that the model is to see.
+
+    Raises:
+        RequestError: the client wants to force a call.
+    """
+    if body.tool_choice not in (None, "auto", "none"):
         raise RequestError(
             "only the tool choices auto and none are supported: answers are not constrained",
             "tool_choice",
         )
-    return services.chat.prompt_ids(body.messages, tools=tools, **options)
+    return None if body.tool_choice == "none" else body.tools
 
 
 @dataclass(slots=True)
 class _Choice:
     """What one answer has gathered."""
 
+    parser: ToolCallParser | None
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[TokenEvent] = field(default_factory=list)
     finish: str = "stop"
 
-    def add(self, delta: Delta) -> None:
-        """Take another part."""
-        self.content.append(delta.content)
+    def add(self, delta: Delta) -> dict[str, Any]:
+        """Take another part; returns what a stream's `delta` shows of it."""
+        content, calls = delta.content, list[dict[str, Any]]()
+        if self.parser is not None:
+            content, calls = self.parser.push(content)
+        self.content.append(content)
         self.reasoning.append(delta.reasoning)
+        self.calls += calls
         self.tokens += delta.tokens
+        gained = {"reasoning_content": delta.reasoning, "content": content, "tool_calls": calls}
+        return {name: value for name, value in gained.items() if value}
+
+    def end(self, done: Done) -> str:
+        """Take the end; returns text that was held back."""
+        rest = self.parser.finish() if self.parser else ""
+        self.content.append(rest)
+        self.finish = "tool_calls" if self.calls and done.reason == "stop" else done.reason
+        return rest
 
 
 class ChatAnswer(Answer):
@@ -98,18 +120,19 @@ class ChatAnswer(Answer):
         self.head["object"] = "chat.completion.chunk" if body.stream else "chat.completion"
         self._wants_logprobs = bool(body.logprobs)
         self._wants_ids = bool(body.return_token_ids)
-        self._choices = [_Choice() for _ in run.jobs]
+        tools = shown_tools(body) if BEGIN in services.chat.source else None
+        self._choices = [_Choice(ToolCallParser(tools) if tools else None) for _ in run.jobs]
 
     def take(self, item: Item) -> None:
         """Gather an item for the whole answer."""
         if isinstance(item, Delta):
             self._choices[item.index].add(item)
         elif isinstance(item, Done):
-            self._choices[item.index].finish = item.reason
+            self._choices[item.index].end(item)
 
     def choices(self) -> list[dict[str, Any]]:
         """Return the gathered messages."""
-        return [self._choice(index, one) for index, one in enumerate(self._choices)]
+        return [self._shape(index, one) for index, one in enumerate(self._choices)]
 
     async def whole(self) -> dict[str, Any]:
         """Return the response's body once everything is there."""
@@ -125,14 +148,16 @@ class ChatAnswer(Answer):
 
     def shown(self, item: Item) -> bytes | None:
         """Return the frame for an item."""
+        choice = self._choices[item.index]
         if isinstance(item, Done):
+            rest = choice.end(item)
+            last = self._chunk(item.index, {"content": rest}) if rest else b""
             more = {"timings": timings(item.receipt)}
-            return self._chunk(item.index, {}, finish=item.reason, more=more)
+            return last + self._chunk(item.index, {}, finish=choice.finish, more=more)
         if isinstance(item, Indexed):
             shown = self.progress(item)
             return None if shown is None else self._chunk(item.index, {}, more=shown)
-        gained = {"reasoning_content": item.reasoning, "content": item.content}
-        gained = {name: text for name, text in gained.items() if text}
+        gained = choice.add(item)
         if not gained and not (item.tokens and (self._wants_logprobs or self._wants_ids)):
             return None
         return self._chunk(item.index, gained, tokens=item.tokens)
@@ -149,10 +174,12 @@ class ChatAnswer(Answer):
         choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": finish}
         return frame(self.head | {"choices": [choice | self._details(tokens)], **(more or {})})
 
-    def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
+    def _shape(self, index: int, choice: _Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.content)}
         if reasoning := "".join(choice.reasoning):
             message["reasoning_content"] = reasoning
+        if choice.calls:
+            message["tool_calls"] = choice.calls
         whole = {"index": index, "message": message, "finish_reason": choice.finish}
         return whole | self._details(choice.tokens)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from fomoe.engine.requests import Receipt
 
+UNMEASURED = "not measured"  # mode of an answer that was cut short without the engine's receipt
+
 _SUMMED = (
     "prompt_tokens",
     "cached_tokens",
@@ -33,23 +35,30 @@ def tier_line(receipt: Receipt) -> str:
     """Return one line on an answer: its speed, where its experts lay, and whether it is exact.
 
     For example `38 tok/s | device 61 %  ram 12 %  nvme 27 % | exact`. The shares are of expert
-    activations while generating and add up to 100 together with the substituted ones.
+    activations while generating (of the prompt's, where nothing was generated after it) and add
+    up to 100 together with the substituted ones.
     """
+    speed = _speed(receipt.generated_tokens, receipt.generated_ms)
+    if receipt.mode == UNMEASURED:
+        return f"{speed} | experts not measured"
     counts = (receipt.hits_device, receipt.hits_ram, receipt.reads_nvme, receipt.substituted)
-    if sum(counts):
-        device, ram, nvme, substituted = percentages(counts)
-        tiers = f"{receipt.devices} {device} %  ram {ram} %  nvme {nvme} %"
-    else:
-        substituted = 0
-        tiers = f"{receipt.devices}: no expert was used"
+    prompt = (receipt.prompt_hits_device, receipt.prompt_hits_ram, receipt.prompt_reads_nvme, 0)
+    whose = "" if any(counts) else " of the prompt"
+    device, ram, nvme, substituted = percentages(counts if any(counts) else prompt)
+    tiers = f"{receipt.devices} {device} %  ram {ram} %  nvme {nvme} %{whose}"
     lossy = receipt.mode != "exact" or receipt.substituted > 0
     mode = f"{receipt.mode}, {substituted} % substituted" if lossy else receipt.mode
-    return f"{_speed(receipt.generated_tokens, receipt.generated_ms)} | {tiers} | {mode}"
+    return f"{speed} | {tiers} | {mode}"
 
 
 def percentages(counts: Sequence[int]) -> list[int]:
-    """Return whole percentages that add up to 100 (largest remainders are rounded up)."""
+    """Return whole percentages that add up to 100 (largest remainders are rounded up).
+
+    They are all 0 where there is nothing to share.
+    """
     total = sum(counts)
+    if not total:
+        return [0] * len(counts)
     shares = [100 * count // total for count in counts]
     by_remainder = sorted(range(len(counts)), key=lambda i: -(100 * counts[i] % total))
     for index in by_remainder[: 100 - sum(shares)]:
@@ -121,7 +130,8 @@ def _rate(tokens: int, milliseconds: float) -> float:
 
 
 def _speed(tokens: int, milliseconds: float) -> str:
-    rate = _rate(tokens, milliseconds)
+    """Return tokens per second; one token comes with the prompt and says nothing about speed."""
+    rate = _rate(tokens, milliseconds) if tokens > 1 else 0.0
     if rate == 0.0:
         return "- tok/s"
     return f"{rate:.0f} tok/s" if rate >= 10 else f"{rate:.2g} tok/s"

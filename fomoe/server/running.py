@@ -22,6 +22,7 @@ from fomoe.server.errors import ApiError
 from fomoe.server.fanout import Fanout
 from fomoe.server.info import ServerInfo
 from fomoe.server.metrics import ServerMetrics
+from fomoe.server.receipts import UNMEASURED
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +154,6 @@ def _unmeasured(job: Job) -> Finished:
         prompt_ms=(begun - job.started) * 1e3,
         generated_tokens=job.text.n_tokens,
         generated_ms=(job.last - begun) * 1e3,
-        mode="not measured",
+        mode=UNMEASURED,
     )
     return Finished(request_id=job.request.request_id, reason="stop", receipt=receipt)

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Server, frames
 from fake_engine import TIERS
 from prometheus_client.parser import text_string_to_metric_families
+from server_harness import Server, frames
 from support.small_vocab import IM_START, small_tokenizer
 
 from fomoe.engine.requests import EngineStatus

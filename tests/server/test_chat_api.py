@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Server, frames, saying
 from fake_engine import TIERS, CancellableEngine, FakeEngine
+from server_harness import Server, frames, saying
 from support.small_vocab import IM_END, small_tokenizer
 
 from fomoe.engine.requests import SamplingParams

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Server, saying
 from fake_engine import FakeEngine
+from server_harness import Server, saying
 from starlette.routing import BaseRoute
 
 from fomoe.engine.requests import EngineStatus

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import openai
 import pytest
-from conftest import Server, listening
+from server_harness import Server, listening
 from support.small_vocab import small_tokenizer
 
 Serve = Callable[..., Server]

@@ -35,7 +35,7 @@ from fomoe.server.receipts import combined, percentages, tier_line, timings
             "8.8 tok/s | device 61 %  ram 9 %  nvme 9 % | car 0.60, 21 % substituted",
         ),
         (
-            Receipt(generated_tokens=1, generated_ms=20_000.0, hits_ram=1, mode="car 0.10"),
+            Receipt(generated_tokens=2, generated_ms=40_000.0, hits_ram=1, mode="car 0.10"),
             "0.05 tok/s | device 0 %  ram 100 %  nvme 0 % | car 0.10, 0 % substituted",
         ),
         (
@@ -43,8 +43,15 @@ from fomoe.server.receipts import combined, percentages, tier_line, timings
             "- tok/s | device 34 %  ram 33 %  nvme 33 % | exact",
         ),
         (
-            Receipt(generated_tokens=3, generated_ms=100.0),
-            "30 tok/s | device: no expert was used | exact",
+            Receipt(
+                generated_tokens=1, generated_ms=0.1, prompt_hits_device=1, prompt_reads_nvme=3
+            ),
+            "- tok/s | device 25 %  ram 0 %  nvme 75 % of the prompt | exact",
+        ),
+        (Receipt(), "- tok/s | device 0 %  ram 0 %  nvme 0 % of the prompt | exact"),
+        (
+            Receipt(generated_tokens=3, generated_ms=100.0, mode="not measured"),
+            "30 tok/s | experts not measured",
         ),
     ],
 )

@@ -9,10 +9,10 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from conftest import Server, saying
 from fake_engine import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from server_harness import Server, saying
 
 from fomoe.model.chat import ChatTemplate
 

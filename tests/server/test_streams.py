@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Server, frames, listening, saying, wait_until
 from fake_engine import FakeEngine
+from server_harness import Server, frames, listening, saying, wait_until
 from support.small_vocab import small_tokenizer
 
 Serve = Callable[..., Server]
