@@ -226,7 +226,9 @@ void py_sigmoid_gate(Out<2> x, In<2> gate) {
 
 void py_conv_silu(In<2> x, In<2> weight, Out<2> state, Out<2> out) {
     const int64_t channels = dim(x, 1), width = dim(weight, 1);
-    if (width < 1) fail("the convolution has no taps");
+    if (width < 1 || width > kMaxTaps)
+        fail("a convolution of width " + std::to_string(width) + ", must be 1 to " +
+             std::to_string(kMaxTaps));
     same("rows of weight", dim(weight, 0), channels);
     same("rows of state", dim(state, 0), width - 1);
     same("columns of state", dim(state, 1), channels);

@@ -42,6 +42,7 @@ enum class Work : int {
     Partial,
     Rotation,
     Keys,
+    Tile,
     Count
 };
 void* work_memory(Work purpose, int64_t bytes);

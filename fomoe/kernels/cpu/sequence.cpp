@@ -166,9 +166,10 @@ class AttentionRun {
     void block(int64_t t, int64_t head, int64_t b, const Softmax& s) const {
         const int64_t begin = b * kBlock, count = std::min(kBlock, visible(t) - begin);
         const float* const q = q_ + (t * cache_.heads + head) * group_ * cache_.dim;
-        float* const scores = fomoe::cpu::work<float>(Work::Softmax, group_ * kBlock);
+        float* const memory =
+            fomoe::cpu::work<float>(Work::Softmax, attend_floats(group_, cache_.dim, kBlock));
         kernels().attend(q, group_, cache_.dim, head_of(cache_.k, begin, head),
-                         head_of(cache_.v, begin, head), count, scores, s.top, s.mass, s.out);
+                         head_of(cache_.v, begin, head), count, memory, s.top, s.mass, s.out);
     }
     void fold(const Softmax& part, const Softmax& whole) const {
         kernels().fold(group_, cache_.dim, part.top, part.mass, part.out, whole.top, whole.mass,
@@ -201,7 +202,7 @@ void attention(const float* q, int64_t tokens, int64_t heads, const Cache& cache
 
 void conv_silu(const float* x, const float* weight, float* state, int64_t tokens, int64_t channels,
                int64_t width, float* out) {
-    constexpr int64_t piece = 256;
+    constexpr int64_t piece = kConvPiece;
     parallel((channels + piece - 1) / piece, tokens * channels * 8, [=](int64_t i) {
         kernels().conv_silu(x, weight, state, tokens, channels, width, i * piece,
                             std::min(channels, (i + 1) * piece), out);
@@ -249,11 +250,13 @@ void deltanet(const DeltaCall& c) {
     parallel(s.value_heads * pieces, c.tokens * values * s.key_dim * 4, [&](int64_t item) {
         const int64_t r = item / pieces, begin = item % pieces * piece;
         const float* const q = in.qk + r % s.key_heads * s.key_dim;
-        kernels().delta_head(q, q + s.key_heads * s.key_dim, qk_stride,
-                             c.qkv + qk_stride + r * s.value_dim, s.channels(), in.decay + r,
-                             in.beta + r, s.value_heads, c.tokens, s.key_dim, s.value_dim, begin,
-                             std::min(s.value_dim, begin + piece),
-                             c.state + r * s.key_dim * s.value_dim, c.out + r * s.value_dim, values);
+        const DeltaHead head{q, q + s.key_heads * s.key_dim, c.qkv + qk_stride + r * s.value_dim,
+                             in.decay + r, in.beta + r,
+                             qk_stride, s.channels(), s.value_heads, values,
+                             c.tokens, s.key_dim, s.value_dim,
+                             c.state + r * s.key_dim * s.value_dim, c.out + r * s.value_dim};
+        kernels().delta_head(head, begin, std::min(s.value_dim, begin + piece),
+                             work<float>(Work::Tile, piece * s.key_dim));
     });
 }
 

@@ -41,6 +41,19 @@ inline F8 low_twice(F8 a) {
 inline F8 high_twice(F8 a) {
     return _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
 }
+// out[w] = element w of 8 rows of 4 floats at p
+inline void transpose_8x4(const float* p, F8* out) {
+    __m256 row[4];  // rows i and i + 4
+    for (int i = 0; i < 4; ++i)
+        row[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 4 * i)),
+                                      _mm_loadu_ps(p + 16 + 4 * i), 1);
+    const __m256 a = _mm256_unpacklo_ps(row[0], row[1]), b = _mm256_unpacklo_ps(row[2], row[3]);
+    const __m256 c = _mm256_unpackhi_ps(row[0], row[1]), d = _mm256_unpackhi_ps(row[2], row[3]);
+    out[0] = _mm256_shuffle_ps(a, b, _MM_SHUFFLE(1, 0, 1, 0));
+    out[1] = _mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 2, 3, 2));
+    out[2] = _mm256_shuffle_ps(c, d, _MM_SHUFFLE(1, 0, 1, 0));
+    out[3] = _mm256_shuffle_ps(c, d, _MM_SHUFFLE(3, 2, 3, 2));
+}
 inline F8 add(F8 a, F8 b) { return _mm256_add_ps(a, b); }
 inline F8 sub(F8 a, F8 b) { return _mm256_sub_ps(a, b); }
 inline F8 mul(F8 a, F8 b) { return _mm256_mul_ps(a, b); }

@@ -36,6 +36,11 @@ inline F8 splat_pair(const float* p) { F8 r; FOMOE_LANES(8, p[i / 4]); }
 // (a0, a0, a1, a1, a2, a2, a3, a3) and the same of a4 to a7
 inline F8 low_twice(F8 a) { F8 r; FOMOE_LANES(8, a.v[i / 2]); }
 inline F8 high_twice(F8 a) { F8 r; FOMOE_LANES(8, a.v[4 + i / 2]); }
+// out[w] = element w of 8 rows of 4 floats at p
+inline void transpose_8x4(const float* p, F8* out) {
+    for (int w = 0; w < 4; ++w)
+        for (int i = 0; i < 8; ++i) out[w].v[i] = p[4 * i + w];
+}
 inline F8 add(F8 a, F8 b) { F8 r; FOMOE_LANES(8, a.v[i] + b.v[i]); }
 inline F8 sub(F8 a, F8 b) { F8 r; FOMOE_LANES(8, a.v[i] - b.v[i]); }
 inline F8 mul(F8 a, F8 b) { F8 r; FOMOE_LANES(8, a.v[i] * b.v[i]); }

@@ -56,6 +56,22 @@ struct DeltaShape {
     int64_t channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
 };
 
+// One value head of the delta rule: q, k [tokens, key_dim] and v, out [tokens, value_dim] with their
+// strides between tokens, factors decay and beta per token, state [key_dim, value_dim].
+struct DeltaHead {
+    const float *q, *k, *v, *decay, *beta;
+    int64_t qk_stride, v_stride, gate_stride, out_stride;
+    int64_t tokens, key_dim, value_dim;
+    float *state, *out;
+};
+
+constexpr int64_t kConvPiece = 256;
+constexpr int64_t kMaxTaps = 8;
+
+constexpr int64_t attend_floats(int64_t heads, int64_t dim, int64_t count) {
+    return 32 * dim + heads * ((count + 7) / 8 * 8);
+}
+
 // A view of a key or value cache [positions, kv_heads, head_dim] at one kv head.
 struct CacheHead {
     const void* data;
@@ -92,25 +108,22 @@ struct Kernels {
     void (*to_f16)(const float* x, int64_t n, uint16_t* out);
     // Softmax attention of `heads` queries [heads, dim] over `count` positions:
     // top[h] = max score, mass[h] = sum exp(score - top), out[h, dim] = sum exp(score - top) * v.
-    // `scores` has room for heads * count rounded up to a multiple of 8.
+    // `memory`: attend_floats(heads, dim, count) floats.
     void (*attend)(const float* q, int64_t heads, int64_t dim, CacheHead k, CacheHead v,
-                   int64_t count, float* scores, float* top, float* mass, float* out);
+                   int64_t count, float* memory, float* top, float* mass, float* out);
     // Folds a partial result into a running one (both as `attend` leaves them).
     void (*fold)(int64_t heads, int64_t dim, const float* part_top, const float* part_mass,
                  const float* part_out, float* top, float* mass, float* out);
 
-    // Channels [begin, end) of the causal depthwise convolution of all tokens, then SiLU.
+    // Channels [begin, end), at most kConvPiece of them, of the causal depthwise convolution of all
+    // tokens, then SiLU; width <= kMaxTaps.
     void (*conv_silu)(const float* x, const float* weight, float* state, int64_t tokens,
                       int64_t channels, int64_t width, int64_t begin, int64_t end, float* out);
     // out = x / sqrt(sum(x^2) + eps) * factor
     void (*l2_norm)(const float* x, int64_t n, float eps, float factor, float* out);
-    // Columns [begin, end) (multiples of 8) of one value head, all tokens in order. `q`, `k`
-    // [T, key_dim] with token stride `qk_stride`; `v` and `out` point to the head's values of token
-    // 0, `decay` and `beta` to its factors with stride `gate_stride`.
-    void (*delta_head)(const float* q, const float* k, int64_t qk_stride, const float* v,
-                       int64_t v_stride, const float* decay, const float* beta,
-                       int64_t gate_stride, int64_t tokens, int64_t key_dim, int64_t value_dim,
-                       int64_t begin, int64_t end, float* state, float* out, int64_t out_stride);
+    // Columns [begin, end) (multiples of 8) of one value head, all tokens in order; `memory` has
+    // room for 32 * key_dim floats.
+    void (*delta_head)(const DeltaHead& head, int64_t begin, int64_t end, float* memory);
 };
 
 // Null where this build or this machine lacks the instruction set.
