@@ -146,12 +146,12 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes | memoryview) -> Message:
-    """Return the message of a wire form; unknown names or fields raise ValueError."""
-    name, values = msgpack.unpackb(data, strict_map_key=False)
-    kind = _BY_NAME.get(name)
-    if kind is None:
-        raise ValueError(f"unknown message {name!r}")
-    return _build(kind, values)
+    """Return the message of a wire form; anything else, or unknown fields, raise ValueError."""
+    try:
+        name, values = msgpack.unpackb(data, strict_map_key=False)
+        return _build(_BY_NAME[name], values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a message of fomoe: {error!r}") from error
 
 
 def _plain(value: Any) -> dict[str, Any]:

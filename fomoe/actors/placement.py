@@ -145,7 +145,8 @@ def plan_site(devices: tuple[str, ...], nodes: list[RayNode], here: str) -> tupl
 
 
 def _find(where: str, nodes: list[RayNode]) -> str:
-    found = [n for n in nodes if n.node_id.startswith(where) or where in (n.host, n.name)]
+    found = [n for n in nodes if where in (n.node_id, n.host, n.name)]
+    found = found or [n for n in nodes if n.node_id.startswith(where)]
     if len(found) != 1:
         known = ", ".join(f"{n.node_id[:12]} ({n.host})" for n in nodes)
         raise ConfigError(f"{where!r} names {len(found)} nodes of the cluster; there are {known}")
