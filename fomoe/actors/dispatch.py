@@ -119,7 +119,9 @@ class TieredExperts:
 
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Load what `layer` will probably want, behind all demand reads; never waits."""
-        plan = self.residency.prefetch(layer, predict_experts(scores, self._top_k), self._top_k)
+        expected = predict_experts(scores, self._top_k)
+        # Eager: a guess by the next layer's own router is worth more than the past of a victim.
+        plan = self.residency.prefetch(layer, expected, self._top_k, eager=True)
         if plan.fetches:
             self._fetch(plan, Priority.PREFETCH)
             for fetch in plan.fetches:

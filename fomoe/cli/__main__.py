@@ -1,0 +1,5 @@
+"""`python -m fomoe.cli` is the command `fomoe`."""
+
+from fomoe.cli.main import main
+
+main()
