@@ -70,7 +70,7 @@ class _Step:
     views: StepViews
     buffer: int
     experts: npt.NDArray[np.int32]
-    pairs: npt.NDArray[np.int64]  # (token, expert) pairs of each expert
+    pairs: npt.NDArray[np.int64]  # (token, expert) pairs of each expert, substitutes left out
     wave: int
     sent: int
     decoding: bool
@@ -112,7 +112,8 @@ class TieredExperts:
         _write_route(views, groups, by_tier, counts, groups.arrange(route.weights))
         np.copyto(views.x[:tokens], h.x)
         self._step = _Step(
-            layer, tokens, self._step_id, device, views, buffer, groups.experts[by_tier], counts,
+            layer, tokens, self._step_id, device, views, buffer, groups.experts[by_tier],
+            counts - _substituted(route, groups)[by_tier],
             max(self.residency.quota(layer), self._top_k), 0, decoding,
         )  # fmt: skip
         self._send_wave(self._step)
@@ -306,6 +307,12 @@ def _write_route(views: StepViews, groups: ExpertGroups, by_tier: npt.NDArray[np
     views.pair_token[new_of_old] = groups.pair_token
     np.copyto(views.order[:tokens], new_of_old[groups.order])
     np.copyto(views.weights[:tokens], weights)
+
+
+def _substituted(route: Route, groups: ExpertGroups) -> npt.NDArray[np.int64]:
+    """Return how many pairs of each of the groups' experts stand in for another expert."""
+    replaced = np.bincount(route.ids[route.substituted], minlength=int(groups.experts[-1]) + 1)
+    return replaced[groups.experts]
 
 
 def _regions(step: _Step, first: int, end: int) -> tuple[tuple[str, int, int], ...]:
