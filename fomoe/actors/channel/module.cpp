@@ -45,6 +45,8 @@ size_t landed(Vector<const uint64_t> words, Vector<const int32_t> slots,
 }  // namespace
 
 NB_MODULE(_channel, m) {
+    // Actors freeze the garbage collector (gc.freeze), so objects live on at exit by intent.
+    nb::set_leak_warnings(false);
     m.attr("ABSENT") = uint32_t(kAbsent);
     m.attr("ALIVE") = uint32_t(kAlive);
 
