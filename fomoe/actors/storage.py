@@ -43,8 +43,11 @@ class StoragePlan:
 
 
 def landed_bytes(n_slots: int) -> int:
-    """Return the size of the landed words at the head of a segment, in whole pages."""
-    return -(-n_slots * 8 // _PAGE) * _PAGE
+    """Return the size of the landed words at the head of a segment, in whole pages.
+
+    At least one page: the driver's box has a segment even where no device stands on it.
+    """
+    return max(1, -(-n_slots * 8 // _PAGE)) * _PAGE
 
 
 class StorageActor(FabricMember):
