@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from fomoe.gguf.quants import GGMLType
 from fomoe.kernels.cpu import ops
 from fomoe.kernels.device import F32, I32, U64, ExpertShape
-
-_FLOAT_TYPES = frozenset((GGMLType.F32, GGMLType.F16, GGMLType.BF16))
 
 
 class CpuDevice:
@@ -26,8 +23,7 @@ class CpuDevice:
         """Write pairs [P, D]; see `Device.experts`."""
         ops.experts(
             addresses[0], addresses[1], addresses[2], shape.types, shape.hidden, shape.width,
-            x, pair_start, pair_token, pairs,
-            self._float_activations or not _FLOAT_TYPES.isdisjoint(shape.types),
+            x, pair_start, pair_token, pairs, self._float_activations,
         )  # fmt: skip
 
     def reduce(self, pairs: F32, order: I32, weights: F32, out: F32) -> None:

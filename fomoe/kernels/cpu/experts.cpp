@@ -13,12 +13,17 @@ const uint8_t* at(uint64_t address) { return reinterpret_cast<const uint8_t*>(ad
 
 class ExpertRun {
    public:
-    ExpertRun(const ExpertCall& call, bool exact) : c_(call), exact_(exact) {
+    // A part with float weights takes float32 activations whatever the others do.
+    ExpertRun(const ExpertCall& call, bool exact)
+        : c_(call),
+          exact_input_(exact || (is_float_type(call.gate_type) && is_float_type(call.up_type))),
+          exact_inner_(exact || is_float_type(call.down_type)),
+          exact_(exact) {
         const int64_t pairs = c_.pairs(), n = pairs * c_.width;
         gate_ = work<float>(Work::Gate, n);
         up_ = work<float>(Work::Up, n);
-        if (exact_) return;
-        quantize_input();
+        if (!exact_input_) quantize_input();
+        if (exact_inner_) return;
         q_ = work<int8_t>(Work::HiddenQuants, n);
         scale_ = work<float>(Work::HiddenScales, n / 32);
         sums_ = sum_rows(Work::HiddenSums, pairs, c_.width, offset_group(c_.down_type));
@@ -69,7 +74,7 @@ class ExpertRun {
     }
 
     void product(const Matrix& w, const Slice& s) const {
-        if (exact_) product_f32(w.type, s, c_.x, c_.hidden);
+        if (exact_ || is_float_type(w.type)) product_f32(w.type, s, c_.x, c_.hidden);
         else product_q8(w.type, s, offset_group(w.type) == 16 ? fine_ : coarse_);
     }
 
@@ -88,7 +93,7 @@ class ExpertRun {
         for (int64_t p = p0; p < p0 + n; ++p) {
             const int64_t o = p * c_.width + begin;
             kernels().silu_mul(gate_ + o, up_ + o, count, gate_ + o);
-            if (exact_) continue;
+            if (exact_inner_) continue;
             kernels().quantize(gate_ + o, count, q_ + o, scale_ + o / 32);
             if (sums_.group)
                 kernels().group_sums(q_ + o, scale_ + o / 32, count, sums_.group,
@@ -102,12 +107,12 @@ class ExpertRun {
         const Slice s{down.data, down.row_bytes(), begin, end, nullptr, pairs_of(i),
                       c_.out + p0 * c_.hidden, c_.hidden};
         const QuantizedRows inner{q_, scale_, sums_.data, c_.width, c_.width / 32, sums_.stride};
-        if (exact_) product_f32(down.type, s, gate_ + p0 * c_.width, c_.width);
+        if (exact_inner_) product_f32(down.type, s, gate_ + p0 * c_.width, c_.width);
         else product_q8(down.type, s, inner.from(p0));
     }
 
     const ExpertCall& c_;
-    const bool exact_;
+    const bool exact_input_, exact_inner_, exact_;
     float *gate_, *up_;  // [pairs, F]; gate_ then holds silu(gate) * up
     QuantizedRows coarse_{}, fine_{};  // the input with sums per 32 and per 16 values
     int8_t* q_ = nullptr;              // [pairs, F], the hidden layer in int8

@@ -84,9 +84,9 @@ def experts(  # noqa: PLR0913 - the operands of one fused operation
     belongs to row `pair_token[p]` of `x` [T, hidden] and writes
     down . (silu(gate . x) * (up . x)) into `out[p]` [P, hidden]. gate and up are
     [width, hidden], down is [hidden, width], their types are `qtypes`. `exact_activations` keeps
-    activations in float32, otherwise they are int8 as in `quantize_activations`. The bits are those
-    of matmul, `silu_mul`, `quantize_activations` and matmul called one after the other. The
-    addresses are trusted.
+    activations in float32, otherwise they are int8 as in `quantize_activations`, except that a
+    part with float weights takes float32. The bits are those of matmul, `silu_mul`,
+    `quantize_activations` and matmul called one after the other. The addresses are trusted.
     """
     _cpu.experts(
         gate, up, down, qtypes, hidden, width, x, pair_start, pair_token, out, exact_activations
