@@ -18,16 +18,18 @@ from fomoe.actors.messages import (
     LogitsRows,
     Message,
     StatusRequest,
+    encode,
 )
 from fomoe.actors.names import DRIVER
 from fomoe.actors.process import FabricMember, log
 from fomoe.actors.wire import MessagePort
 from fomoe.engine.requests import EngineStatus, Event, Finished, GenerateRequest
-from fomoe.errors import EngineError, FomoeError
+from fomoe.errors import EngineError, FomoeError, RequestError
 from fomoe.model.buffers import F32
 
 _STATUS_PERIOD_S = 1.0
 _WAIT_MS = 100.0
+_FULL_WAIT_MS = 5.0  # the driver's ring is full; nobody rings when there is room again
 _POLL_US = 50.0
 
 Answer = Event | LogitsRows
@@ -79,7 +81,9 @@ class EngineClient(FabricMember):
         super().__init__(name)
         self._ctx_size = ctx_size
         self._inboxes: dict[str, Inbox] = {}
-        self._outgoing: deque[Message] = deque()
+        self._outgoing: deque[bytes] = deque()
+        self._sent = 0  # bytes of the first outgoing message that have gone
+        self._asked = False  # for a status that has not come yet
         self._status = EngineStatus(state="loading", load_progress=0.0)
         self._failure: str | None = None
         self._stopping = threading.Event()
@@ -97,7 +101,8 @@ class EngineClient(FabricMember):
 
     def report(self, status: EngineStatus) -> None:
         """Set the status that `status` returns until the driver's own arrives (loading)."""
-        self._status = status
+        if self._failure is None:
+            self._status = status
 
     def status(self) -> EngineStatus:
         """Return the newest status without blocking."""
@@ -162,19 +167,20 @@ class EngineClient(FabricMember):
     ) -> Inbox:
         if request.request_id in self._inboxes:
             raise EngineError(f"request {request.request_id} is open already")
+        data = _encoded(request)
         inbox = Inbox(loop)
         self._inboxes[request.request_id] = inbox
         if self._failure is not None:
             self._end(request.request_id, self._failure)
         else:
-            self._outgoing.append(request)
+            self._outgoing.append(data)
             self.fabric.ring(self.name)
         return inbox
 
     def _close(self, request_id: str) -> None:
         """Forget a request; where it had not finished, tell the driver."""
         if self._inboxes.pop(request_id, None) is not None and self._failure is None:
-            self._outgoing.append(Cancel(request_id=request_id))
+            self._outgoing.append(encode(Cancel(request_id=request_id)))
             self.fabric.ring(self.name)
 
     def _pump(self) -> None:
@@ -186,25 +192,32 @@ class EngineClient(FabricMember):
                 while (message := self._port.receive()) is not None:
                     self._dispatch(message)
                     busy = True
-                if time.monotonic() >= status_at:
+                if not self._asked and time.monotonic() >= status_at:
                     status_at = time.monotonic() + _STATUS_PERIOD_S
-                    self._outgoing.append(StatusRequest(nonce=0))
+                    self._asked = True
+                    self._outgoing.append(encode(StatusRequest(nonce=0)))
                     busy = True
                 if not busy:
-                    self.fabric.wait(bell, _POLL_US, _WAIT_MS)
-        except FomoeError as error:
-            log.error("the engine is lost: %s", error)
+                    self.fabric.wait(bell, _POLL_US, _FULL_WAIT_MS if self._outgoing else _WAIT_MS)
+        except Exception as error:  # whatever it is, nobody must wait for an answer any more
+            log.error("the engine is lost: %s", error, exc_info=not isinstance(error, FomoeError))
             self._fail(str(error))
 
     def _send_all(self) -> bool:
-        busy = bool(self._outgoing)
+        """Send what there is room for: inside a long step the driver takes nothing."""
+        busy = False
         while self._outgoing:
-            self._port.send(self._outgoing.popleft())
+            data = self._outgoing[0]
+            self._sent = self._port.try_send(data, self._sent)
+            if self._sent < len(data):
+                break
+            self._outgoing.popleft()
+            self._sent, busy = 0, True
         return busy
 
     def _dispatch(self, message: Message) -> None:
         if isinstance(message, EngineStatus):
-            self._status = message
+            self._status, self._asked = message, False
             return
         request_id = getattr(message, "request_id", None)
         inbox = self._inboxes.get(request_id) if isinstance(request_id, str) else None
@@ -224,6 +237,14 @@ class EngineClient(FabricMember):
         inbox = self._inboxes.get(request_id)
         if inbox is not None:
             inbox.put(Finished(request_id=request_id, reason="error", error=reason))
+
+
+def _encoded(request: GenerateRequest | LogitsRequest) -> bytes:
+    """Return the wire form; RequestError where a value is not of its declared type."""
+    try:
+        return encode(request)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"the request cannot be sent: {error}") from error
 
 
 _NUMBERS = itertools.count()

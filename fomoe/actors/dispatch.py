@@ -100,6 +100,8 @@ class TieredExperts:
 
     def begin(self, layer: int, h: Rows, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
+        for node in self._nodes:
+            self._storage_messages(node, [])  # an expert whose read failed must be read again
         groups = group_by_expert(route.ids)
         tiers = self.residency.tier_of(layer)[groups.experts]
         by_tier = np.argsort(tiers, kind="stable")
@@ -266,7 +268,7 @@ class TieredExperts:
         failed = None
         for node in self._nodes:
             found: list[ReadFailed] = []
-            self._storage_messages(node, found)
+            self._storage_messages(node, found, step)
             for message in found:
                 if message.layer == step.layer and message.expert in step.experts:
                     failed = message
@@ -274,8 +276,13 @@ class TieredExperts:
             step.device.sender.send(Tag.ABORT, STEP_ID.pack(step.id), (), SEND_BOUND_S)
         return failed
 
-    def _storage_messages(self, node: NodeLink, failed: list[ReadFailed] | None = None) -> int:
-        """Take what storage sent: failures into `failed`; returns how many preloads landed."""
+    def _storage_messages(self, node: NodeLink, failed: list[ReadFailed] | None = None,
+                          step: _Step | None = None) -> int:  # fmt: skip
+        """Take what storage sent: failures into `failed`; returns how many preloads landed.
+
+        Not into `failed` go those of reads that nobody waits for any more, and of prefetches of
+        experts that `step` wants: their demand read, asked for in `_prove`, decides.
+        """
         landed = 0
         while (message := node.receiver.try_recv(self._buffer)) is not None:
             tag, nbytes = message
@@ -284,13 +291,15 @@ class TieredExperts:
                 continue
             report = decode(memoryview(self._buffer)[:nbytes])
             assert isinstance(report, ReadFailed)
-            key = ExpertKey(report.layer, report.expert)
-            if node.slots.is_current(key, report.generation):
-                self.residency.forget(key.layer, np.array([key.expert], np.int32))
-                node.slots.forget(key)
-                self._unproven[key.layer, key.expert] = Tier.DEVICE
             if failed is None:
                 raise StorageError(report.message)
+            key = ExpertKey(report.layer, report.expert)
+            wanted = step is not None and step.layer == key.layer and key.expert in step.experts
+            if (report.prefetch and wanted) or not node.slots.is_current(key, report.generation):
+                continue
+            self.residency.forget(key.layer, np.array([key.expert], np.int32))
+            node.slots.forget(key)
+            self._unproven[key.layer, key.expert] = Tier.DEVICE
             failed.append(report)
         return landed
 

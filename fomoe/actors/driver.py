@@ -23,7 +23,7 @@ from fomoe.engine.plan import EnginePlan, make_plan
 from fomoe.engine.requests import EngineStatus, Finished, GenerateRequest, Receipt
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.series import engine_series, tier_bytes
-from fomoe.errors import ChannelError, EngineError, FomoeError, PeerStalledError
+from fomoe.errors import ChannelError, FomoeError, PeerDeadError, PeerStalledError, RequestError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
 from fomoe.kernels.cpu import ops
@@ -81,6 +81,9 @@ class DriverActor(FabricMember):
             capacity=self._plan.logical_capacity,
         )  # fmt: skip
         self._filled = False
+        nodes = self._plan.topology.device_node
+        self._peers = [device_name(i) for i in range(len(nodes))]
+        self._peers += [storage_name(i) for i in range(max(nodes) + 1)]
         self._loop = LoopThread(self, self.poll, self.status_line)
         self._loop.start()
 
@@ -143,7 +146,15 @@ class DriverActor(FabricMember):
         if self._running is not None:
             self._advance(self._running)
             return True
+        if not busy:
+            self._check_peers()
         return busy
+
+    def _check_peers(self) -> None:
+        """End the loop when an actor has died, without waiting for a request that needs it."""
+        for name in self._peers:
+            if self.fabric.peer_dead(name):
+                raise PeerDeadError(name)
 
     def _take(self, message: object) -> None:
         if isinstance(message, GenerateRequest | LogitsRequest):
@@ -178,7 +189,8 @@ class DriverActor(FabricMember):
                 serial=not self._config.overlap,
             )  # fmt: skip
         except FomoeError as error:
-            self._sequence.reset()
+            if not isinstance(error, RequestError):  # refused before anything was touched
+                self._sequence.reset()
             self._fail(request.request_id, error)
 
     def _advance(self, running: Generation) -> None:
@@ -196,7 +208,7 @@ class DriverActor(FabricMember):
 
     def _fail(self, request_id: str, error: FomoeError) -> None:
         """End a request with an error; one that the engine cannot survive ends the loop."""
-        fatal = isinstance(error, ChannelError | EngineError)
+        fatal = isinstance(error, ChannelError)
         if fatal:  # first, so that whoever sees the request end knows why
             self._client.send(EngineStatus(state="degraded", detail=str(error)))
         self._client.send(

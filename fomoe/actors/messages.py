@@ -115,6 +115,7 @@ class ReadFailed:
     expert: int
     slot: int
     generation: int
+    prefetch: bool
     message: str
 
 

@@ -118,7 +118,8 @@ class StorageActor(FabricMember):
         if error is not None:
             log.error("%s: %s", self.name, error)
             failed = ReadFailed(layer=job.layer, expert=job.expert, slot=job.slot,
-                                generation=job.generation, message=str(error))  # fmt: skip
+                                generation=job.generation, message=str(error),
+                                prefetch=job.priority == PREFETCH)  # fmt: skip
             self._send(Tag.FAILED, encode(failed))
             return
         store_release_u64(self._landed, job.slot, job.generation)

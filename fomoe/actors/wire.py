@@ -22,11 +22,25 @@ class MessagePort:
     def send(self, message: Message) -> None:
         """Send a message of any length; PeerStalledError when the peer takes none in time."""
         data = encode(message)
-        last = max(0, len(data) - 1) // self._most * self._most
-        for start in range(0, last, self._most):
-            part = data[start : start + self._most]
-            self._sender.send(Tag.MESSAGE_PART, part, (), self._bound_s)
-        self._sender.send(Tag.MESSAGE, data[last:], (), self._bound_s)
+        for start in range(0, len(data), self._most):
+            tag, part = self._part(data, start)
+            self._sender.send(tag, part, (), self._bound_s)
+
+    def try_send(self, data: bytes, start: int) -> int:
+        """Send an encoded message from byte `start` on as far as there is room; never waits.
+
+        Returns up to where it got. A message must be sent to its end before the next one.
+        """
+        while start < len(data):
+            tag, part = self._part(data, start)
+            if not self._sender.try_send(tag, part):
+                break
+            start += len(part)
+        return start
+
+    def _part(self, data: bytes, start: int) -> tuple[Tag, bytes]:
+        end = start + self._most
+        return Tag.MESSAGE if end >= len(data) else Tag.MESSAGE_PART, data[start:end]
 
     def receive(self) -> Message | None:
         """Return the next whole message, None where there is none; PeerDeadError at the end."""

@@ -34,7 +34,5 @@ def test_the_same_bits_over_tcp(name, model_paths, local_models, prompt, delays)
         assert used == [b in boxes for b in range(max(boxes) + 1)]
         if len(boxes) > 1:
             # Over TCP each box has memory of its own: nothing of box 1 is read by box 0's device.
-            handles = {
-                engine.handles[f"gpu-{d}"].actor.fabric.fabric_id for d in range(len(boxes))
-            }
+            handles = {engine.handles[f"gpu-{d}"].actor.fabric.fabric_id for d in range(len(boxes))}
             assert len(handles) == len(boxes)
