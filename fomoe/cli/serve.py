@@ -19,7 +19,14 @@ from fomoe.cli.notify import notify
 from fomoe.cli.opening import opened
 from fomoe.cli.options import EngineOptions, ModelOptions, ServerOptions
 from fomoe.cli.runfile import announced
-from fomoe.config import ServerConfig, format_bytes, is_loopback, notify_socket, runtime_dir
+from fomoe.config import (
+    BUNDLED_MODEL,
+    ServerConfig,
+    format_bytes,
+    is_loopback,
+    notify_socket,
+    runtime_dir,
+)
 from fomoe.errors import ConfigError
 from fomoe.gguf.reader import GGUFFile
 from fomoe.model.archs import read_spec
@@ -49,6 +56,10 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
+_QUESTION = {"messages": [{"role": "user", "content": "Tell me a short story about a fox."}]}
+_STORY = {"prompt": "Once upon a time", "max_tokens": 120, "temperature": 0.6}
+
+
 def url_of(sock: socket.socket) -> str:
     """Return the URL under which a client on this machine reaches the socket."""
     host, port = sock.getsockname()[:2]
@@ -57,15 +68,13 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def curl_line(url: str, *, needs_key: bool) -> str:
-    """Return a command to paste into another shell."""
-    body = {
-        "messages": [{"role": "user", "content": "Tell me a short story about a fox."}],
-        "stream": True,
-    }
+def curl_line(url: str, *, needs_key: bool, is_demo: bool = False) -> str:
+    """Return a command to paste into another shell; the demo model tells stories best."""
+    what, prompt = ("completions", _STORY) if is_demo else ("chat/completions", _QUESTION)
+    body = {**prompt, "stream": True}
     key = ' -H "Authorization: Bearer $FOMOE_API_KEY"' if needs_key else ""
     return (
-        f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
+        f"curl -N {url}/v1/{what} -H 'Content-Type: application/json'{key} "
         f"-d {shlex.quote(json.dumps(body))}"
     )
 
@@ -115,7 +124,9 @@ def _answer_requests(llm: LLM, config: ServerConfig, sock: socket.socket) -> Non
         )
         typer.echo(llm.plan_text())
         typer.echo(f"\n{llm.cluster_text()}")
-        typer.echo(f"\nReady. Try it:\n{curl_line(url, needs_key=config.api_key is not None)}\n")
+        needs_key, is_demo = config.api_key is not None, name == BUNDLED_MODEL
+        command = curl_line(url, needs_key=needs_key, is_demo=is_demo)
+        typer.echo(f"\nReady. Try it:\n{command}\n")
         notify(notify_socket(), f"READY=1\nSTATUS=serving {name} on {url}")
         server.run(sockets=[sock])
         notify(notify_socket(), "STOPPING=1")

@@ -60,6 +60,7 @@ def test_the_curl_line_is_one_command() -> None:
     body = json.loads(words[words.index("-d") + 1])
     assert body["messages"][0]["role"] == "user"
     assert "Authorization: Bearer" in curl_line("http://h:1", needs_key=True)
+    assert "http://h:1/v1/completions" in curl_line("http://h:1", needs_key=False, is_demo=True)
 
 
 def test_the_banner_tells_what_the_demo_model_is(
