@@ -162,15 +162,15 @@ class BlockRow {
 
 // The float types: 8 values at p.
 struct F32 {
-    static F8 eight(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
+    static F8 eight(const uint8_t* p) { return load(p); }
     static constexpr int size = 4;
 };
 struct F16 {
-    static F8 eight(const uint8_t* p) { return load_f16(reinterpret_cast<const uint16_t*>(p)); }
+    static F8 eight(const uint8_t* p) { return load_f16(p); }
     static constexpr int size = 2;
 };
 struct BF16 {
-    static F8 eight(const uint8_t* p) { return load_bf16(reinterpret_cast<const uint16_t*>(p)); }
+    static F8 eight(const uint8_t* p) { return load_bf16(p); }
     static constexpr int size = 2;
 };
 

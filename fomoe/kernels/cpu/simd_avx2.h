@@ -20,7 +20,7 @@ using B32 = __m256i;
 
 inline F8 splat(float x) { return _mm256_set1_ps(x); }
 inline F8 zero() { return _mm256_setzero_ps(); }
-inline F8 load(const float* p) { return _mm256_loadu_ps(p); }
+inline F8 load(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
 inline void store(float* p, F8 a) { _mm256_storeu_ps(p, a); }
 inline __m256i first_lanes(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -86,11 +86,12 @@ inline float max_lane(F8 a) {
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
-inline F8 load_f16(const uint16_t* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+// 8 half or brain floats at any byte address
+inline F8 load_f16(const void* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 }
-inline F8 load_bf16(const uint16_t* p) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+inline F8 load_bf16(const void* p) {
+    const __m128i half = _mm_loadu_si128(static_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 inline void store_f16(uint16_t* p, F8 a) {

@@ -27,7 +27,7 @@ struct B32 {
 
 inline F8 splat(float x) { F8 r; FOMOE_LANES(8, x); }
 inline F8 zero() { return splat(0.0f); }
-inline F8 load(const float* p) { F8 r; std::memcpy(r.v, p, 32); return r; }
+inline F8 load(const void* p) { F8 r; std::memcpy(r.v, p, 32); return r; }
 inline void store(float* p, F8 a) { std::memcpy(p, a.v, 32); }
 inline F8 load_n(const float* p, int n) { F8 r = zero(); std::memcpy(r.v, p, 4 * size_t(n)); return r; }
 inline void store_n(float* p, F8 a, int n) { std::memcpy(p, a.v, 4 * size_t(n)); }
@@ -77,8 +77,19 @@ inline float max_lane(F8 a) {
     return m;
 }
 
-inline F8 load_f16(const uint16_t* p) { F8 r; FOMOE_LANES(8, float_from_half(p[i])); }
-inline F8 load_bf16(const uint16_t* p) { F8 r; FOMOE_LANES(8, float_from_bfloat(p[i])); }
+// 8 half or brain floats at any byte address
+inline F8 load_f16(const void* p) {
+    uint16_t h[8];
+    std::memcpy(h, p, 16);
+    F8 r;
+    FOMOE_LANES(8, float_from_half(h[i]));
+}
+inline F8 load_bf16(const void* p) {
+    uint16_t b[8];
+    std::memcpy(b, p, 16);
+    F8 r;
+    FOMOE_LANES(8, float_from_bfloat(b[i]));
+}
 inline void store_f16(uint16_t* p, F8 a) {
     for (int i = 0; i < 8; ++i) p[i] = half_from_float(a.v[i]);
 }
