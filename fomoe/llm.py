@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -145,12 +146,14 @@ class LLM:
 
     def logits(self, tokens: list[int]) -> F32:
         """Return the logits float32 [T, V] of a token sequence."""
-        return self.engine.logits(list(tokens), self.spec.vocab)
+        return self.engine.logits([index(i) for i in tokens], self.spec.vocab)
 
     def _events(
         self, prompt: str | list[int], max_tokens: int, sampling: dict[str, Any]
     ) -> Iterator[object]:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = (
+            self.tokenizer.encode(prompt) if isinstance(prompt, str) else [index(i) for i in prompt]
+        )
         ignore_eos = sampling.pop("ignore_eos", False)
         request = GenerateRequest(
             request_id=f"llm-{os.getpid()}-{next(_NUMBERS)}",
