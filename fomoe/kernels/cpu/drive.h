@@ -8,14 +8,14 @@
 namespace fomoe::cpu {
 
 struct Matrix {
-    int type;
-    const uint8_t* data;
-    int64_t rows, cols;
-    int64_t row_bytes() const {
-        const TypeShape s = type_shape(type);
-        return cols / s.elements * s.bytes;
-    }
-    int64_t bytes() const { return rows * row_bytes(); }
+  int type;
+  const uint8_t* data;
+  int64_t rows, cols;
+  int64_t row_bytes() const {
+    const TypeShape s = type_shape(type);
+    return cols / s.elements * s.bytes;
+  }
+  int64_t bytes() const { return rows * row_bytes(); }
 };
 
 void dequantize_rows(const Matrix& w, float* out);
@@ -24,17 +24,17 @@ void quantize_rows(const float* x, int64_t tokens, int64_t cols, int8_t* q, floa
 void matmul_q8(const Matrix& w, const int8_t* q, const float* scale, int64_t tokens, float* out);
 void matmul_f32(const Matrix& w, const float* x, int64_t tokens, float* out);
 
-// Experts i < count at the addresses gate[i], up[i], down[i]; pairs [pair_start[i], pair_start[i + 1])
-// of them, pair p belongs to token pair_token[p].
+// Experts i < count at the addresses gate[i], up[i], down[i]; pairs [pair_start[i], pair_start[i +
+// 1]) of them, pair p belongs to token pair_token[p].
 struct ExpertCall {
-    const uint64_t *gate, *up, *down;
-    int gate_type, up_type, down_type;
-    int64_t count, hidden, width;  // hidden: D, width: F
-    const float* x;                // [tokens, D]
-    int64_t tokens;
-    const int32_t *pair_start, *pair_token;
-    float* out;  // [pairs, D]
-    int64_t pairs() const { return pair_start[count]; }
+  const uint64_t *gate, *up, *down;
+  int gate_type, up_type, down_type;
+  int64_t count, hidden, width;  // hidden: D, width: F
+  const float* x;                // [tokens, D]
+  int64_t tokens;
+  const int32_t *pair_start, *pair_token;
+  float* out;  // [pairs, D]
+  int64_t pairs() const { return pair_start[count]; }
 };
 void experts(const ExpertCall& call, bool exact_activations);
 void reduce_pairs(const float* pairs, const int32_t* order, const float* weights, int64_t tokens,
@@ -46,22 +46,23 @@ void rope(float* x, const int32_t* positions, int64_t tokens, int64_t heads, int
           int64_t n_rot, double base);
 
 struct Cache {
-    void *k, *v;
-    int64_t positions, heads, dim;
-    bool f16;
+  void *k, *v;
+  int64_t positions, heads, dim;
+  bool f16;
 };
-void kv_store(const float* k, const float* v, int64_t tokens, const Cache& cache, int64_t position0);
+void kv_store(const float* k, const float* v, int64_t tokens, const Cache& cache,
+              int64_t position0);
 void attention(const float* q, int64_t tokens, int64_t heads, const Cache& cache, int64_t position0,
                float* out);
 
 void conv_silu(const float* x, const float* weight, float* state, int64_t tokens, int64_t channels,
                int64_t width, float* out);
 struct DeltaCall {
-    const float *qkv, *alpha, *beta, *ssm_a, *dt_bias;
-    DeltaShape shape;
-    int64_t tokens;
-    float eps;
-    float *state, *out;
+  const float *qkv, *alpha, *beta, *ssm_a, *dt_bias;
+  DeltaShape shape;
+  int64_t tokens;
+  float eps;
+  float *state, *out;
 };
 void deltanet(const DeltaCall& call);
 

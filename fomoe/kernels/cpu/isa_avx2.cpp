@@ -8,10 +8,10 @@
 namespace fomoe::cpu {
 
 const Kernels* avx2_kernels() {
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return nullptr;
-    static const Kernels table = avx2::make_table("avx2");
-    return &table;
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return nullptr;
+  static const Kernels table = avx2::make_table("avx2");
+  return &table;
 }
 
 }  // namespace fomoe::cpu

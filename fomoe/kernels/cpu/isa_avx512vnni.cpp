@@ -9,12 +9,12 @@
 namespace fomoe::cpu {
 
 const Kernels* avx512vnni_kernels() {
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vnni") ||
-        !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("fma"))
-        return nullptr;
-    static const Kernels table = avx512vnni::make_table("avx512vnni");
-    return &table;
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vnni") ||
+      !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("fma"))
+    return nullptr;
+  static const Kernels table = avx512vnni::make_table("avx512vnni");
+  return &table;
 }
 
 }  // namespace fomoe::cpu

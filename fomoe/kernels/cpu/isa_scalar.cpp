@@ -6,8 +6,8 @@
 namespace fomoe::cpu {
 
 const Kernels* scalar_kernels() {
-    static const Kernels table = scalar::make_table("scalar");
-    return &table;
+  static const Kernels table = scalar::make_table("scalar");
+  return &table;
 }
 
 }  // namespace fomoe::cpu

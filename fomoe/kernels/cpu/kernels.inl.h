@@ -6,55 +6,55 @@ namespace fomoe::cpu::FOMOE_ISA {
 
 template <class T>
 void enter(Kernels& k, QType type) {
-    const int n = static_cast<int>(type);
-    k.dequantize[n] = dequantize<BlockRow<T>>;
-    k.dot_q8[n] = dot_q8<T>;
-    k.dot_f32[n] = dot_f32<BlockRow<T>>;
+  const int n = static_cast<int>(type);
+  k.dequantize[n] = dequantize<BlockRow<T>>;
+  k.dot_q8[n] = dot_q8<T>;
+  k.dot_f32[n] = dot_f32<BlockRow<T>>;
 }
 
 template <class T>
 void enter_float(Kernels& k, QType type) {
-    const int n = static_cast<int>(type);
-    k.dequantize[n] = dequantize<FloatRow<T>>;
-    k.dot_f32[n] = dot_f32<FloatRow<T>>;
+  const int n = static_cast<int>(type);
+  k.dequantize[n] = dequantize<FloatRow<T>>;
+  k.dot_f32[n] = dot_f32<FloatRow<T>>;
 }
 
 inline Kernels make_table(const char* name) {
-    Kernels k{};
-    k.name = name;
-    enter_float<F32>(k, QType::F32);
-    enter_float<F16>(k, QType::F16);
-    enter_float<BF16>(k, QType::BF16);
-    enter<Q8_0>(k, QType::Q8_0);
-    enter<Q4_0>(k, QType::Q4_0);
-    enter<Q4_1>(k, QType::Q4_1);
-    enter<Q5_0>(k, QType::Q5_0);
-    enter<Q5_1>(k, QType::Q5_1);
-    enter<Q2_K>(k, QType::Q2_K);
-    enter<Q3_K>(k, QType::Q3_K);
-    enter<Q4_K>(k, QType::Q4_K);
-    enter<Q5_K>(k, QType::Q5_K);
-    enter<Q6_K>(k, QType::Q6_K);
-    enter<IQ4_NL>(k, QType::IQ4_NL);
-    enter<IQ4_XS>(k, QType::IQ4_XS);
-    k.quantize = quantize;
-    k.group_sums = group_sums;
-    k.rms_norm = rms_norm;
-    k.silu_mul = silu_mul;
-    k.sigmoid_gate = sigmoid_gate;
-    k.scale = scale;
-    k.sigmoid = sigmoid_one;
-    k.add = add_to;
-    k.add3 = add3;
-    k.weighted_sum = weighted_sum;
-    k.rotate = rotate;
-    k.to_f16 = to_f16;
-    k.attend = attend;
-    k.fold = fold;
-    k.conv_silu = conv_silu;
-    k.l2_norm = l2_norm;
-    k.delta_head = delta_head;
-    return k;
+  Kernels k{};
+  k.name = name;
+  enter_float<F32>(k, QType::F32);
+  enter_float<F16>(k, QType::F16);
+  enter_float<BF16>(k, QType::BF16);
+  enter<Q8_0>(k, QType::Q8_0);
+  enter<Q4_0>(k, QType::Q4_0);
+  enter<Q4_1>(k, QType::Q4_1);
+  enter<Q5_0>(k, QType::Q5_0);
+  enter<Q5_1>(k, QType::Q5_1);
+  enter<Q2_K>(k, QType::Q2_K);
+  enter<Q3_K>(k, QType::Q3_K);
+  enter<Q4_K>(k, QType::Q4_K);
+  enter<Q5_K>(k, QType::Q5_K);
+  enter<Q6_K>(k, QType::Q6_K);
+  enter<IQ4_NL>(k, QType::IQ4_NL);
+  enter<IQ4_XS>(k, QType::IQ4_XS);
+  k.quantize = quantize;
+  k.group_sums = group_sums;
+  k.rms_norm = rms_norm;
+  k.silu_mul = silu_mul;
+  k.sigmoid_gate = sigmoid_gate;
+  k.scale = scale;
+  k.sigmoid = sigmoid_one;
+  k.add = add_to;
+  k.add3 = add3;
+  k.weighted_sum = weighted_sum;
+  k.rotate = rotate;
+  k.to_f16 = to_f16;
+  k.attend = attend;
+  k.fold = fold;
+  k.conv_silu = conv_silu;
+  k.l2_norm = l2_norm;
+  k.delta_head = delta_head;
+  return k;
 }
 
 }  // namespace fomoe::cpu::FOMOE_ISA

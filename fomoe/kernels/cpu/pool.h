@@ -19,36 +19,36 @@ constexpr int64_t kInlineBytes = 64 * 1024;
 
 template <class Body>
 void parallel(int64_t count, int64_t work_bytes, const Body& body) {
-    if (work_bytes < kInlineBytes || count == 1 || thread_count() == 1) {
-        for (int64_t i = 0; i < count; ++i) body(i);
-        return;
-    }
-    run_items(count, [](const void* b, int64_t i) { (*static_cast<const Body*>(b))(i); }, &body);
+  if (work_bytes < kInlineBytes || count == 1 || thread_count() == 1) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  run_items(count, [](const void* b, int64_t i) { (*static_cast<const Body*>(b))(i); }, &body);
 }
 
 // Working memory of the calling thread, one block per purpose, 64-byte aligned; it grows and stays.
 enum class Work : int {
-    Row,
-    Sums,
-    FineSums,
-    Quants,
-    Scales,
-    Gate,
-    Up,
-    HiddenQuants,
-    HiddenScales,
-    HiddenSums,
-    Softmax,
-    Partial,
-    Rotation,
-    Keys,
-    Tile,
-    Count
+  Row,
+  Sums,
+  FineSums,
+  Quants,
+  Scales,
+  Gate,
+  Up,
+  HiddenQuants,
+  HiddenScales,
+  HiddenSums,
+  Softmax,
+  Partial,
+  Rotation,
+  Keys,
+  Tile,
+  Count
 };
 void* work_memory(Work purpose, int64_t bytes);
 template <class T>
 T* work(Work purpose, int64_t count) {
-    return static_cast<T*>(work_memory(purpose, count * static_cast<int64_t>(sizeof(T))));
+  return static_cast<T*>(work_memory(purpose, count * static_cast<int64_t>(sizeof(T))));
 }
 
 }  // namespace fomoe::cpu

@@ -6,28 +6,27 @@
 namespace fomoe::cpu::FOMOE_ISA {
 
 struct HalfCache {
-    const uint16_t* data;
-    int64_t stride;
-    F8 at(int64_t position, int64_t i) const { return load_f16(data + position * stride + i); }
+  const uint16_t* data;
+  int64_t stride;
+  F8 at(int64_t position, int64_t i) const { return load_f16(data + position * stride + i); }
 };
 struct FloatCache {
-    const float* data;
-    int64_t stride;
-    F8 at(int64_t position, int64_t i) const { return load(data + position * stride + i); }
+  const float* data;
+  int64_t stride;
+  F8 at(int64_t position, int64_t i) const { return load(data + position * stride + i); }
 };
 
 // Scores of H heads at one position.
 template <int H, class Cache>
 inline void score(const float* q, int64_t dim, Cache k, int64_t position, F8 factor, float* out,
                   int64_t out_stride) {
-    F8 acc[H];
-    for (F8& a : acc) a = zero();
-    for (int64_t i = 0; i < dim; i += 8) {
-        const F8 key = k.at(position, i);
-        for (int h = 0; h < H; ++h) acc[h] = fma(load(q + h * dim + i), key, acc[h]);
-    }
-    for (int h = 0; h < H; ++h)
-        out[h * out_stride + position] = sum(acc[h]) * first(factor);
+  F8 acc[H];
+  for (F8& a : acc) a = zero();
+  for (int64_t i = 0; i < dim; i += 8) {
+    const F8 key = k.at(position, i);
+    for (int h = 0; h < H; ++h) acc[h] = fma(load(q + h * dim + i), key, acc[h]);
+  }
+  for (int h = 0; h < H; ++h) out[h * out_stride + position] = sum(acc[h]) * first(factor);
 }
 
 // Values of up to kTile positions as float32 [dim / 8][kTile][8]: read row by row, then walked
@@ -36,134 +35,131 @@ constexpr int64_t kTile = 32;
 
 template <class Cache>
 inline void unpack_values(Cache v, int64_t first, int64_t count, int64_t dim, float* tile) {
-    for (int64_t j = 0; j < count; ++j)
-        for (int64_t i = 0; i < dim; i += 8) store(tile + (i * kTile + 8 * j), v.at(first + j, i));
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t i = 0; i < dim; i += 8) store(tile + (i * kTile + 8 * j), v.at(first + j, i));
 }
 
 // out[h, i .. i + 8 V] += sum over the tile's positions of p[h, position] * v[position]
 template <int H, int V>
 inline void mix(const float* p, int64_t p_stride, const float* tile, int64_t count, int64_t dim,
                 int64_t i, float* out) {
-    F8 acc[H][V];
-    for (int h = 0; h < H; ++h)
-        for (int n = 0; n < V; ++n) acc[h][n] = load(out + h * dim + i + 8 * n);
-    for (int64_t j = 0; j < count; ++j)
-        for (int n = 0; n < V; ++n) {
-            const F8 value = load(tile + (i + 8 * n) * kTile + 8 * j);
-            for (int h = 0; h < H; ++h)
-                acc[h][n] = fma(splat(p[h * p_stride + j]), value, acc[h][n]);
-        }
-    for (int h = 0; h < H; ++h)
-        for (int n = 0; n < V; ++n) store(out + h * dim + i + 8 * n, acc[h][n]);
+  F8 acc[H][V];
+  for (int h = 0; h < H; ++h)
+    for (int n = 0; n < V; ++n) acc[h][n] = load(out + h * dim + i + 8 * n);
+  for (int64_t j = 0; j < count; ++j)
+    for (int n = 0; n < V; ++n) {
+      const F8 value = load(tile + (i + 8 * n) * kTile + 8 * j);
+      for (int h = 0; h < H; ++h) acc[h][n] = fma(splat(p[h * p_stride + j]), value, acc[h][n]);
+    }
+  for (int h = 0; h < H; ++h)
+    for (int n = 0; n < V; ++n) store(out + h * dim + i + 8 * n, acc[h][n]);
 }
 
 template <int H>
 inline void mix_all(const float* p, int64_t p_stride, const float* tile, int64_t count, int64_t dim,
                     float* out) {
-    int64_t i = 0;
-    for (; i + 32 <= dim; i += 32) mix<H, 4>(p, p_stride, tile, count, dim, i, out);
-    for (; i < dim; i += 8) mix<H, 1>(p, p_stride, tile, count, dim, i, out);
+  int64_t i = 0;
+  for (; i + 32 <= dim; i += 32) mix<H, 4>(p, p_stride, tile, count, dim, i, out);
+  for (; i < dim; i += 8) mix<H, 1>(p, p_stride, tile, count, dim, i, out);
 }
 
 // Scores -> exp(score - top) in place; returns their sum.
 inline float softmax_part(float* scores, int64_t count, float* top) {
-    float m = scores[0];
-    for (int64_t j = 1; j < count; ++j) m = scores[j] > m ? scores[j] : m;
-    *top = m;
-    F8 mass = zero();
-    by_eights(count, [&](int64_t j, int lanes) {
-        store_upto(scores + j, exp(sub(load_upto(scores + j, lanes), splat(m))), lanes);
-        mass = add(mass, load_upto(scores + j, lanes));
-    });
-    return sum(mass);
+  float m = scores[0];
+  for (int64_t j = 1; j < count; ++j) m = scores[j] > m ? scores[j] : m;
+  *top = m;
+  F8 mass = zero();
+  by_eights(count, [&](int64_t j, int lanes) {
+    store_upto(scores + j, exp(sub(load_upto(scores + j, lanes), splat(m))), lanes);
+    mass = add(mass, load_upto(scores + j, lanes));
+  });
+  return sum(mass);
 }
 
 template <class Cache>
 inline void attend_cache(const float* q, int64_t heads, int64_t dim, Cache k, Cache v,
                          int64_t count, float* memory, float* top, float* mass, float* out) {
-    const int64_t stride = (count + 7) / 8 * 8;
-    float* const tile = memory;
-    float* const scores = memory + kTile * dim;
-    const F8 factor = splat(1.0f / __builtin_sqrtf(static_cast<float>(dim)));
-    for (int64_t j = 0; j < count; ++j) {
-        int64_t h = 0;
-        for (; h + 4 <= heads; h += 4)
-            score<4>(q + h * dim, dim, k, j, factor, scores + h * stride, stride);
-        for (; h < heads; ++h)
-            score<1>(q + h * dim, dim, k, j, factor, scores + h * stride, stride);
-    }
-    for (int64_t h = 0; h < heads; ++h)
-        mass[h] = softmax_part(scores + h * stride, count, top + h);
-    std::memset(out, 0, static_cast<size_t>(heads * dim) * sizeof(float));
-    for (int64_t first = 0; first < count; first += kTile) {
-        const int64_t n = count - first < kTile ? count - first : kTile;
-        unpack_values(v, first, n, dim, tile);
-        int64_t h = 0;
-        for (; h + 2 <= heads; h += 2)
-            mix_all<2>(scores + h * stride + first, stride, tile, n, dim, out + h * dim);
-        for (; h < heads; ++h)
-            mix_all<1>(scores + h * stride + first, stride, tile, n, dim, out + h * dim);
-    }
+  const int64_t stride = (count + 7) / 8 * 8;
+  float* const tile = memory;
+  float* const scores = memory + kTile * dim;
+  const F8 factor = splat(1.0f / __builtin_sqrtf(static_cast<float>(dim)));
+  for (int64_t j = 0; j < count; ++j) {
+    int64_t h = 0;
+    for (; h + 4 <= heads; h += 4)
+      score<4>(q + h * dim, dim, k, j, factor, scores + h * stride, stride);
+    for (; h < heads; ++h) score<1>(q + h * dim, dim, k, j, factor, scores + h * stride, stride);
+  }
+  for (int64_t h = 0; h < heads; ++h) mass[h] = softmax_part(scores + h * stride, count, top + h);
+  std::memset(out, 0, static_cast<size_t>(heads * dim) * sizeof(float));
+  for (int64_t first = 0; first < count; first += kTile) {
+    const int64_t n = count - first < kTile ? count - first : kTile;
+    unpack_values(v, first, n, dim, tile);
+    int64_t h = 0;
+    for (; h + 2 <= heads; h += 2)
+      mix_all<2>(scores + h * stride + first, stride, tile, n, dim, out + h * dim);
+    for (; h < heads; ++h)
+      mix_all<1>(scores + h * stride + first, stride, tile, n, dim, out + h * dim);
+  }
 }
 
 inline void attend(const float* q, int64_t heads, int64_t dim, CacheHead k, CacheHead v,
                    int64_t count, float* memory, float* top, float* mass, float* out) {
-    if (k.f16) {
-        const HalfCache keys{static_cast<const uint16_t*>(k.data), k.stride};
-        const HalfCache values{static_cast<const uint16_t*>(v.data), v.stride};
-        attend_cache(q, heads, dim, keys, values, count, memory, top, mass, out);
-    } else {
-        const FloatCache keys{static_cast<const float*>(k.data), k.stride};
-        const FloatCache values{static_cast<const float*>(v.data), v.stride};
-        attend_cache(q, heads, dim, keys, values, count, memory, top, mass, out);
-    }
+  if (k.f16) {
+    const HalfCache keys{static_cast<const uint16_t*>(k.data), k.stride};
+    const HalfCache values{static_cast<const uint16_t*>(v.data), v.stride};
+    attend_cache(q, heads, dim, keys, values, count, memory, top, mass, out);
+  } else {
+    const FloatCache keys{static_cast<const float*>(k.data), k.stride};
+    const FloatCache values{static_cast<const float*>(v.data), v.stride};
+    attend_cache(q, heads, dim, keys, values, count, memory, top, mass, out);
+  }
 }
 
 inline void fold(int64_t heads, int64_t dim, const float* part_top, const float* part_mass,
                  const float* part_out, float* top, float* mass, float* out) {
-    for (int64_t h = 0; h < heads; ++h) {
-        const float m = part_top[h] > top[h] ? part_top[h] : top[h];
-        const F8 a = exp(splat(top[h] - m)), b = exp(splat(part_top[h] - m));
-        top[h] = m;
-        mass[h] = __builtin_fmaf(mass[h], first(a), part_mass[h] * first(b));
-        for (int64_t i = h * dim; i < (h + 1) * dim; i += 8)
-            store(out + i, fma(load(out + i), a, mul(load(part_out + i), b)));
-    }
+  for (int64_t h = 0; h < heads; ++h) {
+    const float m = part_top[h] > top[h] ? part_top[h] : top[h];
+    const F8 a = exp(splat(top[h] - m)), b = exp(splat(part_top[h] - m));
+    top[h] = m;
+    mass[h] = __builtin_fmaf(mass[h], first(a), part_mass[h] * first(b));
+    for (int64_t i = h * dim; i < (h + 1) * dim; i += 8)
+      store(out + i, fma(load(out + i), a, mul(load(part_out + i), b)));
+  }
 }
 
 // taps[w] = tap w of the 8 (or fewer) channels whose weights [lanes, width] begin at p.
 inline void load_taps(const float* p, int64_t width, int lanes, F8* taps) {
-    if (width == 4 && lanes == 8) return transpose_8x4(p, taps);
-    for (int64_t w = 0; w < width; ++w) {
-        float eight[8];
-        for (int i = 0; i < lanes; ++i) eight[i] = p[i * width + w];
-        taps[w] = load_upto(eight, lanes);
-    }
+  if (width == 4 && lanes == 8) return transpose_8x4(p, taps);
+  for (int64_t w = 0; w < width; ++w) {
+    float eight[8];
+    for (int i = 0; i < lanes; ++i) eight[i] = p[i * width + w];
+    taps[w] = load_upto(eight, lanes);
+  }
 }
 
 // `state` [width - 1, channels] holds the inputs before token 0, oldest first. At most
 // kConvPiece channels; tokens outside, channels inside, so that memory is read in rows.
 inline void conv_silu(const float* x, const float* weight, float* state, int64_t tokens,
                       int64_t channels, int64_t width, int64_t begin, int64_t end, float* out) {
-    const int64_t past = width - 1;
-    F8 taps[kConvPiece / 8][kMaxTaps];
+  const int64_t past = width - 1;
+  F8 taps[kConvPiece / 8][kMaxTaps];
+  by_eights(end - begin, [&](int64_t i, int lanes) {
+    load_taps(weight + (begin + i) * width, width, lanes, taps[i / 8]);
+  });
+  const auto input = [&](int64_t t) {  // t counts from the oldest remembered input
+    return t < past ? state + t * channels : x + (t - past) * channels;
+  };
+  for (int64_t t = 0; t < tokens; ++t)
     by_eights(end - begin, [&](int64_t i, int lanes) {
-        load_taps(weight + (begin + i) * width, width, lanes, taps[i / 8]);
+      const int64_t c = begin + i;
+      F8 acc = zero();
+      for (int64_t w = 0; w < width; ++w)
+        acc = fma(taps[i / 8][w], load_upto(input(t + w) + c, lanes), acc);
+      store_upto(out + t * channels + c, silu(acc), lanes);
     });
-    const auto input = [&](int64_t t) {  // t counts from the oldest remembered input
-        return t < past ? state + t * channels : x + (t - past) * channels;
-    };
-    for (int64_t t = 0; t < tokens; ++t)
-        by_eights(end - begin, [&](int64_t i, int lanes) {
-            const int64_t c = begin + i;
-            F8 acc = zero();
-            for (int64_t w = 0; w < width; ++w)
-                acc = fma(taps[i / 8][w], load_upto(input(t + w) + c, lanes), acc);
-            store_upto(out + t * channels + c, silu(acc), lanes);
-        });
-    for (int64_t t = 0; t < past; ++t)  // ascending: reads only rows that are not yet overwritten
-        std::memmove(state + t * channels + begin, input(tokens + t) + begin,
-                     static_cast<size_t>(end - begin) * sizeof(float));
+  for (int64_t t = 0; t < past; ++t)  // ascending: reads only rows that are not yet overwritten
+    std::memmove(state + t * channels + begin, input(tokens + t) + begin,
+                 static_cast<size_t>(end - begin) * sizeof(float));
 }
 
 // One step per token on 8 V columns of the state: S = S * decay, d = beta * (v - S^T k),
@@ -171,49 +167,49 @@ inline void conv_silu(const float* x, const float* weight, float* state, int64_t
 template <int V>
 inline void delta_columns(const float* q, const float* k, float decay, float beta, const float* v,
                           int64_t key_dim, int64_t stride, float* state, float* out) {
-    F8 d[V], o[V];
-    for (int n = 0; n < V; ++n) d[n] = o[n] = zero();
-    for (int64_t i = 0; i < key_dim; ++i)
-        for (int n = 0; n < V; ++n) {
-            const F8 s = mul(load(state + i * stride + 8 * n), splat(decay));
-            d[n] = fma(splat(k[i]), s, d[n]);
-        }
-    for (int n = 0; n < V; ++n) d[n] = mul(splat(beta), sub(load(v + 8 * n), d[n]));
-    for (int64_t i = 0; i < key_dim; ++i)
-        for (int n = 0; n < V; ++n) {
-            float* at = state + i * stride + 8 * n;
-            const F8 s = fma(splat(k[i]), d[n], mul(load(at), splat(decay)));
-            store(at, s);
-            o[n] = fma(splat(q[i]), s, o[n]);
-        }
-    for (int n = 0; n < V; ++n) store(out + 8 * n, o[n]);
+  F8 d[V], o[V];
+  for (int n = 0; n < V; ++n) d[n] = o[n] = zero();
+  for (int64_t i = 0; i < key_dim; ++i)
+    for (int n = 0; n < V; ++n) {
+      const F8 s = mul(load(state + i * stride + 8 * n), splat(decay));
+      d[n] = fma(splat(k[i]), s, d[n]);
+    }
+  for (int n = 0; n < V; ++n) d[n] = mul(splat(beta), sub(load(v + 8 * n), d[n]));
+  for (int64_t i = 0; i < key_dim; ++i)
+    for (int n = 0; n < V; ++n) {
+      float* at = state + i * stride + 8 * n;
+      const F8 s = fma(splat(k[i]), d[n], mul(load(at), splat(decay)));
+      store(at, s);
+      o[n] = fma(splat(q[i]), s, o[n]);
+    }
+  for (int n = 0; n < V; ++n) store(out + 8 * n, o[n]);
 }
 
 // All tokens on the 8 V columns of a state [key_dim, stride]; q, k, v, out as in delta_head.
 template <int V>
 inline void delta_tokens(const DeltaHead& h, int64_t column, float* state, int64_t stride) {
-    for (int64_t t = 0; t < h.tokens; ++t)
-        delta_columns<V>(h.q + t * h.qk_stride, h.k + t * h.qk_stride, h.decay[t * h.gate_stride],
-                         h.beta[t * h.gate_stride], h.v + t * h.v_stride + column, h.key_dim,
-                         stride, state, h.out + t * h.out_stride + column);
+  for (int64_t t = 0; t < h.tokens; ++t)
+    delta_columns<V>(h.q + t * h.qk_stride, h.k + t * h.qk_stride, h.decay[t * h.gate_stride],
+                     h.beta[t * h.gate_stride], h.v + t * h.v_stride + column, h.key_dim, stride,
+                     state, h.out + t * h.out_stride + column);
 }
 
 inline void delta_head(const DeltaHead& h, int64_t begin, int64_t end, float* memory) {
-    constexpr int64_t wide = 32;
-    int64_t c = begin;
-    for (; c + wide <= end; c += wide) {
-        if (h.tokens == 1) {
-            delta_tokens<4>(h, c, h.state + c, h.value_dim);
-            continue;
-        }
-        // Rows of a state lie a power of two apart and would push each other out of L1.
-        for (int64_t i = 0; i < h.key_dim; ++i)
-            std::memcpy(memory + i * wide, h.state + i * h.value_dim + c, wide * sizeof(float));
-        delta_tokens<4>(h, c, memory, wide);
-        for (int64_t i = 0; i < h.key_dim; ++i)
-            std::memcpy(h.state + i * h.value_dim + c, memory + i * wide, wide * sizeof(float));
+  constexpr int64_t wide = 32;
+  int64_t c = begin;
+  for (; c + wide <= end; c += wide) {
+    if (h.tokens == 1) {
+      delta_tokens<4>(h, c, h.state + c, h.value_dim);
+      continue;
     }
-    for (; c < end; c += 8) delta_tokens<1>(h, c, h.state + c, h.value_dim);
+    // Rows of a state lie a power of two apart and would push each other out of L1.
+    for (int64_t i = 0; i < h.key_dim; ++i)
+      std::memcpy(memory + i * wide, h.state + i * h.value_dim + c, wide * sizeof(float));
+    delta_tokens<4>(h, c, memory, wide);
+    for (int64_t i = 0; i < h.key_dim; ++i)
+      std::memcpy(h.state + i * h.value_dim + c, memory + i * wide, wide * sizeof(float));
+  }
+  for (; c < end; c += 8) delta_tokens<1>(h, c, h.state + c, h.value_dim);
 }
 
 }  // namespace fomoe::cpu::FOMOE_ISA

@@ -12,133 +12,202 @@
 namespace fomoe::cpu::FOMOE_ISA {
 
 struct F8 {
-    float v[8];
+  float v[8];
 };
 struct I8 {
-    int32_t v[8];
+  int32_t v[8];
 };
 struct B32 {
-    uint8_t v[32];
+  uint8_t v[32];
 };
 
-#define FOMOE_LANES(n, expr)                \
-    for (int i = 0; i < (n); ++i) r.v[i] = (expr); \
-    return r
+template <class V, class Lane>
+inline V make(Lane lane) {
+  V r;
+  for (int i = 0; i < static_cast<int>(sizeof(r.v) / sizeof(r.v[0])); ++i) r.v[i] = lane(i);
+  return r;
+}
+template <class Lane>
+inline F8 floats(Lane lane) {
+  return make<F8>(lane);
+}
+template <class Lane>
+inline B32 byte_lanes(Lane lane) {
+  return make<B32>([&](int i) { return static_cast<uint8_t>(lane(i)); });
+}
 
-inline F8 splat(float x) { F8 r; FOMOE_LANES(8, x); }
+inline F8 splat(float x) {
+  return floats([&](int) { return x; });
+}
 inline F8 zero() { return splat(0.0f); }
-inline F8 load(const void* p) { F8 r; std::memcpy(r.v, p, 32); return r; }
+inline F8 load(const void* p) {
+  F8 r;
+  std::memcpy(r.v, p, 32);
+  return r;
+}
 inline void store(float* p, F8 a) { std::memcpy(p, a.v, 32); }
-inline F8 load_n(const float* p, int n) { F8 r = zero(); std::memcpy(r.v, p, 4 * size_t(n)); return r; }
+inline F8 load_n(const float* p, int n) {
+  F8 r = zero();
+  std::memcpy(r.v, p, 4 * size_t(n));
+  return r;
+}
 inline void store_n(float* p, F8 a, int n) { std::memcpy(p, a.v, 4 * size_t(n)); }
 // (a, a, a, a, b, b, b, b) of the floats a, b at p
-inline F8 splat_pair(const float* p) { F8 r; FOMOE_LANES(8, p[i / 4]); }
+inline F8 splat_pair(const float* p) {
+  return floats([&](int i) { return p[i / 4]; });
+}
 // (a0, a0, a1, a1, a2, a2, a3, a3) and the same of a4 to a7
-inline F8 low_twice(F8 a) { F8 r; FOMOE_LANES(8, a.v[i / 2]); }
-inline F8 high_twice(F8 a) { F8 r; FOMOE_LANES(8, a.v[4 + i / 2]); }
+inline F8 low_twice(F8 a) {
+  return floats([&](int i) { return a.v[i / 2]; });
+}
+inline F8 high_twice(F8 a) {
+  return floats([&](int i) { return a.v[4 + i / 2]; });
+}
 // out[w] = element w of 8 rows of 4 floats at p
 inline void transpose_8x4(const float* p, F8* out) {
-    for (int w = 0; w < 4; ++w)
-        for (int i = 0; i < 8; ++i) out[w].v[i] = p[4 * i + w];
+  for (int w = 0; w < 4; ++w)
+    for (int i = 0; i < 8; ++i) out[w].v[i] = p[4 * i + w];
 }
-inline F8 add(F8 a, F8 b) { F8 r; FOMOE_LANES(8, a.v[i] + b.v[i]); }
-inline F8 sub(F8 a, F8 b) { F8 r; FOMOE_LANES(8, a.v[i] - b.v[i]); }
-inline F8 mul(F8 a, F8 b) { F8 r; FOMOE_LANES(8, a.v[i] * b.v[i]); }
-inline F8 div(F8 a, F8 b) { F8 r; FOMOE_LANES(8, a.v[i] / b.v[i]); }
-inline F8 fma(F8 a, F8 b, F8 c) { F8 r; FOMOE_LANES(8, __builtin_fmaf(a.v[i], b.v[i], c.v[i])); }
+inline F8 add(F8 a, F8 b) {
+  return floats([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F8 sub(F8 a, F8 b) {
+  return floats([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline F8 mul(F8 a, F8 b) {
+  return floats([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline F8 div(F8 a, F8 b) {
+  return floats([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline F8 fma(F8 a, F8 b, F8 c) {
+  return floats([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
+}
 // The second operand where one is NaN, as x86 does.
-inline F8 max(F8 a, F8 b) { F8 r; FOMOE_LANES(8, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-inline F8 min(F8 a, F8 b) { F8 r; FOMOE_LANES(8, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-inline F8 abs(F8 a) { F8 r; FOMOE_LANES(8, __builtin_fabsf(a.v[i])); }
-inline F8 round_even(F8 a) { F8 r; FOMOE_LANES(8, __builtin_nearbyintf(a.v[i])); }
-inline I8 to_int(F8 a) { I8 r; FOMOE_LANES(8, static_cast<int32_t>(a.v[i])); }
-inline F8 to_float(I8 a) { F8 r; FOMOE_LANES(8, static_cast<float>(a.v[i])); }
+inline F8 max(F8 a, F8 b) {
+  return floats([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F8 min(F8 a, F8 b) {
+  return floats([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F8 abs(F8 a) {
+  return floats([&](int i) { return __builtin_fabsf(a.v[i]); });
+}
+inline F8 round_even(F8 a) {
+  return floats([&](int i) { return __builtin_nearbyintf(a.v[i]); });
+}
+inline I8 to_int(F8 a) {
+  return make<I8>([&](int i) { return static_cast<int32_t>(a.v[i]); });
+}
+inline F8 to_float(I8 a) {
+  return floats([&](int i) { return static_cast<float>(a.v[i]); });
+}
 // a * 2^n for lanes whose result is a normal number
 inline F8 scale_by_power(F8 a, I8 n) {
-    F8 r;
-    for (int i = 0; i < 8; ++i) {
-        uint32_t bits = static_cast<uint32_t>(n.v[i] + 127) << 23;
-        float power;
-        std::memcpy(&power, &bits, 4);
-        r.v[i] = a.v[i] * power;
-    }
-    return r;
+  F8 r;
+  for (int i = 0; i < 8; ++i) {
+    uint32_t bits = static_cast<uint32_t>(n.v[i] + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    r.v[i] = a.v[i] * power;
+  }
+  return r;
 }
 inline float first(F8 a) { return a.v[0]; }
 
 inline float sum(F8 a) {
-    const float x = (a.v[0] + a.v[4]) + (a.v[2] + a.v[6]);
-    const float y = (a.v[1] + a.v[5]) + (a.v[3] + a.v[7]);
-    return x + y;
+  const float x = (a.v[0] + a.v[4]) + (a.v[2] + a.v[6]);
+  const float y = (a.v[1] + a.v[5]) + (a.v[3] + a.v[7]);
+  return x + y;
 }
 inline float max_lane(F8 a) {
-    float m = a.v[0];
-    for (int i = 1; i < 8; ++i) m = a.v[i] > m ? a.v[i] : m;
-    return m;
+  float m = a.v[0];
+  for (int i = 1; i < 8; ++i) m = a.v[i] > m ? a.v[i] : m;
+  return m;
 }
 
 // 8 half or brain floats at any byte address
 inline F8 load_f16(const void* p) {
-    uint16_t h[8];
-    std::memcpy(h, p, 16);
-    F8 r;
-    FOMOE_LANES(8, float_from_half(h[i]));
+  uint16_t h[8];
+  std::memcpy(h, p, 16);
+  return floats([&](int i) { return float_from_half(h[i]); });
 }
 inline F8 load_bf16(const void* p) {
-    uint16_t b[8];
-    std::memcpy(b, p, 16);
-    F8 r;
-    FOMOE_LANES(8, float_from_bfloat(b[i]));
+  uint16_t b[8];
+  std::memcpy(b, p, 16);
+  return floats([&](int i) { return float_from_bfloat(b[i]); });
 }
 inline void store_f16(uint16_t* p, F8 a) {
-    for (int i = 0; i < 8; ++i) p[i] = half_from_float(a.v[i]);
+  for (int i = 0; i < 8; ++i) p[i] = half_from_float(a.v[i]);
 }
 inline float half_scalar(uint16_t h) { return float_from_half(h); }
 
 // 32 bytes; shifts are of each byte, without the bits of its neighbour only after and_().
-inline B32 bytes(const void* p) { B32 r; std::memcpy(r.v, p, 32); return r; }
+inline B32 bytes(const void* p) {
+  B32 r;
+  std::memcpy(r.v, p, 32);
+  return r;
+}
 inline void store_bytes(void* p, B32 a) { std::memcpy(p, a.v, 32); }
-inline B32 splat_byte(int x) { B32 r; FOMOE_LANES(32, static_cast<uint8_t>(x)); }
-inline B32 and_(B32 a, B32 b) { B32 r; FOMOE_LANES(32, uint8_t(a.v[i] & b.v[i])); }
-inline B32 or_(B32 a, B32 b) { B32 r; FOMOE_LANES(32, uint8_t(a.v[i] | b.v[i])); }
-inline B32 subtract(B32 a, B32 b) { B32 r; FOMOE_LANES(32, uint8_t(a.v[i] - b.v[i])); }
+inline B32 splat_byte(int x) {
+  return byte_lanes([&](int) { return x; });
+}
+inline B32 and_(B32 a, B32 b) {
+  return byte_lanes([&](int i) { return a.v[i] & b.v[i]; });
+}
+inline B32 or_(B32 a, B32 b) {
+  return byte_lanes([&](int i) { return a.v[i] | b.v[i]; });
+}
+inline B32 subtract(B32 a, B32 b) {
+  return byte_lanes([&](int i) { return a.v[i] - b.v[i]; });
+}
 template <int N>
-inline B32 shift_right(B32 a) { B32 r; FOMOE_LANES(32, uint8_t(a.v[i] >> N)); }
+inline B32 shift_right(B32 a) {
+  return byte_lanes([&](int i) { return a.v[i] >> N; });
+}
 template <int N>
-inline B32 shift_left(B32 a) { B32 r; FOMOE_LANES(32, uint8_t(a.v[i] << N)); }
+inline B32 shift_left(B32 a) {
+  return byte_lanes([&](int i) { return a.v[i] << N; });
+}
 // 16 bytes -> their low nibbles, then their high nibbles
-inline B32 nibbles(const uint8_t* p) { B32 r; FOMOE_LANES(32, uint8_t(i < 16 ? p[i] & 15 : p[i - 16] >> 4)); }
+inline B32 nibbles(const uint8_t* p) {
+  return byte_lanes([&](int i) { return i < 16 ? p[i] & 15 : p[i - 16] >> 4; });
+}
 // byte i = value where bit i of the 4 bytes at p is set, else 0
-inline B32 spread_bits(const uint8_t* p, int value) { B32 r; FOMOE_LANES(32, uint8_t((p[i / 8] >> (i % 8)) & 1 ? value : 0)); }
-inline B32 look_up(B32 index, const int8_t* table) { B32 r; FOMOE_LANES(32, uint8_t(table[index.v[i] & 15])); }
+inline B32 spread_bits(const uint8_t* p, int value) {
+  return byte_lanes([&](int i) { return (p[i / 8] >> (i % 8)) & 1 ? value : 0; });
+}
+inline B32 look_up(B32 index, const int8_t* table) {
+  return byte_lanes([&](int i) { return table[index.v[i] & 15]; });
+}
 
 // Lane j = sum over i of w[4 j + i] * x[4 j + i]; x int8 in [-127, 127].
 inline I8 dot_unsigned(B32 w, B32 x) {
-    I8 r;
-    for (int j = 0; j < 8; ++j) {
-        int32_t s = 0;
-        for (int i = 0; i < 4; ++i) s += w.v[4 * j + i] * static_cast<int8_t>(x.v[4 * j + i]);
-        r.v[j] = s;
-    }
-    return r;
+  I8 r;
+  for (int j = 0; j < 8; ++j) {
+    int32_t s = 0;
+    for (int i = 0; i < 4; ++i) s += w.v[4 * j + i] * static_cast<int8_t>(x.v[4 * j + i]);
+    r.v[j] = s;
+  }
+  return r;
 }
 inline I8 dot_signed(B32 w, B32 x) {
-    I8 r;
-    for (int j = 0; j < 8; ++j) {
-        int32_t s = 0;
-        for (int i = 0; i < 4; ++i)
-            s += static_cast<int8_t>(w.v[4 * j + i]) * static_cast<int8_t>(x.v[4 * j + i]);
-        r.v[j] = s;
-    }
-    return r;
+  I8 r;
+  for (int j = 0; j < 8; ++j) {
+    int32_t s = 0;
+    for (int i = 0; i < 4; ++i)
+      s += static_cast<int8_t>(w.v[4 * j + i]) * static_cast<int8_t>(x.v[4 * j + i]);
+    r.v[j] = s;
+  }
+  return r;
 }
 // the 8 int8 of a little-endian word as floats
-inline F8 from_int8(uint64_t word) { F8 r; FOMOE_LANES(8, static_cast<float>(static_cast<int8_t>(word >> (8 * i)))); }
+inline F8 from_int8(uint64_t word) {
+  return floats([&](int i) { return static_cast<float>(static_cast<int8_t>(word >> (8 * i))); });
+}
 // 8 lanes, each an integer in [-127, 127], to 8 int8 at p
 inline void store_int8(int8_t* p, F8 a) {
-    for (int i = 0; i < 8; ++i) p[i] = static_cast<int8_t>(a.v[i]);
+  for (int i = 0; i < 8; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
-
-#undef FOMOE_LANES
 
 }  // namespace fomoe::cpu::FOMOE_ISA

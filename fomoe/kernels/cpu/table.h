@@ -2,8 +2,8 @@
 // thread over the rows, tokens or heads that the caller (drive.cpp) hands it; nothing allocates.
 //
 // Numerics: every output is accumulated over its inputs in one fixed order, in eight float32 lanes
-// with explicit fma, whatever the number of tokens or rows in the call. All instruction sets execute
-// the same operations on the same lanes, so that their results are equal bit for bit.
+// with explicit fma, whatever the number of tokens or rows in the call. All instruction sets
+// execute the same operations on the same lanes, so that their results are equal bit for bit.
 #pragma once
 
 #include <cstddef>
@@ -17,30 +17,34 @@ namespace fomoe::cpu {
 // `sums` holds scale * (sum of the 16 or 32 int8 of a group), the factor of a block's offset.
 // Rows of `sums` are padded with zeros to whole chunks of 256 values.
 struct QuantizedRows {
-    const int8_t* q;       // [T, cols]
-    const float* scale;    // [T, scale_stride]
-    const float* sums;     // [T, sums_stride], null where the weight type has no offset
-    int64_t cols;
-    int64_t scale_stride;
-    int64_t sums_stride;
+  const int8_t* q;     // [T, cols]
+  const float* scale;  // [T, scale_stride]
+  const float* sums;   // [T, sums_stride], null where the weight type has no offset
+  int64_t cols;
+  int64_t scale_stride;
+  int64_t sums_stride;
 
-    QuantizedRows from(int64_t token) const {
-        return {q + token * cols, scale + token * scale_stride, sums + token * sums_stride,
-                cols, scale_stride, sums_stride};
-    }
+  QuantizedRows from(int64_t token) const {
+    return {q + token * cols,
+            scale + token * scale_stride,
+            sums + token * sums_stride,
+            cols,
+            scale_stride,
+            sums_stride};
+  }
 };
 
 // A slice of a matrix product: rows [begin, end) of the weights against `count` tokens.
 // Token j of the slice is row `tokens[j]` of the activations (row j where `tokens` is null) and its
 // results go to out[j * out_stride + row].
 struct Slice {
-    const uint8_t* weights;
-    int64_t row_bytes;
-    int64_t begin, end;
-    const int32_t* tokens;
-    int64_t count;
-    float* out;
-    int64_t out_stride;
+  const uint8_t* weights;
+  int64_t row_bytes;
+  int64_t begin, end;
+  const int32_t* tokens;
+  int64_t count;
+  float* out;
+  int64_t out_stride;
 };
 
 // Working memory of one thread: `bytes` at a 64-byte boundary.
@@ -52,78 +56,78 @@ using DotQ8 = void (*)(const Slice&, const QuantizedRows&, void* scratch);
 using DotF32 = void (*)(const Slice&, const float* x, int64_t cols, void* scratch);
 
 struct DeltaShape {
-    int64_t key_heads, value_heads, key_dim, value_dim;
-    int64_t channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
+  int64_t key_heads, value_heads, key_dim, value_dim;
+  int64_t channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
 };
 
-// One value head of the delta rule: q, k [tokens, key_dim] and v, out [tokens, value_dim] with their
-// strides between tokens, factors decay and beta per token, state [key_dim, value_dim].
+// One value head of the delta rule: q, k [tokens, key_dim] and v, out [tokens, value_dim] with
+// their strides between tokens, factors decay and beta per token, state [key_dim, value_dim].
 struct DeltaHead {
-    const float *q, *k, *v, *decay, *beta;
-    int64_t qk_stride, v_stride, gate_stride, out_stride;
-    int64_t tokens, key_dim, value_dim;
-    float *state, *out;
+  const float *q, *k, *v, *decay, *beta;
+  int64_t qk_stride, v_stride, gate_stride, out_stride;
+  int64_t tokens, key_dim, value_dim;
+  float *state, *out;
 };
 
 constexpr int64_t kConvPiece = 256;
 constexpr int64_t kMaxTaps = 8;
 
 constexpr int64_t attend_floats(int64_t heads, int64_t dim, int64_t count) {
-    return 32 * dim + heads * ((count + 7) / 8 * 8);
+  return 32 * dim + heads * ((count + 7) / 8 * 8);
 }
 
 // A view of a key or value cache [positions, kv_heads, head_dim] at one kv head.
 struct CacheHead {
-    const void* data;
-    int64_t stride;  // elements between positions
-    bool f16;
+  const void* data;
+  int64_t stride;  // elements between positions
+  bool f16;
 };
 
 struct Kernels {
-    const char* name;
-    DequantizeRow dequantize[kTypeCount];
-    DotQ8 dot_q8[kTypeCount];
-    DotF32 dot_f32[kTypeCount];
+  const char* name;
+  DequantizeRow dequantize[kTypeCount];
+  DotQ8 dot_q8[kTypeCount];
+  DotF32 dot_f32[kTypeCount];
 
-    // x [n] -> int8 q [n], scale [n / 32]; n % 32 == 0
-    void (*quantize)(const float* x, int64_t n, int8_t* q, float* scale);
-    // sums[g] = scale[g * group / 32] * sum(q[g * group ..]), n / group of them
-    void (*group_sums)(const int8_t* q, const float* scale, int64_t n, int group, float* sums);
+  // x [n] -> int8 q [n], scale [n / 32]; n % 32 == 0
+  void (*quantize)(const float* x, int64_t n, int8_t* q, float* scale);
+  // sums[g] = scale[g * group / 32] * sum(q[g * group ..]), n / group of them
+  void (*group_sums)(const int8_t* q, const float* scale, int64_t n, int group, float* sums);
 
-    // out = x / sqrt(mean(x^2) + eps) * weight, n values; with z also times silu(z)
-    void (*rms_norm)(const float* x, const float* z, const float* weight, int64_t n, float eps,
-                     float* out);
-    void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);
-    void (*sigmoid_gate)(float* x, const float* gate, int64_t n);
-    void (*scale)(float* x, float factor, int64_t n);
-    float (*sigmoid)(float x);
-    void (*add)(float* a, const float* b, int64_t n);
-    void (*add3)(const float* routed, const float* shared, float* residual, int64_t n);
-    // out = fma chain from 0 over k rows pairs[order[j]] * weights[j]
-    void (*weighted_sum)(const float* pairs, const int32_t* order, const float* weights, int64_t k,
-                         int64_t n, float* out);
-    // rotates the pairs (x[i], x[i + half]) by cosine[i], sine[i]
-    void (*rotate)(float* x, const float* cosine, const float* sine, int64_t half);
+  // out = x / sqrt(mean(x^2) + eps) * weight, n values; with z also times silu(z)
+  void (*rms_norm)(const float* x, const float* z, const float* weight, int64_t n, float eps,
+                   float* out);
+  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);
+  void (*sigmoid_gate)(float* x, const float* gate, int64_t n);
+  void (*scale)(float* x, float factor, int64_t n);
+  float (*sigmoid)(float x);
+  void (*add)(float* a, const float* b, int64_t n);
+  void (*add3)(const float* routed, const float* shared, float* residual, int64_t n);
+  // out = fma chain from 0 over k rows pairs[order[j]] * weights[j]
+  void (*weighted_sum)(const float* pairs, const int32_t* order, const float* weights, int64_t k,
+                       int64_t n, float* out);
+  // rotates the pairs (x[i], x[i + half]) by cosine[i], sine[i]
+  void (*rotate)(float* x, const float* cosine, const float* sine, int64_t half);
 
-    void (*to_f16)(const float* x, int64_t n, uint16_t* out);
-    // Softmax attention of `heads` queries [heads, dim] over `count` positions:
-    // top[h] = max score, mass[h] = sum exp(score - top), out[h, dim] = sum exp(score - top) * v.
-    // `memory`: attend_floats(heads, dim, count) floats.
-    void (*attend)(const float* q, int64_t heads, int64_t dim, CacheHead k, CacheHead v,
-                   int64_t count, float* memory, float* top, float* mass, float* out);
-    // Folds a partial result into a running one (both as `attend` leaves them).
-    void (*fold)(int64_t heads, int64_t dim, const float* part_top, const float* part_mass,
-                 const float* part_out, float* top, float* mass, float* out);
+  void (*to_f16)(const float* x, int64_t n, uint16_t* out);
+  // Softmax attention of `heads` queries [heads, dim] over `count` positions:
+  // top[h] = max score, mass[h] = sum exp(score - top), out[h, dim] = sum exp(score - top) * v.
+  // `memory`: attend_floats(heads, dim, count) floats.
+  void (*attend)(const float* q, int64_t heads, int64_t dim, CacheHead k, CacheHead v,
+                 int64_t count, float* memory, float* top, float* mass, float* out);
+  // Folds a partial result into a running one (both as `attend` leaves them).
+  void (*fold)(int64_t heads, int64_t dim, const float* part_top, const float* part_mass,
+               const float* part_out, float* top, float* mass, float* out);
 
-    // Channels [begin, end), at most kConvPiece of them, of the causal depthwise convolution of all
-    // tokens, then SiLU; width <= kMaxTaps.
-    void (*conv_silu)(const float* x, const float* weight, float* state, int64_t tokens,
-                      int64_t channels, int64_t width, int64_t begin, int64_t end, float* out);
-    // out = x / sqrt(sum(x^2) + eps) * factor
-    void (*l2_norm)(const float* x, int64_t n, float eps, float factor, float* out);
-    // Columns [begin, end) (multiples of 8) of one value head, all tokens in order; `memory` has
-    // room for 32 * key_dim floats.
-    void (*delta_head)(const DeltaHead& head, int64_t begin, int64_t end, float* memory);
+  // Channels [begin, end), at most kConvPiece of them, of the causal depthwise convolution of all
+  // tokens, then SiLU; width <= kMaxTaps.
+  void (*conv_silu)(const float* x, const float* weight, float* state, int64_t tokens,
+                    int64_t channels, int64_t width, int64_t begin, int64_t end, float* out);
+  // out = x / sqrt(sum(x^2) + eps) * factor
+  void (*l2_norm)(const float* x, int64_t n, float eps, float factor, float* out);
+  // Columns [begin, end) (multiples of 8) of one value head, all tokens in order; `memory` has
+  // room for 32 * key_dim floats.
+  void (*delta_head)(const DeltaHead& head, int64_t begin, int64_t end, float* memory);
 };
 
 // Null where this build or this machine lacks the instruction set.
