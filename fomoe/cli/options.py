@@ -30,16 +30,17 @@ _DEFAULTS = EngineConfig(model=Path())
 
 def flattened(verb: Callable[..., None]) -> Callable[..., None]:
     """Return the verb with each dataclass among its parameters replaced by the fields of it."""
-    hints = get_type_hints(verb, include_extras=True)
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    # Not get_type_hints: before Python 3.11 it hides Annotated behind a default of None.
+    signature = inspect.signature(verb, eval_str=True).parameters
+    groups: dict[str, Any] = {
+        name: each.annotation for name, each in signature.items() if is_dataclass(each.annotation)
+    }
     parameters: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(verb).parameters.items():
+    for name, parameter in signature.items():
         if name in groups:
             parameters += _parameters_of(groups[name])
         else:
-            parameters.append(
-                parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-            )
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @wraps(verb)
     def command(**values: Any) -> None:
