@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from fomoe.engine.requests import Engine, Event, Finished, GenerateRequest
 from fomoe.errors import EngineError
+from fomoe.server.tasks import end_tasks
 
 WIDTH = 4  # generations of one HTTP request that the engine is given at a time
 BUFFERED = 64  # events that wait for a slow client before the generation does
@@ -49,12 +50,8 @@ class Fanout:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        tasks: list[asyncio.Task[object]] = [*self._pumps]
-        if self._getting is not None:
-            tasks.append(self._getting)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        getting = [] if self._getting is None else [self._getting]
+        await end_tasks([*self._pumps, *getting])
 
     async def next(self, timeout_s: float) -> tuple[int, Event] | None:
         """Return the next (number of the request, event), None when none comes in time.

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from fomoe.errors import FomoeError
 from fomoe.server.errors import api_error, error_response, to_json
+from fomoe.server.tasks import end_tasks
 
 Frames = AsyncGenerator[bytes, None]
 
@@ -47,9 +48,7 @@ class Watched(Response):
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            await end_tasks((work, gone))
         if not work.cancelled():
             work.result()
 
@@ -114,15 +113,22 @@ class EventStream(Watched):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, data: bytes) -> None:
-        message = {"type": "http.response.body", "body": data, "more_body": True}
+        sending = asyncio.create_task(_sent(send, data))
         try:
-            await asyncio.wait_for(send(message), self._stall_s)
-        except asyncio.TimeoutError:
-            raise StalledError(f"the client read nothing for {self._stall_s:g} s") from None
+            done, _ = await asyncio.wait({sending}, timeout=self._stall_s)
+        finally:
+            sending.cancel()
+        if not done:
+            raise StalledError(f"the client read nothing for {self._stall_s:g} s")
+        sending.result()
 
 
 class StalledError(FomoeError):
     """The client does not read what it asked for."""
+
+
+async def _sent(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -87,7 +87,9 @@ def frames(response: httpx.Response) -> list[Any]:
 @contextmanager
 def listening(app: Any, **options: Any) -> Iterator[str]:
     """Serve an application on a real socket; yields its URL."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", **options)
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, log_level="warning", ws="none", **options
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
