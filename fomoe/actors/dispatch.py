@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.actors.channel import Fabric, Receiver, Sender
-from fomoe.actors.layout import StepArena, StepViews
+from fomoe.actors.channel import Fabric
+from fomoe.actors.layout import StepArena
 from fomoe.actors.messages import (
     DONE,
     FETCH,
@@ -22,12 +21,20 @@ from fomoe.actors.messages import (
     Tag,
     decode,
 )
+from fomoe.actors.step import (
+    DeviceLink,
+    NodeLink,
+    Step,
+    regions,
+    substituted_pairs,
+    write_route,
+)
 from fomoe.engine.meter import HostCounters
-from fomoe.engine.transfers import Read, SegmentSlots
+from fomoe.engine.transfers import Read
 from fomoe.errors import PeerStalledError, StorageError
 from fomoe.model.buffers import F32, Rows
 from fomoe.residency import Placement, Plan, Residency, Topology
-from fomoe.routing import ExpertGroups, Route, group_by_expert, predict_experts
+from fomoe.routing import Route, group_by_expert, predict_experts
 from fomoe.types import ExpertKey, Tier
 
 SPIN_US = 300.0  # while a token is in flight; the waiter yields, so a shared core is no cliff
@@ -35,45 +42,6 @@ WAIT_MS = 20.0
 STEP_BOUND_S = 120.0
 SEND_BOUND_S = 5.0
 FETCH_BATCH = 256  # records a message: half of the smallest ring slot
-
-
-@dataclass(slots=True)
-class DeviceLink:
-    """The driver's ends of one device's rings and the views of its step arena."""
-
-    name: str
-    node: int
-    arena: str
-    sender: Sender
-    receiver: Receiver
-    views: tuple[StepViews, ...]
-
-
-@dataclass(slots=True)
-class NodeLink:
-    """The driver's ends of one node's storage rings, and what lies in that node's segment."""
-
-    name: str
-    sender: Sender
-    receiver: Receiver
-    slots: SegmentSlots
-
-
-@dataclass(slots=True)
-class _Step:
-    """The layer under way; experts are ordered resident first, in waves that fit the slots."""
-
-    layer: int
-    tokens: int
-    id: int
-    device: DeviceLink
-    views: StepViews
-    buffer: int
-    experts: npt.NDArray[np.int32]
-    pairs: npt.NDArray[np.int64]  # (token, expert) pairs of each expert, substitutes left out
-    wave: int
-    sent: int
-    decoding: bool
 
 
 class TieredExperts:
@@ -96,7 +64,7 @@ class TieredExperts:
         # since storage may have dropped a prefetch that never got its turn.
         self._unproven = np.full(shape, Tier.DEVICE, np.int8)
         self._step_id = 0
-        self._step: _Step | None = None
+        self._step: Step | None = None
 
     def begin(self, layer: int, h: Rows, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
@@ -111,11 +79,11 @@ class TieredExperts:
         views = device.views[buffer]
         counts = np.diff(groups.pair_start)[by_tier]
         tokens = len(route.ids)
-        _write_route(views, groups, by_tier, counts, groups.arrange(route.weights))
+        write_route(views, groups, by_tier, counts, groups.arrange(route.weights))
         np.copyto(views.x[:tokens], h.x)
-        self._step = _Step(
+        self._step = Step(
             layer, tokens, self._step_id, device, views, buffer, groups.experts[by_tier],
-            counts - _substituted(route, groups)[by_tier],
+            counts - substituted_pairs(route, groups)[by_tier],
             max(self.residency.quota(layer), self._top_k), 0, decoding,
         )  # fmt: skip
         self._send_wave(self._step)
@@ -153,7 +121,7 @@ class TieredExperts:
         """Return how many preload reads have landed since the last call."""
         return sum(self._storage_messages(node) for node in self._nodes)
 
-    def _send_wave(self, step: _Step) -> None:
+    def _send_wave(self, step: Step) -> None:
         first = step.sent
         room = min(step.wave, self.residency.capacity(step.layer))
         end = min(first + room, len(step.experts))
@@ -175,7 +143,7 @@ class TieredExperts:
         step.sent = end
         payload = STEP.pack(step.id, step.layer, step.tokens, self._top_k, first, end - first,
                             flags, step.buffer)  # fmt: skip
-        step.device.sender.send(Tag.STEP, payload, _regions(step, first, end), SEND_BOUND_S)
+        step.device.sender.send(Tag.STEP, payload, regions(step, first, end), SEND_BOUND_S)
 
     def _node_of(self, layer: int) -> int:
         return self._devices[self._home[layer]].node
@@ -223,7 +191,7 @@ class TieredExperts:
         ]
         self._send_reads(number, reads, Priority.DEMAND)
 
-    def _count(self, step: _Step, plan: Plan, experts: npt.NDArray[np.int32],
+    def _count(self, step: Step, plan: Plan, experts: npt.NDArray[np.int32],
                pairs: npt.NDArray[np.int64]) -> None:  # fmt: skip
         """Count the wave's activations by the tier that their bytes came from."""
         source = self._unproven[step.layer].copy()
@@ -242,7 +210,7 @@ class TieredExperts:
             self.counters.prompt_hits_ram += ram
             self.counters.prompt_reads_nvme += nvme
 
-    def _await_done(self, step: _Step) -> None:
+    def _await_done(self, step: Step) -> None:
         """Wait for the device: the only place in the loop that can."""
         deadline = time.monotonic() + STEP_BOUND_S
         failure: ReadFailed | None = None
@@ -263,7 +231,7 @@ class TieredExperts:
                 raise PeerStalledError(step.device.name, STEP_BOUND_S)
             self._fabric.wait(bell, SPIN_US, WAIT_MS)
 
-    def _failures(self, step: _Step) -> ReadFailed | None:
+    def _failures(self, step: Step) -> ReadFailed | None:
         """Take storage's messages; ends the step when one of its reads failed."""
         failed = None
         for node in self._nodes:
@@ -277,7 +245,7 @@ class TieredExperts:
         return failed
 
     def _storage_messages(self, node: NodeLink, failed: list[ReadFailed] | None = None,
-                          step: _Step | None = None) -> int:  # fmt: skip
+                          step: Step | None = None) -> int:  # fmt: skip
         """Take what storage sent: failures into `failed`; returns how many preloads landed.
 
         Not into `failed` go those of reads that nobody waits for any more, and of prefetches of
@@ -302,41 +270,3 @@ class TieredExperts:
             self._unproven[key.layer, key.expert] = Tier.DEVICE
             failed.append(report)
         return landed
-
-
-def _write_route(views: StepViews, groups: ExpertGroups, by_tier: npt.NDArray[np.intp],
-                 counts: npt.NDArray[np.int64], weights: F32) -> None:  # fmt: skip
-    """Write the route with pairs renumbered so that experts stand in the order they are served."""
-    n, pairs, tokens = len(by_tier), len(groups.pair_token), len(weights)
-    views.pair_start[0] = 0
-    np.cumsum(counts, out=views.pair_start[1 : n + 1])
-    moved = np.empty(n, np.int32)  # by how much each expert's pairs move
-    moved[by_tier] = views.pair_start[:n] - groups.pair_start[by_tier]
-    new_of_old = np.arange(pairs, dtype=np.int32) + np.repeat(moved, np.diff(groups.pair_start))
-    views.pair_token[new_of_old] = groups.pair_token
-    np.copyto(views.order[:tokens], new_of_old[groups.order])
-    np.copyto(views.weights[:tokens], weights)
-
-
-def _substituted(route: Route, groups: ExpertGroups) -> npt.NDArray[np.int64]:
-    """Return how many pairs of each of the groups' experts stand in for another expert."""
-    replaced = np.bincount(route.ids[route.substituted], minlength=int(groups.experts[-1]) + 1)
-    return replaced[groups.experts]
-
-
-def _regions(step: _Step, first: int, end: int) -> tuple[tuple[str, int, int], ...]:
-    """Return the arena ranges that the device must see for a wave."""
-    views, at, name = step.views, step.views.offsets, step.device.arena
-    size = views.entries.itemsize
-    entries = (name, at["entries"] + first * size, (end - first) * size)
-    if first:
-        return (entries,)
-    pairs = step.tokens * views.order.shape[1]
-    return (
-        entries,
-        (name, at["x"], step.tokens * views.x.shape[1] * 4),
-        (name, at["order"], pairs * 4),
-        (name, at["weights"], pairs * 4),
-        (name, at["pair_token"], pairs * 4),
-        (name, at["pair_start"], (len(step.experts) + 1) * 4),
-    )

@@ -7,11 +7,12 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from fomoe.actors.dispatch import DeviceLink, NodeLink, TieredExperts
+from fomoe.actors.dispatch import TieredExperts
 from fomoe.actors.layout import StepArena
 from fomoe.actors.messages import Cancel, LogitsRequest, LogitsRows, StatusRequest
 from fomoe.actors.names import CLIENT, arena_name, device_name, storage_name
 from fomoe.actors.process import FabricMember, LoopThread, log
+from fomoe.actors.step import DeviceLink, NodeLink
 from fomoe.actors.wire import MessagePort
 from fomoe.config import EngineConfig
 from fomoe.engine.fill import fill_order
