@@ -4,11 +4,18 @@ from dataclasses import fields
 
 import pytest
 
+from fomoe.config import Budgets, EngineConfig
 from fomoe.engine import meter as meter_module
+from fomoe.engine.fill import fill_order
 from fomoe.engine.meter import HostCounters, LossCounters, Meter
-from fomoe.engine.series import engine_series
-from fomoe.residency import Counters
+from fomoe.engine.plan import make_plan
+from fomoe.engine.series import TierBytes, engine_series, tier_bytes
+from fomoe.gguf.extents import ExpertTable
+from fomoe.gguf.reader import open_gguf
+from fomoe.model.archs import read_spec
+from fomoe.residency import LRU, Counters, Residency
 from fomoe.telemetry import METRICS, samples
+from fomoe.types import Tier
 
 BY_RECEIPT_FIELD = {
     "hits_device": 3, "hits_ram": 5, "reads_nvme": 7, "prompt_hits_device": 11,
@@ -106,7 +113,7 @@ def test_mode_capacity_and_hash(meter):
 
 
 def test_series_have_the_names_that_metrics_declare(meter):
-    series = engine_series(meter, Counters.zeros(3))
+    series = engine_series(meter, Counters.zeros(3), TierBytes(1, 2, 3, 4))
     assert series.keys() <= {name for metric in METRICS for name in metric.series()}
     assert len(list(samples(series))) == len(series)
 
@@ -116,7 +123,7 @@ def test_series_tell_the_three_tiers_apart(meter, totals):
     for name, value in BY_RECEIPT_FIELD.items():
         setattr(host, name, value)
     loss.substituted = 31
-    series = engine_series(meter, Counters.zeros(2))
+    series = engine_series(meter, Counters.zeros(2), TierBytes(37, 41, 43, 47))
     assert series['fomoe_expert_lookups_total{tier="device"}'] == 3
     assert series['fomoe_expert_lookups_total{tier="ram"}'] == 5
     assert series['fomoe_expert_lookups_total{tier="nvme"}'] == 7
@@ -125,3 +132,27 @@ def test_series_tell_the_three_tiers_apart(meter, totals):
     assert series["fomoe_expert_bytes_copied_total"] == 23
     assert series["fomoe_expert_demoted_bytes_total"] == 29
     assert series["fomoe_substitutions_total"] == 31
+    assert series['fomoe_tier_bytes{tier="device"}'] == 37
+    assert series['fomoe_tier_bytes{tier="ram"}'] == 41
+    assert series['fomoe_tier_capacity_bytes{tier="device"}'] == 43
+    assert series['fomoe_tier_capacity_bytes{tier="ram"}'] == 47
+
+
+def test_tier_bytes_are_those_of_the_experts_in_the_tables(model_path):
+    file = open_gguf(model_path)
+    spec = read_spec(file)
+    table = ExpertTable.from_gguf(file, spec.n_layers)
+    whole = sum(table.slot_bytes(i) for i in range(spec.n_layers)) * spec.moe.n_experts
+    config = EngineConfig(
+        model=model_path, budgets=Budgets(vram_bytes=whole // 5, ram_bytes=whole // 9)
+    )
+    plan = make_plan(table, spec, config, (0,))
+    residency = Residency(plan.topology, LRU())
+    empty = tier_bytes(plan, residency)
+    assert (empty.device, empty.ram) == (0, 0)
+    assert (empty.device_slots, empty.ram_slots) == plan.slot_bytes()
+    placed = residency.fill(fill_order(plan.topology))
+    full = tier_bytes(plan, residency)
+    for tier, got in ((Tier.DEVICE, full.device), (Tier.RAM, full.ram)):
+        assert got == sum(table.expert_bytes(p.key.layer) for p in placed if p.tier == tier) > 0
+    assert full.device <= full.device_slots

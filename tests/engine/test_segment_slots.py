@@ -157,7 +157,7 @@ class History(RuleBasedStateMachine):
 def test_bytes_follow_the_tables(ram):
     machine = type("Machine", (History,), {"ram": ram})
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=40, stateful_step_count=30, deadline=None)
+        machine, settings=settings(max_examples=30, stateful_step_count=25, deadline=None)
     )
 
 
