@@ -63,7 +63,7 @@ class Guard:
         if allowed is None:
             return
         names = [host_name(value.decode("latin-1")) for value in hosts]
-        if len(names) != 1 or not (is_loopback(names[0]) or names[0] in allowed):
+        if len(names) != 1 or not (is_loopback(names[0]) or names[0] in map(str.lower, allowed)):
             shown = ", ".join(names)[:100] or "(none)"
             raise ApiError(
                 403,

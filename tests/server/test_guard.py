@@ -99,7 +99,7 @@ def test_the_key_opens(serve: Serve, headers: Any) -> None:
     ],
 )
 def test_only_names_of_this_server_are_answered(serve: Serve, host: str, status: int) -> None:
-    server = serve("a", allowed_hosts=("box.lan",))
+    server = serve("a", allowed_hosts=("Box.lan",))
     for path in ("/v1/models", "/health"):
         response = server.call("GET", path, headers={"host": host})
         assert response.status_code == status
