@@ -223,10 +223,11 @@ class FetchQueue:
         if not chain or chain[-1].reported or not _same_read(chain[-1].fetch, fetch):
             return False
         job = chain[-1]
-        if fetch.priority == DEMAND and job.priority == PREFETCH and not job.started:
-            job.fetch = fetch
-            self._hurry(job)
-            self._promote(job)
+        if fetch.priority == DEMAND and job.priority == PREFETCH:
+            job.fetch = fetch  # it is the demand that lands or fails, also where it runs already
+            if not job.started:
+                self._hurry(job)
+                self._promote(job)
         return True
 
     def _supersede(self, fetch: Fetch) -> list[Fetch]:
