@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import index
 from pathlib import Path
 from types import TracebackType
@@ -102,10 +103,12 @@ class LLM:
             raise EngineError("this LLM was closed")
         return self._engine
 
-    @property
+    @cached_property
     def chat(self) -> ChatTemplate:
-        """The model's chat template."""
-        return ChatTemplate.from_gguf(self.file.metadata, self.tokenizer)
+        """The model's chat template; rendered in a process of its own, which `close` ends."""
+        return ChatTemplate.from_gguf(
+            self.file.metadata, self.tokenizer, ctx_size=self.config.ctx_size
+        )
 
     def plan_text(self) -> str:
         """Return what the budgets hold, for people."""
@@ -169,6 +172,8 @@ class LLM:
     def close(self) -> None:
         """Stop the actors; a cluster that was there before stays as it was."""
         engine, self._engine = self._engine, None
+        if "chat" in self.__dict__:
+            self.chat.close()
         if engine is not None:
             engine.close()
             self.cluster.close()

@@ -123,6 +123,12 @@ class EngineClient(FabricMember):
         finally:
             self._close(request.request_id)
 
+    def cancel(self, request_id: str) -> None:
+        """Ask the driver to end a request; its events go on to their `Finished`."""
+        if request_id in self._inboxes and self._failure is None:
+            self._outgoing.append(encode(Cancel(request_id=request_id)))
+            self.fabric.ring(self.name)
+
     def stream(self, request: GenerateRequest | LogitsRequest) -> Iterator[Answer]:
         """Yield the request's events in the calling thread; closing early cancels."""
         inbox = self._open(request, None)

@@ -17,10 +17,10 @@ from fomoe.actors.messages import LogitsRequest
 from fomoe.actors.process import log
 from fomoe.engine.plan import EnginePlan
 from fomoe.engine.requests import EngineStatus, Event, GenerateRequest
-from fomoe.errors import EngineError
 from fomoe.model.buffers import F32
 
 _WATCH_S = 0.1
+_PAUSE_S = 1.0  # after a start that failed
 _MOST_RESTARTS = 3
 _WITHIN_S = 300.0
 
@@ -61,6 +61,10 @@ class Supervisor:
         """Yield the request's events; closing the iterator early cancels the request."""
         return self._engine.client.generate(request)
 
+    def cancel(self, request_id: str) -> None:
+        """Ask for the end of a request; its events go on to their `Finished`."""
+        self._engine.client.cancel(request_id)
+
     def stream(self, request: GenerateRequest | LogitsRequest) -> Iterator[Answer]:
         """Yield the request's events in the calling thread; closing early cancels."""
         return self._engine.client.stream(request)
@@ -88,24 +92,30 @@ class Supervisor:
                 self._restart(status.detail)
 
     def _restart(self, reason: str) -> None:
-        now = time.monotonic()
-        if len(self._restarts) == _MOST_RESTARTS and now - self._restarts[0] < _WITHIN_S:
-            self._down = (
-                f"{reason}; {_MOST_RESTARTS} restarts in {_WITHIN_S:.0f} s did not help: "
-                "see the actors' logs, then start fomoe again"
-            )
-            log.error("%s", self._down)
-            return
-        self._restarts.append(now)
-        self.restarts += 1
-        log.error("starting all actors again: %s", reason)
+        """Start until it works; a start that fails counts as a restart that did not help."""
         self._down = f"{reason}; the engine starts again"
         self._engine.stop()
-        try:
-            self._engine = self._start()
-        except EngineError as error:
-            log.error("could not start again: %s", error)
-            self._down = str(error)
+        while not self._closing.is_set():
+            now = time.monotonic()
+            if len(self._restarts) == _MOST_RESTARTS and now - self._restarts[0] < _WITHIN_S:
+                self._down = (
+                    f"{reason}; {_MOST_RESTARTS} restarts in {_WITHIN_S:.0f} s did not help: "
+                    "see the actors' logs, then start fomoe again"
+                )
+                log.error("%s", self._down)
+                return
+            self._restarts.append(now)
+            self.restarts += 1
+            log.error("starting all actors again: %s", reason)
+            try:
+                self._engine = self._start()
+            except Exception as error:  # whatever it is: nobody else watches the engine
+                log.error("could not start again: %s", error)
+                reason = str(error)
+                self._closing.wait(_PAUSE_S)
+                continue
+            self._down = None
+            log.error("ready again after %.1f s", time.monotonic() - now)
+            if self._closing.is_set():  # `close` did not wait that long
+                self._engine.stop()
             return
-        self._down = None
-        log.error("ready again after %.1f s", time.monotonic() - now)

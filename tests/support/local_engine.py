@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -78,8 +77,3 @@ def slot_bytes(path: Path) -> tuple[int, int]:
     table = ExpertTable.from_gguf(file, spec.n_layers)
     total = sum(table.slot_bytes(i) for i in range(spec.n_layers)) * spec.moe.n_experts
     return total, spec.n_layers * spec.moe.n_experts
-
-
-def own_threads() -> int:
-    """Return how many threads this process has."""
-    return len(os.listdir("/proc/self/task"))
