@@ -77,3 +77,8 @@ def slot_bytes(path: Path) -> tuple[int, int]:
     table = ExpertTable.from_gguf(file, spec.n_layers)
     total = sum(table.slot_bytes(i) for i in range(spec.n_layers)) * spec.moe.n_experts
     return total, spec.n_layers * spec.moe.n_experts
+
+
+def own_threads() -> int:
+    """Return how many threads this process has."""
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
