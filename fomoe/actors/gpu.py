@@ -63,6 +63,7 @@ class GPUActor(FabricMember):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._loop: LoopThread | None = None
+        self._segment: Segment | None = None
         self._steps = 0
         self._experts = 0
         self._stall_ns = 0
@@ -198,6 +199,12 @@ class GPUActor(FabricMember):
         """End the loop."""
         if self._loop is not None:
             self._loop.stop()
+
+    def leave(self) -> None:
+        """Leave the fabric and the segment."""
+        super().leave()
+        if self._segment is not None:
+            self._segment.close()
 
 
 def _types(table: ExpertTable, layer: int) -> tuple[int, int, int]:

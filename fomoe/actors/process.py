@@ -94,6 +94,8 @@ class FabricMember:
 
     def leave(self) -> None:
         """Leave the fabric; peers see this process as gone."""
+        if self._listener is not None:  # still open where `connect` never came
+            self._listener.close()
         if self._fabric is not None:
             self._fabric.close()
 

@@ -57,6 +57,9 @@ class StorageActor(FabricMember):
         super().__init__(name)
         self._queue: FetchQueue | None = None
         self._loop: LoopThread | None = None
+        self._segment: Segment | None = None
+        self._reader: DirectReader | None = None
+        self._readers_ended = True
         self._send_lock = threading.Lock()
 
     def open(
@@ -155,8 +158,16 @@ class StorageActor(FabricMember):
         }  # fmt: skip
 
     def stop(self) -> None:
-        """End the loop and the readers; the segment goes with the process."""
+        """End the loop and the readers."""
         if self._loop is not None:
             self._loop.stop()
         if self._queue is not None:
-            self._queue.close()
+            self._readers_ended = self._queue.close()
+
+    def leave(self) -> None:
+        """Leave the fabric, the files and the segment, which a device may still have mapped."""
+        super().leave()
+        if self._reader is not None and self._readers_ended:
+            self._reader.close()
+        if self._segment is not None:
+            self._segment.close()

@@ -1,6 +1,7 @@
 import gc
 import random
 import threading
+import time
 
 import pytest
 from support.local_model import LocalModel
@@ -59,3 +60,16 @@ def collect_engines():
     """Loop threads freeze the garbage of their process; here, other engines live in it."""
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def wait_for():
+    """Waits, with a bound, until a condition holds."""
+
+    def wait(condition, seconds=5.0):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.005)
+
+    return wait

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from support.local_engine import local_engine, own_threads, slot_bytes
+from support.local_engine import local_engine, slot_bytes
 from support.local_model import finished, greedy, tokens_of
+from support.process_counts import own_threads
 
 from fomoe.engine.requests import PromptProgress, TokenEvent
 from fomoe.errors import EngineError, StorageError
@@ -45,13 +46,6 @@ def right(local_models, prompt):
 
 def run(engine, request):
     return list(engine.client.stream(request))
-
-
-def wait_until(condition, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 def when_decoding(engine, request, action):
@@ -178,7 +172,7 @@ class TestReads:
             assert storage.stats()["failed"] > 1
             assert tokens_of(run(engine, greedy(prompt, 8))) == right
 
-    def test_a_failure_while_filling_leaves_nothing(self, start, file):
+    def test_a_failure_while_filling_leaves_nothing(self, start, file, wait_for):
         before = own_threads()
 
         def cut(fetch):
@@ -187,7 +181,7 @@ class TestReads:
 
         with pytest.raises(StorageError, match=r"blk\.\d+\.ffn"), start(delay=cut):
             pytest.fail("the engine came up")
-        wait_until(lambda: own_threads() <= before)
+        wait_for(lambda: own_threads() <= before)
 
 
 def die(*_args):
@@ -207,7 +201,7 @@ DEATHS = {
 
 class TestDeaths:
     @pytest.mark.parametrize("name", DEATHS)
-    def test_in_a_step(self, name, start, prompt):
+    def test_in_a_step(self, name, start, prompt, wait_for):
         with start(devices=("cpu", "cpu")) as engine:
             others = ThreadPoolExecutor(2)
             try:
@@ -223,7 +217,7 @@ class TestDeaths:
                 assert end.reason == "error"
                 assert end.error
                 assert seconds < 1.0
-                wait_until(lambda: engine.client.status().state == "degraded", 1.0)
+                wait_for(lambda: engine.client.status().state == "degraded", 1.0)
                 assert engine.client.status().detail
             finally:
                 others.shutdown()  # those that waited in the queue have ended too
@@ -232,11 +226,11 @@ class TestDeaths:
             assert finished(late).reason == "error"
 
     @pytest.mark.parametrize("name", ["gpu-1", "storage-0", "driver"])
-    def test_while_idle(self, name, start):
+    def test_while_idle(self, name, start, wait_for):
         """Noticed within a second, though nobody asks for anything."""
         with start(devices=("cpu", "cpu")) as engine:
             engine.handles[name].actor.fabric.close()
-            wait_until(lambda: engine.client.status().state == "degraded", 1.0)
+            wait_for(lambda: engine.client.status().state == "degraded", 1.0)
 
     def test_stopping_ends_a_request_under_way(self, start, prompt):
         with start(delay=lambda fetch: 0.01) as engine:

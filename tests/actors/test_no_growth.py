@@ -8,11 +8,11 @@ import sys
 import threading
 import time
 import tracemalloc
-from pathlib import Path
 
 import pytest
 from support.local_engine import local_engine, slot_bytes
 from support.local_model import finished, greedy
+from support.process_counts import own_files
 from support.tiny_gguf import write_tiny
 
 from fomoe.actors import process
@@ -79,10 +79,6 @@ def own_growth(before, after):
     return sum(stat.size_diff for stat in lines), [str(stat) for stat in lines[:8]]
 
 
-def open_files():
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
-
-
 @pytest.mark.parametrize(("share", "steps"), [(1.0, 1000), (0.4, 120)], ids=["resident", "reading"])
 def test_decoding_allocates_nothing_that_stays(path, forbidden, share, steps):
     forbid, calls = forbidden
@@ -113,7 +109,7 @@ def test_decoding_allocates_nothing_that_stays(path, forbidden, share, steps):
             reader = threading.Thread(target=read)
             reader.start()
             stand_still(WARM_UP)
-            handles, threads = open_files(), threading.active_count()
+            handles, threads = own_files(), threading.active_count()
             forbid()
             before = tracemalloc.take_snapshot()
             gate.go_on[WARM_UP].set()
@@ -123,7 +119,7 @@ def test_decoding_allocates_nothing_that_stays(path, forbidden, share, steps):
             tracemalloc.stop()
             gate.go_on[end].set()
         assert threading.active_count() == threads
-        assert open_files() == handles
+        assert own_files() == handles
         reader.join(30)
         assert calls == []
         assert finished(events).reason == "length"

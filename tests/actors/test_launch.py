@@ -1,0 +1,106 @@
+"""Bringing an engine up: what is reported on the way, and what is left when it fails."""
+
+import gc
+
+import pytest
+from support import local_engine as support
+from support.local_engine import local_engine
+from support.local_model import greedy, tokens_of
+from support.process_counts import own_files, own_threads
+
+from fomoe.actors.channel import Fabric
+from fomoe.errors import BudgetError, ChannelError, DeviceError, StorageError
+
+
+@pytest.fixture
+def nothing_left(wait_for):
+    """After the test, threads and open files are what they were before."""
+    threads, files = own_threads(), own_files()
+    yield
+    wait_for(lambda: own_threads() <= threads)
+    gc.unfreeze()
+    gc.collect()  # what the exception's traceback held
+    wait_for(lambda: own_files() <= files)
+
+
+def test_loading_is_reported_from_nothing_to_all(model_paths, monkeypatch, prompt, local_models):
+    seen, launch = [], support.launch
+
+    def with_progress(*args):
+        return launch(*args, on_progress=lambda done, what: seen.append((done, what)))
+
+    monkeypatch.setattr(support, "launch", with_progress)
+    with local_engine(
+        model_paths["mixed"], vram=1 << 30, ram=0, delay=lambda fetch: 0.01
+    ) as engine:  # fmt: skip
+        shares = [done for done, _ in seen]
+        assert shares == sorted(shares)
+        assert any(0.5 < share < 1.0 for share in shares)
+        assert shares[-1] == 1.0
+        assert {what for _, what in seen} == {"loading experts"}
+        assert engine.client.status().state == "ready"
+        assert engine.client.status().load_progress == 1.0
+        want = tokens_of(local_models["mixed"].run(greedy(prompt, 2)))
+        assert tokens_of(list(engine.client.stream(greedy(prompt, 2)))) == want
+
+
+@pytest.mark.usefixtures("nothing_left")
+class TestFailures:
+    def test_a_budget_too_small(self, model_paths):
+        with (
+            pytest.raises(BudgetError, match="at least"),
+            local_engine(model_paths["mixed"], vram=4096, ram=0),
+        ):
+            pytest.fail("it came up")
+
+    def test_a_device_that_is_not_there(self, model_paths):
+        with (
+            pytest.raises(DeviceError, match="hip:0"),
+            local_engine(model_paths["small"], devices=("cpu", "hip:0"), vram=1 << 24, ram=0),
+        ):
+            pytest.fail("it came up")
+
+    @pytest.mark.parametrize("role", ["driver", "gpu", "storage"])
+    def test_an_actor_that_cannot_be_made(self, model_paths, monkeypatch, role):
+        def refuse(name):
+            raise OSError(f"no room for {name}")
+
+        monkeypatch.setitem(support._CLASSES, role, refuse)
+        with (
+            pytest.raises(OSError, match="no room"),
+            local_engine(model_paths["small"], vram=1 << 24, ram=0),
+        ):
+            pytest.fail("it came up")
+
+    def test_a_fabric_that_cannot_be_attached(self, model_paths, monkeypatch):
+        def refuse(handle, me):
+            raise ChannelError(f"{me} is not let in")
+
+        monkeypatch.setattr(Fabric, "attach", refuse)
+        with (
+            pytest.raises(ChannelError, match="not let in"),
+            local_engine(model_paths["small"], vram=1 << 24, ram=0),
+        ):
+            pytest.fail("it came up")
+
+    def test_a_file_that_changed_since_it_was_opened(self, model_paths, monkeypatch, tmp_path):
+        own = tmp_path / "own.gguf"
+        own.write_bytes(model_paths["small"].read_bytes())
+        launch = support.launch
+
+        def cut_first(*args):
+            with own.open("r+b") as handle:
+                handle.truncate(own.stat().st_size - 4096)
+            return launch(*args)
+
+        monkeypatch.setattr(support, "launch", cut_first)
+        with (
+            pytest.raises(StorageError, match="instead of"),
+            local_engine(own, vram=1 << 24, ram=0),
+        ):
+            pytest.fail("it came up")
+
+    def test_an_engine_that_is_stopped_twice(self, model_paths):
+        with local_engine(model_paths["small"], vram=1 << 24, ram=0) as engine:
+            engine.stop()
+            assert engine.client.status().state == "stopped"
