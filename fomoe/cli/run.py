@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +15,6 @@ from fomoe.cli.opening import opened, progress_bar
 from fomoe.cli.options import EngineOptions, ModelOptions
 from fomoe.engine.requests import PromptProgress, SamplingParams
 from fomoe.errors import RequestError
-from fomoe.model.chat import ChatTemplate
 from fomoe.server.receipts import tier_line
 
 if TYPE_CHECKING:
@@ -47,11 +45,8 @@ class SamplingOptions:
 class Session:
     """Asks the model and shows what it says; keeps the conversation."""
 
-    def __init__(
-        self, llm: LLM, chat: ChatTemplate, sampling: SamplingOptions, system: str | None
-    ) -> None:
+    def __init__(self, llm: LLM, sampling: SamplingOptions, system: str | None) -> None:
         self._llm = llm
-        self._chat = chat
         self._sampling = sampling
         self._messages = [] if system is None else [{"role": "system", "content": system}]
 
@@ -60,7 +55,7 @@ class Session:
         if raw:
             return self._answer(self._llm.tokenizer.encode(text), out)
         messages = [*self._messages, {"role": "user", "content": text}]
-        result = self._answer(self._chat.prompt_ids(messages), out)
+        result = self._answer(self._llm.chat.prompt_ids(messages), out)
         self._messages = [*messages, {"role": "assistant", "content": result.text}]
         return result
 
@@ -139,8 +134,8 @@ def run(
     if prompt is None and (raw or as_json):
         raise typer.BadParameter("--raw and --json need --prompt")
     err = Console(stderr=True)
-    with opened(model, engine) as llm, closing(llm.chat) as template:
-        session = Session(llm, template, sampling, system)
+    with opened(model, engine) as llm:
+        session = Session(llm, sampling, system)
         if prompt is None:
             _chat(session, Console(), err)
             return

@@ -115,8 +115,8 @@ def _answer_requests(llm: LLM, config: ServerConfig, sock: socket.socket) -> Non
     from fomoe.server.app import create_app
 
     url, name = url_of(sock), llm.file.path.name
-    with closing(llm.chat) as chat, announced(runtime_dir(), url=url, model=name):
-        app = create_app(llm.engine, llm.tokenizer, chat, server_info(llm.file, config))
+    with announced(runtime_dir(), url=url, model=name):
+        app = create_app(llm.engine, llm.tokenizer, llm.chat, server_info(llm.file, config))
         server = uvicorn.Server(
             uvicorn.Config(
                 app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S

@@ -46,11 +46,6 @@ class ByteTokenizer:
 
 
 class ScriptedChat:
-    is_open = True
-
-    def close(self) -> None:
-        self.is_open = False
-
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         return list("|".join(f"{m['role']}:{m['content']}" for m in messages).encode())
 

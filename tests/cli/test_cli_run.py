@@ -19,7 +19,6 @@ def test_a_prompt_is_answered(fomoe: Callable[..., Any], llm: Any, model: Path) 
     assert request.max_tokens == 64 - len(request.prompt)
     assert llm.last.engine.closed == 1
     assert not llm.last.is_open
-    assert not llm.last.chat.is_open
 
 
 def test_the_tier_line_follows_on_stderr(fomoe: Callable[..., Any], llm: Any, model: Path) -> None:
