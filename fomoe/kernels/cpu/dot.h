@@ -86,11 +86,20 @@ struct Accumulator {
   }
 };
 
+// Weights come from memory once per token: asking for them a page ahead of the hardware's own guess
+// took 10 experts on one core from 7 to 10 GB/s, which is all that core could read.
+inline void fetch_ahead(const uint8_t* p, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + 4096 + i);
+}
+
 template <class T>
 inline void unpack_at(const uint8_t* row, int64_t chunk, int groups, Chunk& c) {
   if constexpr (T::has_offset && T::elements == 32)
     if (groups < kGroups) store(c.offset, zero());
-  T::unpack(row + chunk * (kChunk / T::elements) * T::block_bytes, groups, c);
+  constexpr int chunk_bytes = kChunk / T::elements * T::block_bytes;
+  const uint8_t* const at = row + chunk * chunk_bytes;
+  fetch_ahead(at, chunk_bytes);
+  T::unpack(at, groups, c);
 }
 
 inline int64_t token_of(const Slice& s, int64_t j) { return s.tokens ? s.tokens[j] : j; }
@@ -182,7 +191,10 @@ template <class T>
 class FloatRow {
  public:
   FloatRow(const uint8_t* row, int64_t) : row_(row), at_(row) {}
-  void open(int64_t i) { at_ = row_ + i * kChunk * T::size; }
+  void open(int64_t i) {
+    at_ = row_ + i * kChunk * T::size;
+    fetch_ahead(at_, kChunk * T::size);
+  }
   void group(int g, F8* out) const {
     for (int i = 0; i < 4; ++i) out[i] = T::eight(at_ + (32 * g + 8 * i) * T::size);
   }
