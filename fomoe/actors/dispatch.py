@@ -70,6 +70,8 @@ class TieredExperts:
         """Plan the layer, send demand reads out first, start what is resident."""
         for node in self._nodes:
             self._storage_messages(node, [])  # an expert whose read failed must be read again
+        if self._step is not None:  # a pass that failed between begin and finish
+            self.residency.release(self._step.layer)
         groups = group_by_expert(route.ids)
         tiers = self.residency.tier_of(layer)[groups.experts]
         by_tier = np.argsort(tiers, kind="stable")
@@ -107,6 +109,7 @@ class TieredExperts:
             self._await_done(step)
             self.residency.release(step.layer)
             if step.sent == len(step.experts):
+                self._step = None
                 return step.views.out[: step.tokens]
             self._send_wave(step)
 

@@ -63,6 +63,7 @@ class GPUActor(FabricMember):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._loop: LoopThread | None = None
+        self._next: tuple[int, int] | None = None  # a step that came while one was under way
         self._segment: Segment | None = None
         self._steps = 0
         self._experts = 0
@@ -99,7 +100,8 @@ class GPUActor(FabricMember):
 
     def poll(self) -> bool:
         """Serve one step if there is one."""
-        message = self._from_driver.try_recv(self._buffer)
+        message = self._next or self._from_driver.try_recv(self._buffer)
+        self._next = None
         if message is None:
             return False
         if message[0] == Tag.STEP:
@@ -168,11 +170,14 @@ class GPUActor(FabricMember):
         )  # fmt: skip
 
     def _given_up(self, step_id: int) -> bool:
-        """Whether the driver sent ABORT for this step, or this process is to end."""
+        """Whether the driver gave this step up or went on to another, or the process is to end."""
         assert self._loop is not None
         if self._loop.stopping:
             return True
         message = self._from_driver.try_recv(self._buffer)
+        if message is not None and message[0] == Tag.STEP:
+            self._next = message  # the driver went on: it waits for the new step alone
+            return True
         return (
             message is not None
             and message[0] == Tag.ABORT
