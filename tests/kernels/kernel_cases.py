@@ -179,6 +179,7 @@ def _matmul_sizes(kinds: tuple[Kind, ...], cols: tuple[int, int, int]) -> tuple[
         (2, 3, cols[0]),
         (5, 33, cols[1]),
         (17, 3, cols[0]),
+        (39, 2, cols[0]),  # more tokens than one pass takes
         (3, 1, cols[1]),
     )
     return tuple((kind, *shape) for kind in kinds for shape in shapes)
