@@ -223,7 +223,7 @@ class FetchQueue:
         if not chain or chain[-1].reported or not _same_read(chain[-1].fetch, fetch):
             return False
         job = chain[-1]
-        if fetch.priority == DEMAND and job.priority == PREFETCH:
+        if fetch.priority == DEMAND and job.fetch.priority == PREFETCH:
             job.fetch = fetch  # it is the demand that lands or fails, also where it runs already
             if not job.started:
                 self._hurry(job)
@@ -319,10 +319,13 @@ class FetchQueue:
                 is_prefetch = job.priority == PREFETCH
                 self._prefetches_running += is_prefetch
             began = time.perf_counter()
-            nbytes, error = self._execute(job.fetch)
+            while not job.reported:
+                fetch = job.fetch
+                nbytes, error = self._execute(fetch)
+                with self._changed:
+                    # A guess that failed is read once more for the demand that joined it meanwhile.
+                    job.reported = error is None or job.fetch is fetch
             busy = time.perf_counter() - began
-            with self._changed:
-                job.reported = True
             self._report(job.fetch, error)
             with self._changed:
                 self._prefetches_running -= is_prefetch

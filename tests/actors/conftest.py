@@ -9,7 +9,7 @@ from support.tiny_gguf import write_tiny
 
 SHAPES = {
     # Two size classes: the finer type of `down` on even layers.
-    "mixed": {"quant": "Q4_K_M", "layers": 5, "experts": 20, "attention_interval": 3},
+    "mixed": {"quant": "Q4_K_M", "layers": 4, "experts": 20, "attention_interval": 3},
     "fused": {"quant": "Q5_K_M", "layers": 4, "experts": 16, "fused": True, "dense": "Q8_0"},
     # Small and with all experts in few bytes, for tests that only need an engine.
     "small": {"quant": "Q4_K", "layers": 3, "experts": 8, "attention_interval": 2},
@@ -33,7 +33,7 @@ def local_models(model_paths):
 
 @pytest.fixture(scope="session")
 def prompt():
-    return [(7 * i * i + 3 * i + 11) % 300 for i in range(45)]
+    return [(7 * i * i + 3 * i + 11) % 300 for i in range(30)]
 
 
 class RandomDelays:

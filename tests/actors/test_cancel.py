@@ -86,7 +86,9 @@ def close_after(stream, kind, count):
 @pytest.mark.parametrize(("kind", "count"), [(PromptProgress, 1), (PromptProgress, 3),
                                              (TokenEvent, 1), (TokenEvent, 4)])  # fmt: skip
 def test_a_reader_that_goes_away_cancels(engine, spy, prompt, kind, count):
-    close_after(engine.client.stream(greedy(prompt, 4000, request_id="gone")), kind, count)
+    if kind is PromptProgress:  # long enough that the driver is still in it
+        prompt = prompt * 40
+    close_after(engine.client.stream(greedy(prompt, 2000, request_id="gone")), kind, count)
     assert spy.wait_for_end("gone") == ["cancelled"]
     receipt = next(m for m in spy.seen if isinstance(m, Finished)).receipt
     if kind is PromptProgress:
@@ -184,6 +186,6 @@ def test_cancel_at_any_moment(engine, spy, prompt):
         assert len(spy.wait_for_end(f"n{number}")) == 1
         if isinstance(events[-1], Finished):
             break
-    assert number == 6 + 4 + 1  # six prompt chunks, four tokens, the end
+    assert number == 4 + 4 + 1  # four prompt chunks, four tokens, the end
     time.sleep(0.05)
     assert all(len(spy.ends(f"n{i}")) == 1 for i in range(1, number + 1))

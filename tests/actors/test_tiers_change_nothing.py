@@ -28,7 +28,9 @@ class Case:
 
 CASES = {
     "exclusive": Case(),
-    "inclusive": Case(options={"ram_policy": "inclusive", "prefill_chunk": 7}),
+    "inclusive, one reader": Case(
+        delay=5, options={"ram_policy": "inclusive", "prefill_chunk": 7, "read_threads": 1}
+    ),
     "no prefetch": Case(delay=1, options={"prefetch": False, "prefill_chunk": 1}),
     "serial": Case(delay=2, options={"overlap": False, "prefill_chunk": 64}),
     "no ram, lru": Case(vram_share=0.2, ram_share=0.0, options={"eviction": "lru"}),
@@ -37,7 +39,6 @@ CASES = {
         devices=3, delay=4, options={"ram_policy": "inclusive", "prefill_chunk": 7}
     ),
     "three, serial": Case(devices=3, options={"overlap": False, "prefill_chunk": 1}),
-    "one reader": Case(delay=5, options={"read_threads": 1, "prefetch": True}),
     "all resident": Case(vram_share=1.0, ram_share=0.0),
 }
 
@@ -64,7 +65,7 @@ def answer(events):
 
 @pytest.mark.parametrize(("name", "case"), [
     *(("mixed", case) for case in CASES),
-    *(("fused", case) for case in ("exclusive", "inclusive", "three devices", "serial")),
+    *(("fused", case) for case in ("exclusive", "inclusive, one reader", "three devices")),
 ])  # fmt: skip
 def test_the_same_bits(name, case, model_paths, reference, prompt, delays):
     c, path = CASES[case], model_paths[name]
