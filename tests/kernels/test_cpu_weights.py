@@ -102,6 +102,20 @@ def test_long_rows_in_float32() -> None:
     assert np.linalg.norm(out - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q5_1], ids=lambda k: k.name)
+def test_working_memory_of_an_earlier_call_is_not_read(kind: Kind) -> None:
+    """Rows that end inside a chunk of 256 are padded: NaN of the call before must not get in."""
+    rng = np.random.default_rng(8)
+    w, long = weights_of(rng, kind, 3, 416), weights_of(rng, kind, 1, 1024)
+    q, scale = quantized(rng.standard_normal((2, 416), dtype=np.float32))
+    before, after = np.empty((2, 3), np.float32), np.empty((2, 3), np.float32)
+    ops.matmul_q8(int(kind), w, q, scale, before)
+    bad = np.full((2, 32), np.nan, np.float32)
+    ops.matmul_q8(int(kind), long, np.ones((2, 1024), np.int8), bad, np.empty((2, 1), np.float32))
+    ops.matmul_q8(int(kind), w, q, scale, after)
+    assert np.array_equal(after, before)
+
+
 def quantized(x: Array) -> tuple[Array, Array]:
     q = np.full(x.shape, 99, np.int8)
     scale = np.full((len(x), x.shape[1] // 32), 99, np.float32)
