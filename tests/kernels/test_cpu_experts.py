@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from kernel_cases import floats, weights_of
+from kernel_cases import FLOAT_KINDS, floats, weights_of
 from kernel_harness import Array, Guarded, available_isas
 
 from fomoe.kernels import reference
@@ -21,6 +21,9 @@ MIXES = (
     (Kind.IQ4_XS, Kind.Q3_K, Kind.IQ4_NL),
     (Kind.Q5_1, Kind.Q2_K, Kind.Q4_1),
     (Kind.Q8_0, Kind.Q5_0, Kind.Q4_0),
+    (Kind.F16, Kind.Q4_K, Kind.Q6_K),  # a float part takes float32 activations in any mode
+    (Kind.Q4_K, Kind.Q4_K, Kind.BF16),
+    (Kind.F32, Kind.F32, Kind.Q2_K),
 )
 
 
@@ -91,7 +94,7 @@ def one_by_one(layer: Layer, x: Array, pairs: Pairs, exact: bool) -> Array:
 
 
 def product(qtype: int, w: Array, x: Array, out: Array, exact: bool) -> None:
-    if exact:
+    if exact or qtype in FLOAT_KINDS:
         ops.matmul_f32(qtype, w, x, out)
         return
     q, scale = np.empty(x.shape, np.int8), np.empty((1, x.shape[1] // 32), np.float32)
