@@ -96,12 +96,11 @@ def ray_head(env: dict[str, str], log: Path) -> Iterator[str]:
         head = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + START_S
-        while "Ray runtime started" not in log.read_text():
+        # The address comes some lines after the news that Ray has started.
+        while (address := re.search(r"--address='([^']+)'", log.read_text())) is None:
             assert head.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
-        address = re.search(r"--address='([^']+)'", log.read_text())
-        assert address is not None, log.read_text()
         yield address[1]
         assert head.poll() is None, "the cluster must outlive fomoe serve"
     finally:
