@@ -155,7 +155,9 @@ class DriverActor(FabricMember):
         """End the loop when an actor has died, without waiting for a request that needs it."""
         for name in self._peers:
             if self.fabric.peer_dead(name):
-                raise PeerDeadError(name)
+                error = PeerDeadError(name)
+                self._client.send(EngineStatus(state="degraded", detail=str(error)))
+                raise error
 
     def _take(self, message: object) -> None:
         if isinstance(message, GenerateRequest | LogitsRequest):
