@@ -92,6 +92,8 @@ class TieredExperts:
 
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Load what `layer` will probably want, behind all demand reads; never waits."""
+        if not np.isfinite(scores).all():
+            return  # between `begin` and `finish` nothing may fail, least of all a guess
         expected = predict_experts(scores, self._top_k)
         # Eager: a guess by the next layer's own router is worth more than the past of a victim.
         plan = self.residency.prefetch(layer, expected, self._top_k, eager=True)

@@ -256,9 +256,7 @@ class TestRequests:
             model.logits = logits
             ahead = model.look_ahead
             model.look_ahead = lambda layer, x: ahead(layer, x) * np.float32(np.nan)
-            assert "not finite" in finished(run(engine, greedy(prompt, 8))).error
-            model.look_ahead = ahead
-            assert tokens_of(run(engine, greedy(prompt, 8))) == right
+            assert tokens_of(run(engine, greedy(prompt, 8))) == right  # a guess is only a guess
             assert engine.client.status().state == "ready"
 
     def test_a_refused_request_costs_the_next_one_nothing(self, start, prompt, right):
