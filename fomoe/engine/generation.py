@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -189,6 +190,8 @@ def check_request(request: GenerateRequest, ctx_size: int, vocab: int) -> None:
             "shorten it or start with a larger --ctx-size",
             "prompt",
         )
+    if not all(isinstance(token, int) for token in request.prompt):
+        raise RequestError("the prompt's token ids must be whole numbers", "prompt")
     worst = max(request.prompt, key=lambda t: -1 if 0 <= t < vocab else abs(t) + vocab)
     if not 0 <= worst < vocab:
         raise RequestError(f"token id {worst} is outside the vocabulary of {vocab:,}", "prompt")
@@ -196,13 +199,28 @@ def check_request(request: GenerateRequest, ctx_size: int, vocab: int) -> None:
         outside = [t for t in ids if not 0 <= t < vocab]
         if outside:
             raise RequestError(f"{param} names token {outside[0]} of {vocab:,}", param)
+    _check_numbers(request)
+
+
+def _check_numbers(request: GenerateRequest) -> None:
+    """Refuse what came as another type too: in the loop it would end the engine."""
+    sampling = request.sampling
+    for name, least in (("max_tokens", 0), ("min_tokens", 0), ("logprobs", -1)):
+        _check_whole(name, getattr(request, name), least)
+    _check_whole("top_k", sampling.top_k, -1)
+    _check_whole("seed", sampling.seed, -(1 << 63))
     for name, (low, high) in _RANGES.items():
-        _check_range(name, getattr(request.sampling, name), low, high)
-    for bias in request.sampling.logit_bias.values():
+        _check_range(name, getattr(sampling, name), low, high)
+    for bias in sampling.logit_bias.values():
         _check_range("logit_bias", bias, -_FAR, _FAR)
     _check_range("car", request.car or 0.0, 0.0, 1.0)
 
 
-def _check_range(param: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise RequestError(f"{param} is {value}; it must lie between {low} and {high}", param)
+def _check_whole(param: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise RequestError(f"{param} is {value!r}; give a whole number from {least} up", param)
+
+
+def _check_range(param: str, value: Any, low: float, high: float) -> None:
+    if not isinstance(value, float | int) or not low <= value <= high:
+        raise RequestError(f"{param} is {value!r}; it must lie between {low} and {high}", param)

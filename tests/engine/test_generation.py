@@ -226,6 +226,15 @@ REFUSED = {
     "no repetition penalty": (
         {"sampling": SamplingParams(repetition_penalty=0.0)}, "repetition_penalty", "0.0",
     ),
+    "token that is text": ({"prompt": [3, "4"]}, "prompt", "whole numbers"),
+    "no max_tokens": ({"max_tokens": None}, "max_tokens", "None"),
+    "max_tokens below zero": ({"max_tokens": -1}, "max_tokens", "-1"),
+    "min_tokens not whole": ({"min_tokens": 1.5}, "min_tokens", "1.5"),
+    "logprobs that are text": ({"logprobs": "all"}, "logprobs", "all"),
+    "seed that is text": ({"sampling": SamplingParams(seed="x")}, "seed", "x"),
+    "temperature that is text": (
+        {"sampling": SamplingParams(temperature="hot")}, "temperature", "hot",
+    ),
     "car above one": ({"car": 1.5}, "car", "1.5"),
     "car not a number": ({"car": math.nan}, "car", "nan"),
 }  # fmt: skip
