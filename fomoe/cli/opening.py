@@ -61,7 +61,7 @@ def opened(model: ModelOptions, engine: EngineOptions, **more: Any) -> Iterator[
 
     arguments = llm_arguments(model, engine)
     with progress_bar() as progress:
-        task = progress.add_task(f"loading {model.path.name}", total=1.0)
+        task = progress.add_task("starting Ray", total=1.0)
         llm = LLM(
             model.path,
             **arguments,

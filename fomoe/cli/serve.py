@@ -137,7 +137,7 @@ def serve(model: ModelOptions, engine: EngineOptions, server: ServerOptions) -> 
     config = server.config()
     _stop_on_sigterm()
     with closing(listen(config.host, config.port)) as sock:
-        typer.echo(banner(model))
+        typer.echo(f"{banner(model)}\nstarting Ray and loading the model ...\n")
         notify(notify_socket(), f"STATUS=loading {model.path.name}")
         with opened(model, engine, name="fomoe") as llm:
             # Ray installs a handler of its own while it starts.
