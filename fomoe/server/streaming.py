@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -38,7 +39,7 @@ def comment(text: str) -> bytes:
     return b": " + text.encode() + b"\n\n"
 
 
-class Watched(Response):
+class Watched(Response, ABC):
     """Base of the responses here: runs `work`, and cancels it when the client disconnects."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,9 +53,9 @@ class Watched(Response):
         if not work.cancelled():
             work.result()
 
+    @abstractmethod
     async def work(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Do the work and send the answer."""
-        raise NotImplementedError
 
 
 class JsonAnswer(Watched):
