@@ -34,10 +34,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Two nodes on this machine, as `ray start` would make them."""
-    two = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 10**8},
-    )
+    # With a port named, Ray tries it, and where it is taken leaves a socket open.
+    head = {"num_cpus": 2, "include_dashboard": False, "dashboard_port": None}
+    two = Cluster(initialize_head=True, head_node_args={**head, "object_store_memory": 10**8})
     two.add_node(num_cpus=2, object_store_memory=10**8)
     two.wait_for_nodes()
     yield two
