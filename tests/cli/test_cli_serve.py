@@ -133,6 +133,14 @@ def test_stop_ends_the_server(fomoe: Callable[..., Any]) -> None:
     assert json.loads(fomoe("stop", "--json").stdout) == []
 
 
+def test_stop_can_be_told_which_server(fomoe: Callable[..., Any]) -> None:
+    with announce_child(config.runtime_dir(), WAIT) as child:
+        assert fomoe("stop", "--port", 11).stdout.endswith("is running on port 11\n")
+        assert child.poll() is None
+        assert fomoe("stop", "--port", 1).stdout.startswith("stopped http://h:1 ")
+        assert child.wait(timeout=10) == -15
+
+
 def test_a_server_that_does_not_stop_is_named(fomoe: Callable[..., Any]) -> None:
     with announce_child(config.runtime_dir(), DEAF) as child:
         result = fomoe("stop", "--timeout", "0.2")
