@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from fomoe.actors.cluster import Cluster
+from fomoe.actors.cluster import Cluster, niceness_hint
+from fomoe.actors.names import DRIVER
 from fomoe.actors.supervisor import Supervisor
 from fomoe.config import Budgets, EngineConfig, default_model, parse_bytes
 from fomoe.engine.plan import resolve
@@ -116,7 +117,9 @@ class LLM:
 
     def cluster_text(self) -> str:
         """Return lines for people: how to look at the actors on the Ray cluster."""
-        return "\n".join(self.cluster.hints())
+        nice = int(self.engine.running.handles[DRIVER].call("nice").result(10.0))
+        hint = niceness_hint(nice)
+        return "\n".join(self.cluster.hints() + ([] if hint is None else [hint]))
 
     def generate(
         self, prompt: str | list[int], *, max_tokens: int = 128, **sampling: Any

@@ -92,6 +92,10 @@ class FabricMember:
         """Return the process id."""
         return os.getpid()
 
+    def nice(self) -> int:
+        """Return the process's nice value, which Ray sets to 15 unless told otherwise."""
+        return os.getpriority(os.PRIO_PROCESS, 0)
+
     def leave(self) -> None:
         """Leave the fabric; peers see this process as gone."""
         if self._listener is not None:  # still open where `connect` never came
