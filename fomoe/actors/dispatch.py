@@ -32,7 +32,7 @@ from fomoe.actors.step import (
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import Read
 from fomoe.errors import PeerStalledError, StorageError
-from fomoe.model.buffers import F32, Rows
+from fomoe.model.buffers import F32
 from fomoe.residency import Placement, Plan, Residency, Topology
 from fomoe.routing import Route, group_by_expert, predict_experts
 from fomoe.types import ExpertKey, Tier
@@ -66,7 +66,7 @@ class TieredExperts:
         self._step_id = 0
         self._step: Step | None = None
 
-    def begin(self, layer: int, h: Rows, route: Route, *, decoding: bool) -> None:
+    def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
         for node in self._nodes:
             self._storage_messages(node, [])  # an expert whose read failed must be read again
@@ -82,7 +82,7 @@ class TieredExperts:
         counts = np.diff(groups.pair_start)[by_tier]
         tokens = len(route.ids)
         write_route(views, groups, by_tier, counts, groups.arrange(route.weights))
-        np.copyto(views.x[:tokens], h.x)
+        np.copyto(views.x[:tokens], h)
         self._step = Step(
             layer, tokens, self._step_id, device, views, buffer, groups.experts[by_tier],
             counts - substituted_pairs(route, groups)[by_tier],

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
 from fomoe.kernels.device import ExpertShape, open_device
-from fomoe.model.buffers import F32, Buffer, Rows
+from fomoe.model.buffers import F32, Buffer
 from fomoe.model.spec import ModelSpec
 from fomoe.routing import Route, group_by_expert
 
@@ -18,7 +18,7 @@ from fomoe.routing import Route, group_by_expert
 class ExpertHost(Protocol):
     """Computes a layer's routed experts; one step is under way at a time."""
 
-    def begin(self, layer: int, h: Rows, route: Route, *, decoding: bool) -> None:
+    def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
 
     def look_ahead(self, layer: int, scores: F32) -> None:
@@ -58,7 +58,7 @@ class ResidentExperts:
             columns.insert(1, columns[0] + np.uint64(starts[0][1] // 2))
         return np.stack(columns)
 
-    def begin(self, layer: int, h: Rows, route: Route, *, decoding: bool) -> None:
+    def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Compute the whole layer at once."""
         del decoding
         groups = group_by_expert(route.ids)
@@ -66,7 +66,7 @@ class ResidentExperts:
         pairs = self._pairs.at(tokens * top_k)
         addresses = np.ascontiguousarray(self._addresses[layer][:, groups.experts])
         self._device.experts(
-            self._shapes[layer], addresses, h.x, groups.pair_start, groups.pair_token, pairs
+            self._shapes[layer], addresses, h, groups.pair_start, groups.pair_token, pairs
         )
         self._result = self._routed.at(tokens)
         self._device.reduce(pairs, groups.order, groups.arrange(route.weights), self._result)

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from fomoe.gguf.reader import GGUFFile
 from fomoe.kernels.cpu import ops
-from fomoe.model.attention import AttentionBlock, AttentionWeights
-from fomoe.model.buffers import F32, Activations, Buffer, Rows
-from fomoe.model.deltanet import DeltaBlock, DeltaWeights
+from fomoe.model.attention import AttentionLayer, AttentionWeights
+from fomoe.model.buffers import F32, Activations, Buffer
+from fomoe.model.deltanet import DeltaLayer, DeltaWeights
 from fomoe.model.linear import Linear, Weights
 from fomoe.model.moe import MoEBlock, MoEWeights
 from fomoe.model.spec import ModelSpec
@@ -54,9 +54,8 @@ class DenseModel:
             if on_layer is not None:
                 on_layer(index)
         self.layers = tuple(layers)
-        self._attention = AttentionBlock(spec, max_tokens, int8=int8)
-        self._delta = DeltaBlock(spec, max_tokens, int8=int8)
-        self._moe = MoEBlock(spec, max_tokens, int8=int8)
+        self._mixers = [_mixer(w.mixer, spec, i, int8=int8) for i, w in enumerate(layers)]
+        self._moe = MoEBlock(tuple(w.moe for w in layers), spec, max_tokens, int8=int8)
         self._hidden = Buffer(max_tokens, spec.hidden)
         self._last = Activations(HEAD_ROWS, spec.hidden, int8=int8)
         self._logits = Buffer(HEAD_ROWS, spec.vocab)
@@ -69,23 +68,19 @@ class DenseModel:
 
     def mix(self, layer: int, x: F32, batch: Batch) -> None:
         """Run the layer's attention or DeltaNet on the residual stream in place."""
-        weights = self.layers[layer].mixer
-        if isinstance(weights, AttentionWeights):
-            self._attention(weights, x, batch, layer)
-        else:
-            self._delta(weights, x, batch, layer)
+        self._mixers[layer](x, batch)
 
-    def scores(self, layer: int, x: F32) -> tuple[Rows, F32]:
+    def scores(self, layer: int, x: F32) -> tuple[F32, F32]:
         """Return the experts' input [T, D] and the router scores [T, E]."""
-        return self._moe.scores(self.layers[layer].moe, x)
+        return self._moe.scores(layer, x)
 
     def look_ahead(self, layer: int, x: F32) -> F32:
         """Return the scores that `layer`'s router gives to an earlier layer's residual stream."""
-        return self._moe.look_ahead(self.layers[layer].moe, x)
+        return self._moe.look_ahead(layer, x)
 
-    def shared(self, layer: int, h: Rows) -> F32:
+    def shared(self, layer: int, h: F32) -> F32:
         """Return the shared expert's gated output [T, D]."""
-        return self._moe.shared(self.layers[layer].moe, h)
+        return self._moe.shared(layer, h)
 
     def close(self, x: F32, routed: F32, shared: F32) -> None:
         """End a layer: residual = (routed + shared) + residual, in place."""
@@ -104,6 +99,14 @@ class DenseModel:
         for weights in (self._embedding, self._head, *_linears(self.layers)):
             seen[id(weights.weight)] = weights.weight.nbytes
         return sum(seen.values())
+
+
+def _mixer(
+    weights: AttentionWeights | DeltaWeights, spec: ModelSpec, index: int, *, int8: bool
+) -> AttentionLayer | DeltaLayer:
+    if isinstance(weights, AttentionWeights):
+        return AttentionLayer(weights, spec, index, int8=int8)
+    return DeltaLayer(weights, spec, index, int8=int8)
 
 
 def _linears(layers: tuple[LayerWeights, ...]) -> list[Linear]:

@@ -31,10 +31,17 @@ class Linear:
             ops.matmul_q8(self.qtype, self.weight, x.int8.q, x.int8.scale, out)
         return out
 
-    def exact(self, x: F32, out: F32) -> F32:
-        """Write W x into `out` with float32 activations whatever the weight's type (routers)."""
-        ops.matmul_f32(self.qtype, self.weight, x, out)
-        return out
+
+def operands(weights: object) -> dict[str, object]:
+    """Return a layer's weights by field name as the native layers take them.
+
+    Matrices become (type, uint8 [rows, row_bytes]), vectors stay float32 arrays.
+    """
+    values = {name: getattr(weights, name) for name in weights.__slots__}  # type: ignore[attr-defined]
+    return {
+        name: (value.qtype, value.weight) if isinstance(value, Linear) else value
+        for name, value in values.items()
+    }
 
 
 _FLOAT_TYPES = frozenset((GGMLType.F32, GGMLType.F16, GGMLType.BF16))

@@ -113,6 +113,10 @@ class Run:
     stop: int
     position: int
 
+    def rows_of(self, x: F32) -> F32:
+        """Return this run's rows of an array [T, ...] of the whole batch."""
+        return x if self.start == 0 and self.stop == len(x) else x[self.start : self.stop]
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

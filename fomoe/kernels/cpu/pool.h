@@ -43,6 +43,8 @@ enum class Work : int {
   Rotation,
   Keys,
   Tile,
+  Layer,
+  Positions,
   Count
 };
 void* work_memory(Work purpose, int64_t bytes);
