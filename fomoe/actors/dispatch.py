@@ -139,11 +139,11 @@ class TieredExperts:
         self._fetch(plan, Priority.DEMAND)
         self._prove(step.layer, experts)
         slots = self._nodes[step.device.node].slots
-        entries = step.views.entries[first:end]
-        entries["slot"], entries["address"], entries["generation"] = slots.locate(
+        views = step.views
+        views.slot[first:end], views.address[first:end], views.generation[first:end] = slots.locate(
             step.layer, experts
         )
-        entries["expert"] = experts
+        views.expert[first:end] = experts
         flags = (STEP_FIRST if first == 0 else 0) | (STEP_LAST if end == len(step.experts) else 0)
         step.sent = end
         payload = STEP.pack(step.id, step.layer, step.tokens, self._top_k, first, end - first,
@@ -223,9 +223,10 @@ class TieredExperts:
             bell = self._fabric.bell()
             message = step.device.receiver.try_recv(self._buffer)
             if message is not None:
-                step_id, aborted, _, _, waited_ns = DONE.unpack_from(self._buffer)
+                step_id, aborted, _, computed_ns, waited_ns = DONE.unpack_from(self._buffer)
                 if step_id != step.id:
                     continue
+                self.counters.compute_s += computed_ns / 1e9
                 self.counters.stall_s += waited_ns / 1e9
                 if aborted:
                     self.residency.release(step.layer)

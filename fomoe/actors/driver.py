@@ -77,7 +77,7 @@ class DriverActor(FabricMember):
         self._forward = Forward(self._model, self._experts, prefetch=self._config.prefetch)
         emulated = all(name.startswith("cpu") for name in self._config.devices)
         self._meter = Meter(
-            self._experts.counters, self._forward.brain.loss,
+            self._experts.counters, self._forward.brain.loss, self._forward.watch,
             devices="device (emulated)" if emulated else "device",
             capacity=self._plan.logical_capacity,
         )  # fmt: skip

@@ -73,16 +73,20 @@ def substituted_pairs(route: Route, groups: ExpertGroups) -> npt.NDArray[np.int6
     return replaced[groups.experts]
 
 
+_ENTRY_PARTS = (("address", 8), ("generation", 8), ("slot", 4), ("expert", 4))
+
+
 def regions(step: Step, first: int, end: int) -> Regions:
     """Return the arena ranges that the device must see for a wave."""
     views, at, name = step.views, step.views.offsets, step.device.arena
-    size = views.entries.itemsize
-    entries = (name, at["entries"] + first * size, (end - first) * size)
+    entries = tuple(
+        (name, at[part] + first * size, (end - first) * size) for part, size in _ENTRY_PARTS
+    )
     if first:
-        return (entries,)
+        return entries
     pairs = step.tokens * views.order.shape[1]
     return (
-        entries,
+        *entries,
         (name, at["x"], step.tokens * views.x.shape[1] * 4),
         (name, at["order"], pairs * 4),
         (name, at["weights"], pairs * 4),

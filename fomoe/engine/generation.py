@@ -70,7 +70,7 @@ class Generation:
         token, self._next = self._next, None
         self._sequence.decoding = True
         hidden = self._run([token])
-        return self._choose(self._forward.model.logits(hidden, _LAST)[0])
+        return self._choose(self._forward.logits(hidden, _LAST)[0])
 
     def cancel(self) -> Finished:
         """End the request early."""
@@ -115,14 +115,14 @@ class Generation:
         if request.max_tokens == 0:
             return [*events, self._finish("length")]
         last = np.array([len(part) - 1])
-        return events + self._choose(self._forward.model.logits(hidden, last)[0])
+        return events + self._choose(self._forward.logits(hidden, last)[0])
 
     def _score_prompt(self, hidden: F32, start: int, count: int) -> None:
         """Collect the log probability of each prompt token that follows a row of this chunk."""
         prompt, n_top = self.request.prompt, max(0, self.request.logprobs)
         for row in range(0, count, HEAD_ROWS):
             rows = np.arange(row, min(row + HEAD_ROWS, count))
-            logits = self._forward.model.logits(hidden, rows)
+            logits = self._forward.logits(hidden, rows)
             for offset, one in zip(rows, logits, strict=True):
                 following = start + int(offset) + 1
                 if following < len(prompt):
@@ -147,7 +147,13 @@ class Generation:
         if request.logprobs >= 0:
             own, top = log_probabilities(logits, token, request.logprobs)
         events: list[Event] = [
-            TokenEvent(request_id=request.request_id, token=token, logprob=own, top=top)
+            TokenEvent(
+                request_id=request.request_id,
+                token=token,
+                logprob=own,
+                top=top,
+                parts_s=list(self._meter.token_parts) if request.trace else [],
+            )
         ]
         full = position + 1 > self._sequence.state.ctx_size
         if self._generated >= request.max_tokens or full:
