@@ -13,6 +13,7 @@ from fomoe.kernels.cpu import ops
 from fomoe.model.attention import AttentionLayer, AttentionWeights
 from fomoe.model.buffers import F32, Activations, Buffer
 from fomoe.model.deltanet import DeltaLayer, DeltaWeights
+from fomoe.model.embedding import Embedding, StoredEmbedding
 from fomoe.model.linear import Linear, Weights
 from fomoe.model.moe import MoEBlock, MoEWeights
 from fomoe.model.spec import ModelSpec
@@ -40,12 +41,14 @@ class DenseModel:
                  on_layer: Callable[[int], None] | None = None) -> None:  # fmt: skip
         self.spec = spec
         weights = Weights(file)
-        self._embedding = weights.linear("token_embd.weight", spec.vocab, spec.hidden)
         self._norm = weights.vector("output_norm.weight", spec.hidden)
-        untied = weights.has("output.weight")
-        self._head = (
-            weights.linear("output.weight", spec.vocab, spec.hidden) if untied else self._embedding
-        )
+        tied = not weights.has("output.weight")
+        head = "token_embd.weight" if tied else "output.weight"
+        self._head = weights.linear(head, spec.vocab, spec.hidden)
+        self._embedding: Embedding | StoredEmbedding = Embedding(self._head)
+        if not tied:
+            rows = weights.stored("token_embd.weight", spec.vocab, spec.hidden, max_tokens)
+            self._embedding = StoredEmbedding(rows, max_tokens)
         layers = []
         for index, kind in enumerate(spec.layers):
             mixer = AttentionWeights if kind == "attention" else DeltaWeights
@@ -63,7 +66,7 @@ class DenseModel:
     def embed(self, batch: Batch) -> F32:
         """Return the residual stream float32 [T, D] of the batch's tokens."""
         x = self._hidden.at(batch.size)
-        ops.embed(self._embedding.qtype, self._embedding.weight, batch.tokens, x)
+        self._embedding(batch.tokens, x)
         return x
 
     def mix(self, layer: int, x: F32, batch: Batch) -> None:
@@ -96,7 +99,7 @@ class DenseModel:
     def nbytes(self) -> int:
         """Bytes of dense weights held."""
         seen: dict[int, int] = {}
-        for weights in (self._embedding, self._head, *_linears(self.layers)):
+        for weights in (self._head, *_linears(self.layers)):
             seen[id(weights.weight)] = weights.weight.nbytes
         return sum(seen.values())
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from fomoe.errors import GGUFError
 from fomoe.gguf.quants import GGMLType
 from fomoe.gguf.reader import GGUFFile
+from fomoe.gguf.rows import StoredRows
 from fomoe.kernels.cpu import ops
 from fomoe.model.buffers import F32, Rows
 
@@ -63,6 +64,11 @@ class Weights:
         shape = info.shape if len(info.shape) > 1 else (1, *info.shape)
         self._check(name, shape, (rows, cols))
         return Linear(self.file.read(name).reshape(rows, -1), int(info.type), rows, cols)
+
+    def stored(self, name: str, rows: int, cols: int, most: int) -> StoredRows:
+        """Return matrix `name` [rows, cols] as rows that are read when wanted, `most` at a time."""
+        self._check(name, self._info(name).shape, (rows, cols))
+        return self.file.rows(name, most)
 
     def vector(self, name: str, size: int) -> F32:
         """Return tensor `name` as float32 [size]."""

@@ -12,6 +12,7 @@ from fomoe.model.buffers import F32
 from fomoe.model.spec import ModelSpec
 
 Array = npt.NDArray[np.floating[Any]]
+I32 = npt.NDArray[np.int32]
 
 
 @dataclass(slots=True)
@@ -125,8 +126,8 @@ class Batch:
     `tokens` int32 [T], `positions` int32 [T]; each sequence has one run.
     """
 
-    tokens: npt.NDArray[np.int32]
-    positions: npt.NDArray[np.int32]
+    tokens: I32
+    positions: I32
     runs: tuple[Run, ...]
 
     @property
