@@ -41,11 +41,11 @@ class Drift:
     """
 
     popularity: float = 0.83
-    topic: float = 0.48
-    topic_half_life: float = 250.0
-    context: float = 0.47
-    context_half_life: float = 10.0
-    noise: float = 0.74
+    topic: float = 0.52
+    topic_half_life: float = 100.0
+    context: float = 0.54
+    context_half_life: float = 3.0
+    noise: float = 0.67
     constant: float = 0.5
     period: int = 8192  # ids after which the text repeats
 
@@ -73,11 +73,13 @@ def router(rng: np.random.Generator, popularity: F64, hidden: int, drift: Drift)
     rows = rng.standard_normal((len(popularity), hidden), dtype=np.float32)
     weights = np.array([drift.topic, drift.context, drift.noise])
     weights /= np.linalg.norm(weights)
+    constant = signs(hidden)
     for part, weight in enumerate(weights):
         column = rows[:, part::3]
         column *= np.float32(weight / np.sqrt(column.shape[1]))
+    rows -= np.outer(rows @ constant, constant) / hidden  # it must not make experts popular
     bias = drift.popularity * popularity / (drift.constant * hidden)
-    rows += bias.astype(np.float32)[:, None] * signs(hidden)
+    rows += np.outer(bias, constant).astype(np.float32)
     return rows * np.float32(np.sqrt(1 + drift.constant**2))
 
 
