@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--name", help="file name; <shape>-<layers>l.gguf if absent")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--freq", type=Path, help="expert frequencies, in place of the fitted law")
-    parser.add_argument("--update", type=float, default=Recipe.__dataclass_fields__["update"].default)
+    parser.add_argument("--update", type=float, default=0.1, help="what a sublayer adds")
     parser.add_argument("--no-verify", action="store_true", help="write only")
     parser.add_argument("--verify", type=Path, help="measure a file that was written before")
     args = parser.parse_args()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from synthetic.locality import Locality, measure
 
 from fomoe.engine.brain import Brain
 from fomoe.engine.experts import ResidentExperts
@@ -20,6 +19,7 @@ from fomoe.model.buffers import F32
 from fomoe.model.layers import DenseModel
 from fomoe.model.state import Batch
 from fomoe.routing import Route, route_exact
+from synthetic.locality import Locality, measure
 
 CHUNK = 64
 

@@ -38,6 +38,7 @@ class GenerateRequest:
     of alternatives per emitted token (-1: none at all, 0: only the token's own). `echo` asks for
     `PromptLogprobs` of the prompt's own tokens before the first token. `car` overrides the
     engine's cache-aware threshold for this request (None: the engine's default, 0: exact).
+    `forced` are emitted and fed in place of the first sampled tokens: a benchmark's text.
     """
 
     request_id: str
@@ -49,6 +50,7 @@ class GenerateRequest:
     logprobs: int = -1
     echo: bool = False
     car: float | None = None
+    forced: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
