@@ -137,6 +137,8 @@ class Generation:
             logits = logits.copy()
             logits[list(request.stop_ids)] = -np.inf
         token = sample(logits, request.sampling, position, self._prompt_counts, self._output_counts)
+        if self._generated < len(request.forced):
+            token = request.forced[self._generated]
         if token in request.stop_ids:
             return [self._finish("stop", stop_id=token)]
         self._generated += 1
@@ -201,7 +203,12 @@ def check_request(request: GenerateRequest, ctx_size: int, vocab: int) -> None:
     worst = max(request.prompt, key=lambda t: -1 if 0 <= t < vocab else abs(t) + vocab)
     if not 0 <= worst < vocab:
         raise RequestError(f"token id {worst} is outside the vocabulary of {vocab:,}", "prompt")
-    for param, ids in (("logit_bias", request.sampling.logit_bias), ("stop_ids", request.stop_ids)):
+    named = {
+        "logit_bias": request.sampling.logit_bias,
+        "stop_ids": request.stop_ids,
+        "forced": request.forced,
+    }
+    for param, ids in named.items():
         outside = [t for t in ids if not 0 <= t < vocab]
         if outside:
             raise RequestError(f"{param} names token {outside[0]} of {vocab:,}", param)

@@ -39,6 +39,7 @@ class GenerateRequest:
     `PromptLogprobs` of the prompt's own tokens before the first token. `car` overrides the
     engine's cache-aware threshold for this request (None: the engine's default, 0: exact).
     `trace` asks for each token's `parts_s`.
+    `forced` are emitted and fed in place of the first sampled tokens: a benchmark's text.
     """
 
     request_id: str
@@ -51,6 +52,7 @@ class GenerateRequest:
     echo: bool = False
     car: float | None = None
     trace: bool = False
+    forced: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
