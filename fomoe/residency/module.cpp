@@ -182,6 +182,6 @@ NB_MODULE(_residency, m) {
       .def("release_some", &py_release_some, "layer"_a, "experts"_a)
       .def("forget", &py_forget, "layer"_a, "experts"_a)
       .def("capacity", &py_capacity, "layer"_a);
-  m.def("observe", &py_observe, "layer"_a, "ids"_a, "tokens"_a, "hash"_a);
+  m.def("observe", &py_observe, "layer"_a, "ids"_a, "tokens"_a, "decision_hash"_a);
   m.def("commit", &py_commit, "first"_a, "ids"_a, "keys"_a, "layer"_a);
 }
