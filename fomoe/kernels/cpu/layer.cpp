@@ -38,19 +38,26 @@ struct Product {
 // The input of a layer's products, quantised once for all of them.
 class Input {
  public:
-  Input(const float* x, int64_t tokens, int64_t cols, bool int8) : x_(x), tokens_(tokens) {
-    int8_ = int8 && cols % 32 == 0;
-    cols_ = cols;
+  Input(const float* x, int64_t tokens, int64_t cols, bool int8)
+      : x_(x), tokens_(tokens), cols_(cols), int8_(int8 && cols % 32 == 0) {
     if (!int8_) return;
     q_ = work<int8_t>(Work::Quants, tokens * cols);
     scale_ = work<float>(Work::Scales, tokens * cols / 32);
     quantize_rows(x, tokens, cols, q_, scale_);
   }
 
-  // All products side by side: one division of the rows of all matrices among the threads.
+  // All products; for few tokens side by side, in one division of all their rows among the threads.
   void multiply(std::initializer_list<Product> products) const {
-    const QuantizedRows coarse = rows_for(products, 32, Work::Sums);
-    const QuantizedRows fine = rows_for(products, 16, Work::FineSums);
+    if (tokens_ > kRowTokens) {
+      for (const Product& p : products)
+        if (is_float(p))
+          matmul_f32(p.w, x_, tokens_, p.out);
+        else
+          matmul_q8(p.w, q_, scale_, tokens_, p.out);
+      return;
+    }
+    QuantizedRows rows[kMostProducts];
+    prepare(products, rows);
     int64_t items = 0, bytes = 0;
     for (const Product& p : products) {
       items += items_of(p);
@@ -60,32 +67,38 @@ class Input {
       const Product* p = products.begin();
       for (; item >= items_of(*p); ++p) item -= items_of(*p);
       const int64_t per_item = rows_per_item(p->w.row_bytes(), tokens_);
-      const Slice s{p->w.data,
-                    p->w.row_bytes(),
-                    item * per_item,
-                    std::min(p->w.rows, (item + 1) * per_item),
-                    nullptr,
-                    tokens_,
-                    p->out,
-                    p->w.rows};
+      const int64_t begin = item * per_item, end = std::min(p->w.rows, begin + per_item);
+      const Slice s{p->w.data, p->w.row_bytes(), begin, end, nullptr, tokens_, p->out, p->w.rows};
       if (is_float(*p))
         product_f32(p->w.type, s, x_, cols_);
       else
-        product_q8(p->w.type, s, offset_group(p->w.type) == 16 ? fine : coarse);
+        product_rows(p->w.type, s, rows[p - products.begin()]);
     });
   }
 
  private:
+  static constexpr int kMostProducts = 4;
+
   bool is_float(const Product& p) const { return !int8_ || p.exact || is_float_type(p.w.type); }
   int64_t items_of(const Product& p) const {
     return ceil_div(p.w.rows, rows_per_item(p.w.row_bytes(), tokens_));
   }
-  QuantizedRows rows_for(std::initializer_list<Product> products, int group, Work purpose) const {
-    const bool wanted = std::any_of(products.begin(), products.end(), [&](const Product& p) {
-      return !is_float(p) && offset_group(p.w.type) == group;
-    });
-    return with_sums(q_, scale_, tokens_, cols_,
-                     sum_rows(purpose, tokens_, cols_, wanted ? group : 0));
+
+  // The activations with the sums that each product's weight type wants, equal ones made once.
+  void prepare(std::initializer_list<Product> products, QuantizedRows* rows) const {
+    constexpr Work purposes[kMostProducts] = {Work::Sums, Work::UpSums, Work::ThirdSums,
+                                              Work::FourthSums};
+    for (const Product* p = products.begin(); p != products.end(); ++p) {
+      if (is_float(*p)) continue;
+      const QuantShape shape = quant_shape(p->w.type);
+      const Product* const twin = std::find_if(products.begin(), p, [&](const Product& earlier) {
+        return !is_float(earlier) && same_input(quant_shape(earlier.w.type), shape);
+      });
+      const auto i = p - products.begin();
+      rows[i] = twin != p ? rows[twin - products.begin()]
+                          : with_sums(q_, scale_, tokens_, cols_,
+                                      sum_rows(purposes[i], tokens_, cols_, shape));
+    }
   }
 
   const float* x_;

@@ -31,6 +31,8 @@ enum class Work : int {
   Row,
   Sums,
   UpSums,
+  ThirdSums,
+  FourthSums,
   Quants,
   Scales,
   Gate,
