@@ -16,7 +16,6 @@ import numpy.typing as npt
 from fomoe.residency import Placement, Plan
 from fomoe.types import ExpertKey, Tier
 
-
 # A read as storage takes it: `address` is relative to the first slot, `bell` the device to wake.
 READ = np.dtype(
     [

@@ -20,6 +20,7 @@ template <class T>
 constexpr int npy_type() {
   using U = std::remove_const_t<T>;
   if constexpr (std::is_same_v<U, bool>) return NPY_BOOL;
+  if constexpr (std::is_same_v<U, int8_t>) return NPY_INT8;
   if constexpr (std::is_same_v<U, uint8_t>) return NPY_UINT8;
   if constexpr (std::is_same_v<U, int32_t>) return NPY_INT32;
   if constexpr (std::is_same_v<U, int64_t>) return NPY_INT64;

@@ -45,12 +45,12 @@ class LogicalCache:
         self.capacity = capacity
         self._keys = np.full((n_layers, n_experts), _NEVER, dtype=np.int64)
         self.tokens = np.zeros(n_layers, dtype=np.int64)
-        self._hash = np.zeros(1, dtype=np.uint64)
+        self.hash_word = np.zeros(1, dtype=np.uint64)
 
     @property
     def hash(self) -> int:
         """The decision hash: 64 bits over all (token, layer, expert) so far, in any order."""
-        return int(self._hash[0])
+        return int(self.hash_word[0])
 
     def mask(self, layer: int) -> npt.NDArray[np.bool_]:
         """Return bool [E]: the resident experts of the layer."""
@@ -76,7 +76,7 @@ class LogicalCache:
                 f"token, are needed"
             )
         ids = np.ascontiguousarray(ids, dtype=np.int32)
-        first = _residency.observe(layer, ids, self.tokens, self._hash)
+        first = _residency.observe(layer, ids, self.tokens, self.hash_word)
         # A repeated id keeps its greatest key, which is its last token's.
         _residency.commit(first, ids, self._keys, layer)
 
@@ -91,7 +91,7 @@ class LogicalCache:
             The number of the first of them in the layer.
         """
         ids = np.ascontiguousarray(ids, dtype=np.int32)
-        return _residency.observe(layer, ids, self.tokens, self._hash)
+        return _residency.observe(layer, ids, self.tokens, self.hash_word)
 
     def snapshot(self) -> LogicalSnapshot:
         """Return a copy of the state."""
@@ -101,4 +101,4 @@ class LogicalCache:
         """Go back to a snapshot of this cache or of one of the same shape."""
         self._keys[:] = snapshot.keys
         self.tokens[:] = snapshot.tokens
-        self._hash[0] = snapshot.hash
+        self.hash_word[0] = snapshot.hash
