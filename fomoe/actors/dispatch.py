@@ -11,7 +11,6 @@ from fomoe.actors.channel import Fabric
 from fomoe.actors.layout import StepArena
 from fomoe.actors.messages import (
     DONE,
-    FETCH,
     STEP,
     STEP_FIRST,
     STEP_ID,
@@ -21,21 +20,15 @@ from fomoe.actors.messages import (
     Tag,
     decode,
 )
-from fomoe.actors.step import (
-    DeviceLink,
-    NodeLink,
-    Step,
-    regions,
-    substituted_pairs,
-    write_route,
-)
+from fomoe.actors.step import DeviceLink, NodeLink, Step
 from fomoe.engine.meter import HostCounters
-from fomoe.engine.transfers import Read
+from fomoe.engine.transfers import READ, Read
+from fomoe.engine.waves import Priorities, WaveLayout, WavePlanner
 from fomoe.errors import PeerStalledError, StorageError
 from fomoe.model.buffers import F32
-from fomoe.residency import Placement, Plan, Residency, Topology
-from fomoe.routing import Route, group_by_expert, predict_experts
-from fomoe.types import ExpertKey, Tier
+from fomoe.residency import LogicalCache, Placement, Residency, Topology
+from fomoe.routing import Route
+from fomoe.types import ExpertKey
 
 SPIN_US = 300.0  # while a token is in flight; the waiter yields, so a shared core is no cliff
 WAIT_MS = 20.0
@@ -49,171 +42,108 @@ class TieredExperts:
 
     def __init__(self, fabric: Fabric, devices: list[DeviceLink], nodes: list[NodeLink],
                  topology: Topology, residency: Residency, expert_bytes: list[int],
-                 top_k: int) -> None:  # fmt: skip
+                 arena: StepArena) -> None:  # fmt: skip
         self.counters = HostCounters()
         self.residency = residency
         self._fabric = fabric
-        self._devices = devices
         self._nodes = nodes
-        self._top_k = top_k
-        self._home = [int(d) for d in topology.layer_device]
-        self._expert_bytes = expert_bytes
+        self._top_k = arena.top_k
+        self._home = [devices[d] for d in topology.layer_device]
+        self._bell = [int(d) for d in topology.layer_device]
+        layout = WaveLayout(
+            layer_node=np.array([device.node for device in self._home], np.int32),
+            layer_device=topology.layer_device,
+            expert_bytes=np.array(expert_bytes, np.int64),
+        )
+        self._planner = WavePlanner(
+            residency, [node.slots for node in nodes], layout,
+            Priorities(int(Priority.DEMAND), int(Priority.PREFETCH)),
+            max_tokens=arena.max_tokens, top_k=arena.top_k,
+        )  # fmt: skip
         self._buffer = bytearray(fabric.spec.slot_bytes)
-        shape = (topology.n_layers, topology.n_experts)
-        # Prefetched and not used yet: counted as reads when used, and asked for again as demand,
-        # since storage may have dropped a prefetch that never got its turn.
-        self._unproven = np.full(shape, Tier.DEVICE, np.int8)
+        self._steps = {
+            device.name: [Step(device, buffer) for buffer in device.buffers] for device in devices
+        }
+        self._step = self._steps[devices[0].name][0]
         self._step_id = 0
-        self._step: Step | None = None
+
+    def decide(
+        self, layer: int, h: F32, scores: F32, logical: LogicalCache, *, decoding: bool
+    ) -> None:
+        """Route one sequence's tokens exactly and begin the layer with them."""
+        step = self._open(layer, h, decoding)
+        self._send_wave(step, self._planner.decide(layer, scores, logical, step.buffer.arrays))
 
     def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
-        for node in self._nodes:
-            self._storage_messages(node, [])  # an expert whose read failed must be read again
-        if self._step is not None:  # a pass that failed between begin and finish
-            self.residency.release(self._step.layer)
-        groups = group_by_expert(route.ids)
-        tiers = self.residency.tier_of(layer)[groups.experts]
-        by_tier = np.argsort(tiers, kind="stable")
-        device = self._devices[self._home[layer]]
-        self._step_id += 1
-        buffer = self._step_id % StepArena.BUFFERS
-        views = device.views[buffer]
-        counts = np.diff(groups.pair_start)[by_tier]
-        tokens = len(route.ids)
-        write_route(views, groups, by_tier, counts, groups.arrange(route.weights))
-        np.copyto(views.x[:tokens], h)
-        self._step = Step(
-            layer, tokens, self._step_id, device, views, buffer, groups.experts[by_tier],
-            counts - substituted_pairs(route, groups)[by_tier],
-            max(self.residency.quota(layer), self._top_k), 0, decoding,
-        )  # fmt: skip
-        self._send_wave(self._step)
+        step = self._open(layer, h, decoding)
+        self._send_wave(step, self._planner.place(layer, route, step.buffer.arrays))
 
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Load what `layer` will probably want, behind all demand reads; never waits."""
-        if not np.isfinite(scores).all():
-            return  # between `begin` and `finish` nothing may fail, least of all a guess
-        expected = predict_experts(scores, self._top_k)
-        # Eager: a guess by the next layer's own router is worth more than the past of a victim.
-        plan = self.residency.prefetch(layer, expected, self._top_k, eager=True)
-        if plan.fetches:
-            self._fetch(plan, Priority.PREFETCH)
-            for fetch in plan.fetches:
-                self._unproven[layer, fetch.expert] = fetch.source
-            self.counters.prefetch_issued += len(plan.fetches)
+        reads = self._planner.look_ahead(layer, scores)
+        if reads:
+            self._send_reads(self._home[layer].node, self._planner.arrays.reads[:reads])
+            self._planner.charge(self.counters, decoding=True)
 
     def finish(self) -> F32:
         """Wait for the step begun last and return the routed sum float32 [T, D]."""
-        step = self._step
-        assert step is not None
+        step, planner = self._step, self._planner
         while True:
             self._await_done(step)
             self.residency.release(step.layer)
-            if step.sent == len(step.experts):
-                self._step = None
-                return step.views.out[: step.tokens]
-            self._send_wave(step)
+            if planner.end == planner.n_experts:
+                step.under_way = False
+                return step.buffer.rows(step.tokens)[1]
+            self._send_wave(step, planner.wave())
 
     def preload(self, placements: list[Placement]) -> int:
         """Ask for the reads of an initial fill; returns how many storage will announce."""
         for number, node in enumerate(self._nodes):
-            mine = [p for p in placements if self._node_of(p.key.layer) == number]
-            self._send_reads(number, node.slots.fill(mine), Priority.PRELOAD)
+            mine = [p for p in placements if self._home[p.key.layer].node == number]
+            rows = [self._record(read) for read in node.slots.fill(mine)]
+            self._send_reads(number, np.array(rows, READ))
         return len(placements)
 
     def preloaded(self) -> int:
         """Return how many preload reads have landed since the last call."""
         return sum(self._storage_messages(node) for node in self._nodes)
 
-    def _send_wave(self, step: Step) -> None:
-        first = step.sent
-        room = min(step.wave, self.residency.capacity(step.layer))
-        end = min(first + room, len(step.experts))
-        experts = step.experts[first:end]
-        plan = self.residency.plan(step.layer, np.sort(experts))
-        for fetch in plan.fetches:
-            if fetch.source == Tier.NVME:  # a prefetch of it, if any, was evicted unused
-                self._unproven[step.layer, fetch.expert] = Tier.DEVICE
-        self._count(step, plan, experts, step.pairs[first:end])
-        self._fetch(plan, Priority.DEMAND)
-        self._prove(step.layer, experts)
-        slots = self._nodes[step.device.node].slots
-        views = step.views
-        views.slot[first:end], views.address[first:end], views.generation[first:end] = slots.locate(
-            step.layer, experts
-        )
-        views.expert[first:end] = experts
-        flags = (STEP_FIRST if first == 0 else 0) | (STEP_LAST if end == len(step.experts) else 0)
-        step.sent = end
+    def _record(self, read: Read) -> tuple[int, ...]:
+        layer, expert = read.expert.layer, read.expert.expert
+        bell, priority = self._bell[layer], int(Priority.PRELOAD)
+        return (read.address, read.generation, read.slot, layer, expert, priority, bell, 0)
+
+    def _open(self, layer: int, h: F32, decoding: bool) -> Step:
+        for node in self._nodes:
+            self._storage_messages(node, [])  # an expert whose read failed must be read again
+        if self._step.under_way:  # a pass that failed between begin and finish
+            self.residency.release(self._step.layer)
+        self._step_id += 1
+        step = self._steps[self._home[layer].name][self._step_id % StepArena.BUFFERS]
+        step.id, step.layer, step.tokens, step.decoding = self._step_id, layer, len(h), decoding
+        step.under_way = True
+        np.copyto(step.buffer.rows(step.tokens)[0], h)
+        self._step = step
+        return step
+
+    def _send_wave(self, step: Step, reads: int) -> None:
+        planner, device = self._planner, step.device
+        if reads:
+            self._send_reads(device.node, planner.arrays.reads[:reads])
+        planner.charge(self.counters, decoding=step.decoding)
+        first, end, count = planner.first, planner.end, planner.n_experts
+        flags = (STEP_FIRST if first == 0 else 0) | (STEP_LAST if end == count else 0)
         payload = STEP.pack(step.id, step.layer, step.tokens, self._top_k, first, end - first,
-                            flags, step.buffer)  # fmt: skip
-        step.device.sender.send(Tag.STEP, payload, regions(step, first, end), SEND_BOUND_S)
+                            flags, step.buffer.number)  # fmt: skip
+        regions = step.buffer.regions(step.tokens, count, first, end)
+        device.sender.send(Tag.STEP, payload, regions, SEND_BOUND_S)
 
-    def _node_of(self, layer: int) -> int:
-        return self._devices[self._home[layer]].node
-
-    def _is_resident(self, key: ExpertKey) -> bool:
-        return bool(self.residency.mask(key.layer)[key.expert])
-
-    def _fetch(self, plan: Plan, priority: Priority) -> None:
-        """Send the plan's reads to the layer's node."""
-        number = self._node_of(plan.layer)
-        reads = self._nodes[number].slots.apply(plan, self._is_resident)
-        self._send_reads(number, reads, priority)
-        self.counters.nvme_bytes += len(reads) * self._expert_bytes[plan.layer]
-        self._charge(plan)
-
-    def _charge(self, plan: Plan) -> None:
-        """Charge link and RAM for what a card would move: promotions and victims copied back."""
-        for fetch in plan.fetches:
-            if fetch.source == Tier.RAM:
-                self.counters.ram_bytes += self._expert_bytes[plan.layer]
-            if fetch.demoted_to >= 0 and fetch.victim is not None:
-                self.counters.demoted_bytes += self._expert_bytes[fetch.victim.layer]
-
-    def _send_reads(self, node: int, reads: list[Read], priority: Priority) -> None:
+    def _send_reads(self, node: int, reads: npt.NDArray[np.void]) -> None:
+        sender = self._nodes[node].sender
         for start in range(0, len(reads), FETCH_BATCH):
-            rows = [
-                (r.address, r.generation, r.slot, r.expert.layer, r.expert.expert, priority,
-                 self._home[r.expert.layer], 0)
-                for r in reads[start : start + FETCH_BATCH]
-            ]  # fmt: skip
-            batch = np.array(rows, FETCH).view(np.uint8)
-            self._nodes[node].sender.send(Tag.FETCH, batch, (), SEND_BOUND_S)
-
-    def _prove(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
-        """Ask again, as demand, for prefetched experts that are wanted now."""
-        unproven = experts[self._unproven[layer, experts] != Tier.DEVICE]
-        if not len(unproven):
-            return
-        self._unproven[layer, unproven] = Tier.DEVICE
-        number = self._node_of(layer)
-        columns = self._nodes[number].slots.locate(layer, unproven)
-        reads = [
-            Read(ExpertKey(layer, e), s, a, g)
-            for e, s, a, g in zip(unproven.tolist(), *(c.tolist() for c in columns), strict=True)
-        ]
-        self._send_reads(number, reads, Priority.DEMAND)
-
-    def _count(self, step: Step, plan: Plan, experts: npt.NDArray[np.int32],
-               pairs: npt.NDArray[np.int64]) -> None:  # fmt: skip
-        """Count the wave's activations by the tier that their bytes came from."""
-        source = self._unproven[step.layer].copy()
-        self.counters.prefetch_used += int(np.count_nonzero(source[experts] != Tier.DEVICE))
-        for fetch in plan.fetches:
-            if source[fetch.expert] != Tier.NVME:
-                source[fetch.expert] = fetch.source
-        by_tier = np.bincount(source[experts], weights=pairs, minlength=3).astype(np.int64)
-        device, ram, nvme = (int(n) for n in by_tier)
-        if step.decoding:
-            self.counters.hits_device += device
-            self.counters.hits_ram += ram
-            self.counters.reads_nvme += nvme
-        else:
-            self.counters.prompt_hits_device += device
-            self.counters.prompt_hits_ram += ram
-            self.counters.prompt_reads_nvme += nvme
+            batch = reads[start : start + FETCH_BATCH].view(np.uint8)
+            sender.send(Tag.FETCH, batch, (), SEND_BOUND_S)
 
     def _await_done(self, step: Step) -> None:
         """Wait for the device: the only place in the loop that can."""
@@ -237,6 +167,10 @@ class TieredExperts:
                 raise PeerStalledError(step.device.name, STEP_BOUND_S)
             self._fabric.wait(bell, SPIN_US, WAIT_MS)
 
+    def _wanted(self, step: Step) -> npt.NDArray[np.int32]:
+        """Return the experts of the step under way."""
+        return self._planner.arrays.experts[: self._planner.n_experts]
+
     def _failures(self, step: Step) -> ReadFailed | None:
         """Take storage's messages; ends the step when one of its reads failed."""
         failed = None
@@ -244,7 +178,7 @@ class TieredExperts:
             found: list[ReadFailed] = []
             self._storage_messages(node, found, step)
             for message in found:
-                if message.layer == step.layer and message.expert in step.experts:
+                if message.layer == step.layer and message.expert in self._wanted(step):
                     failed = message
         if failed is not None:
             step.device.sender.send(Tag.ABORT, STEP_ID.pack(step.id), (), SEND_BOUND_S)
@@ -255,7 +189,7 @@ class TieredExperts:
         """Take what storage sent: failures into `failed`; returns how many preloads landed.
 
         Not into `failed` go those of reads that nobody waits for any more, and of prefetches of
-        experts that `step` wants: their demand read, asked for in `_prove`, decides.
+        experts that `step` wants: their demand read, asked for with the wave, decides.
         """
         landed = 0
         while (message := node.receiver.try_recv(self._buffer)) is not None:
@@ -268,11 +202,11 @@ class TieredExperts:
             if failed is None:
                 raise StorageError(report.message)
             key = ExpertKey(report.layer, report.expert)
-            wanted = step is not None and step.layer == key.layer and key.expert in step.experts
+            wanted = (
+                step is not None and step.layer == key.layer and key.expert in self._wanted(step)
+            )
             if (report.prefetch and wanted) or not node.slots.is_current(key, report.generation):
                 continue
-            self.residency.forget(key.layer, np.array([key.expert], np.int32))
-            node.slots.forget(key)
-            self._unproven[key.layer, key.expert] = Tier.DEVICE
+            self._planner.forget(key)
             failed.append(report)
         return landed

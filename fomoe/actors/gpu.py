@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from fomoe.actors.channel import landed
 from fomoe.actors.layout import StepArena, StepViews
 from fomoe.actors.messages import DONE, STEP, STEP_FIRST, STEP_ID, STEP_LAST, Tag
 from fomoe.actors.process import FabricMember, LoopThread
 from fomoe.actors.storage import landed_bytes
+from fomoe.engine._engine import landed, part_addresses
 from fomoe.gguf.extents import ExpertTable
-from fomoe.kernels.cpu import ops
 from fomoe.kernels.device import Device, ExpertShape, open_device
 from fomoe.storage.segment import Segment, SegmentHandle
 
@@ -136,12 +135,12 @@ class GPUActor(FabricMember):
     def _compute(self, step: _Step) -> bool:
         """Compute each expert as it lands; False when the driver gave the step up."""
         first, end = step.first, step.first + step.count
-        slots, generations = step.views.slot[first:end], step.views.generation[first:end]
+        entries = step.views.entries[first:end]
         ready, done = self._ready[first:end], self._done[first:end]
         while True:
             bell = self.fabric.bell()
             started = time.perf_counter_ns()
-            if landed(self._landed, slots, generations, ready) == step.count and not step.computed:
+            if landed(self._landed, entries, ready) == step.count and not step.computed:
                 runs = [(0, step.count)]  # by far the most frequent case
             else:
                 runs = _runs(ready > done)
@@ -162,8 +161,7 @@ class GPUActor(FabricMember):
         """Compute entries a..b, whose pairs lie one behind the other."""
         views = step.views
         addresses = self._addresses[: 3 * (b - a)].reshape(3, b - a)
-        ops.part_addresses(self._parts[step.layer], views.expert[a:b], views.address[a:b],
-                           addresses)  # fmt: skip
+        part_addresses(self._parts[step.layer], views.entries[a:b], addresses)
         pair_start = views.pair_start[a : b + 1]
         first, end = int(pair_start[0]), int(pair_start[-1])
         self._device.experts(

@@ -2,9 +2,7 @@
 
 One arena per device, two buffers that alternate by step. The driver writes everything but `out`
 before it sends STEP; the device writes `out` before it sends DONE; the rings order the accesses.
-Entry i of a step is expert `expert[i]`, whose bytes lie at `address[i]` behind the segment's
-landed words once word `slot[i]` has reached `generation[i]`; pairs `pair_start[i] ..
-pair_start[i + 1]` are its (token, expert) pairs.
+For entry i of a step, pairs `pair_start[i] .. pair_start[i + 1]` are its (token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -13,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from fomoe.engine.transfers import ENTRY
 
 _ALIGN = 64
 
@@ -27,32 +27,26 @@ class StepViews:
     weights: npt.NDArray[np.float32]
     pair_token: npt.NDArray[np.int32]
     pair_start: npt.NDArray[np.int32]
-    address: npt.NDArray[np.int64]
-    generation: npt.NDArray[np.uint64]
-    slot: npt.NDArray[np.int32]
-    expert: npt.NDArray[np.int32]
+    entries: npt.NDArray[np.void]
     offsets: dict[str, int]
 
 
 class StepArena:
-    """Layout for at most `max_tokens` tokens of width `hidden`, top-k of `n_experts`."""
+    """Layout for at most `max_tokens` tokens of width `hidden`, `top_k` of `n_experts`."""
 
     BUFFERS = 2
 
     def __init__(self, max_tokens: int, hidden: int, top_k: int, n_experts: int) -> None:
+        self.max_tokens, self.top_k = max_tokens, top_k
         pairs = max_tokens * top_k
-        entries = min(pairs, n_experts)
         self._parts: tuple[tuple[str, npt.DTypeLike, tuple[int, ...]], ...] = (
             ("x", np.float32, (max_tokens, hidden)),
             ("out", np.float32, (max_tokens, hidden)),
             ("order", np.int32, (max_tokens, top_k)),
             ("weights", np.float32, (max_tokens, top_k)),
             ("pair_token", np.int32, (pairs,)),
-            ("pair_start", np.int32, (entries + 1,)),
-            ("address", np.int64, (entries,)),
-            ("generation", np.uint64, (entries,)),
-            ("slot", np.int32, (entries,)),
-            ("expert", np.int32, (entries,)),
+            ("pair_start", np.int32, (min(pairs, n_experts) + 1,)),
+            ("entries", ENTRY, (min(pairs, n_experts),)),
         )
         self._stride = sum(_size(dtype, shape) for _, dtype, shape in self._parts)
 

@@ -10,6 +10,22 @@ from fomoe.residency._residency import Planner
 _F32 = npt.NDArray[np.float32]
 _I32 = npt.NDArray[np.int32]
 
+_U64 = npt.NDArray[np.uint64]
+
+def landed(words: _U64, entries: npt.NDArray[np.void], ready: npt.NDArray[np.uint8]) -> int:
+    """Set `ready[i]` to whether entry i's read has landed; returns how many have.
+
+    A read has landed when word `slot` of `words` [slots], loaded with acquire order, has reached
+    the entry's generation. IndexError for a slot that is not there.
+    """
+
+def part_addresses(parts: _U64, entries: npt.NDArray[np.void], out: _U64) -> None:
+    """Write where the parts of the entries' experts lie: out [3, n] = parts[:, expert] + address.
+
+    `parts` [3, E] holds where gate, up and down of each expert would begin if its slot had address
+    0. IndexError for an expert that is not there.
+    """
+
 class StepArrays:
     """Where a step is written for the device, in place.
 

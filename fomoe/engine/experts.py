@@ -12,7 +12,8 @@ from fomoe.gguf.reader import GGUFFile
 from fomoe.kernels.device import ExpertShape, open_device
 from fomoe.model.buffers import F32, Buffer
 from fomoe.model.spec import ModelSpec
-from fomoe.routing import Route, group_by_expert
+from fomoe.residency import LogicalCache
+from fomoe.routing import Route, group_by_expert, route_exact
 
 
 class ExpertHost(Protocol):
@@ -20,6 +21,11 @@ class ExpertHost(Protocol):
 
     def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
+
+    def decide(
+        self, layer: int, h: F32, scores: F32, logical: LogicalCache, *, decoding: bool
+    ) -> None:
+        """Route one sequence's tokens exactly, tell its logical cache, and begin."""
 
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Load what `layer` will probably want, behind all demand reads; never waits."""
@@ -70,6 +76,14 @@ class ResidentExperts:
         )
         self._result = self._routed.at(tokens)
         self._device.reduce(pairs, groups.order, groups.arrange(route.weights), self._result)
+
+    def decide(
+        self, layer: int, h: F32, scores: F32, logical: LogicalCache, *, decoding: bool
+    ) -> None:
+        """Route one sequence's tokens exactly and compute the layer."""
+        route = route_exact(scores, self._spec.moe.top_k)
+        logical.observe(layer, route.ids)
+        self.begin(layer, h, route, decoding=decoding)
 
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Everything is resident already."""

@@ -12,6 +12,13 @@ from fomoe.engine.waterfall import Lap, Stopwatch
 from fomoe.model.buffers import F32
 from fomoe.model.layers import DenseModel
 from fomoe.model.state import Batch
+from fomoe.residency import LogicalCache
+
+
+def exact_cache(sequences: tuple[Sequence, ...]) -> LogicalCache | None:
+    """Return the logical cache of a sequence that goes alone and exactly, else None."""
+    alone = len(sequences) == 1 and sequences[0].car <= 0.0
+    return sequences[0].logical if alone else None
 
 
 class Forward:
@@ -32,6 +39,7 @@ class Forward:
         """
         model, experts, watch = self.model, self.experts, self.watch
         decoding = all(sequence.decoding for sequence in sequences)
+        plain = exact_cache(sequences)
         ahead = self._prefetch and decoding
         watch.start()
         x = model.embed(batch)
@@ -39,8 +47,11 @@ class Forward:
             model.mix(layer, x, batch)
             h, scores = model.scores(layer, x)
             watch.lap(Lap.DENSE)
-            route = self.brain.route(layer, scores, batch, sequences)
-            experts.begin(layer, h, route, decoding=decoding)
+            if plain is not None:
+                experts.decide(layer, h, scores, plain, decoding=decoding)
+            else:
+                route = self.brain.route(layer, scores, batch, sequences)
+                experts.begin(layer, h, route, decoding=decoding)
             watch.lap(Lap.BRAIN)
             shared = model.shared(layer, h)
             watch.lap(Lap.DENSE)
@@ -64,14 +75,18 @@ class Forward:
         """The same pass with nothing overlapped and nothing prefetched; gives the same bits."""
         model, experts, watch = self.model, self.experts, self.watch
         decoding = all(sequence.decoding for sequence in sequences)
+        plain = exact_cache(sequences)
         watch.start()
         x = model.embed(batch)
         for layer in range(model.spec.n_layers):
             model.mix(layer, x, batch)
             h, scores = model.scores(layer, x)
             watch.lap(Lap.DENSE)
-            route = self.brain.route(layer, scores, batch, sequences)
-            experts.begin(layer, h, route, decoding=decoding)
+            if plain is not None:
+                experts.decide(layer, h, scores, plain, decoding=decoding)
+            else:
+                route = self.brain.route(layer, scores, batch, sequences)
+                experts.begin(layer, h, route, decoding=decoding)
             watch.lap(Lap.BRAIN)
             routed = experts.finish()
             watch.lap(Lap.AWAIT)

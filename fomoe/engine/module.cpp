@@ -119,6 +119,39 @@ int64_t py_look_ahead(WavePlanner& w, int32_t layer, Array<const float, 2> score
   return w.look_ahead(layer, scores.data(), scores.shape(0));
 }
 
+void check_slot(int32_t slot, int64_t n_slots) {
+  if (slot < 0 || slot >= n_slots)
+    throw nb::index_error(("slot " + std::to_string(slot) + " of " + std::to_string(n_slots) +
+                           " is not there").c_str());
+}
+
+int64_t py_landed(Array<const uint64_t, 1> words, Records<Entry> entries,
+                  Array<uint8_t, 1> ready) {
+  same("length of ready", ready.size(), entries.size());
+  int64_t count = 0;
+  for (int64_t i = 0; i < entries.size(); ++i) {
+    const Entry& e = entries.data()[i];
+    check_slot(e.slot, words.size());
+    ready.data()[i] = __atomic_load_n(words.data() + e.slot, __ATOMIC_ACQUIRE) >= e.generation;
+    count += ready.data()[i];
+  }
+  return count;
+}
+
+void py_part_addresses(Array<const uint64_t, 2> parts, Records<Entry> entries,
+                       Array<uint64_t, 2> out) {
+  const int64_t n = entries.size(), kinds = parts.shape(0), all = parts.shape(1);
+  same("rows of out", out.shape(0), kinds);
+  same("columns of out", out.shape(1), n);
+  for (int64_t i = 0; i < n; ++i) {
+    const Entry& e = entries.data()[i];
+    if (e.expert < 0 || e.expert >= all) throw nb::index_error("no such expert");
+    for (int64_t k = 0; k < kinds; ++k)
+      out.data()[k * n + i] =
+          parts.data()[k * all + e.expert] + static_cast<uint64_t>(e.address);
+  }
+}
+
 }  // namespace
 }  // namespace fomoe::engine
 
@@ -126,6 +159,9 @@ NB_MODULE(_engine, m) {
   using namespace fomoe::engine;
   if (_import_array() < 0) throw nb::python_error();
   nb::set_leak_warnings(false);  // actors freeze the garbage collector
+
+  m.def("landed", &py_landed, "words"_a, "entries"_a, "ready"_a);
+  m.def("part_addresses", &py_part_addresses, "parts"_a, "entries"_a, "out"_a);
 
   nb::class_<StepArrays>(m, "StepArrays")
       .def("__init__", &init_arrays, "order"_a, "weights"_a, "pair_token"_a, "pair_start"_a,

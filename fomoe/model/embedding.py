@@ -12,7 +12,7 @@ from fomoe.model.state import I32
 
 
 class Embedding:
-    """Dequantised rows of the embedding matrix, which is in memory because it is the head too."""
+    """Dequantised rows of an embedding matrix in memory."""
 
     def __init__(self, matrix: Linear) -> None:
         self._matrix = matrix

@@ -34,10 +34,11 @@ class DenseModel:
     """Everything but the routed experts; the layer loop calls these verbs in order.
 
     Buffers are sized for `max_tokens` at once and handed out as views that the next call of the
-    same verb overwrites.
+    same verb overwrites. `stored_embedding` leaves an embedding that is not the head in the file.
     """
 
     def __init__(self, file: GGUFFile, spec: ModelSpec, max_tokens: int, *, int8: bool,
+                 stored_embedding: bool = False,
                  on_layer: Callable[[int], None] | None = None) -> None:  # fmt: skip
         self.spec = spec
         weights = Weights(file)
@@ -45,10 +46,7 @@ class DenseModel:
         tied = not weights.has("output.weight")
         head = "token_embd.weight" if tied else "output.weight"
         self._head = weights.linear(head, spec.vocab, spec.hidden)
-        self._embedding: Embedding | StoredEmbedding = Embedding(self._head)
-        if not tied:
-            rows = weights.stored("token_embd.weight", spec.vocab, spec.hidden, max_tokens)
-            self._embedding = StoredEmbedding(rows, max_tokens)
+        self._embedding = self._open_embedding(weights, max_tokens, tied, stored_embedding)
         layers = []
         for index, kind in enumerate(spec.layers):
             mixer = AttentionWeights if kind == "attention" else DeltaWeights
@@ -62,6 +60,16 @@ class DenseModel:
         self._hidden = Buffer(max_tokens, spec.hidden)
         self._last = Activations(HEAD_ROWS, spec.hidden, int8=int8)
         self._logits = Buffer(HEAD_ROWS, spec.vocab)
+
+    def _open_embedding(
+        self, weights: Weights, max_tokens: int, tied: bool, stored: bool
+    ) -> Embedding | StoredEmbedding:
+        if tied:
+            return Embedding(self._head)
+        name, shape = "token_embd.weight", (self.spec.vocab, self.spec.hidden)
+        if stored:
+            return StoredEmbedding(weights.stored(name, *shape, max_tokens), max_tokens)
+        return Embedding(weights.linear(name, *shape))
 
     def embed(self, batch: Batch) -> F32:
         """Return the residual stream float32 [T, D] of the batch's tokens."""

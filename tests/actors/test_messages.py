@@ -11,7 +11,6 @@ import pytest
 from fomoe.actors import messages
 from fomoe.actors.messages import (
     DONE,
-    FETCH,
     STEP,
     Cancel,
     LogitsRequest,
@@ -34,10 +33,16 @@ from fomoe.engine.requests import (
     SamplingParams,
     TokenEvent,
 )
+from fomoe.engine.transfers import READ
 
 RECEIPT = Receipt(
     **{
-        f.name: {"int": i + 1, "float": i + 0.5, "str": f"s{i}"}[f.type]
+        f.name: {
+            "int": i + 1,
+            "float": i + 0.5,
+            "str": f"s{i}",
+            "dict[str, float]": {"part": i + 0.25},
+        }[f.type]
         for i, f in enumerate(dataclasses.fields(Receipt))
     }
 )
@@ -131,9 +136,9 @@ def test_bytes_that_are_no_msgpack_are_refused(data):
 
 def test_structs_of_the_step_have_no_padding():
     assert (STEP.size, DONE.size) == (8 + 7 * 4, 8 + 2 * 4 + 2 * 8)
-    assert FETCH.itemsize == 40
-    row = np.array([(2**60, 2**63, 2**31 - 1, 59, 511, Priority.PREFETCH, 7, 0)], FETCH)
-    again = row.view(np.uint8).view(FETCH)[0]
+    assert READ.itemsize == 40
+    row = np.array([(2**60, 2**63, 2**31 - 1, 59, 511, Priority.PREFETCH, 7, 0)], READ)
+    again = row.view(np.uint8).view(READ)[0]
     assert again.tolist() == (2**60, 2**63, 2**31 - 1, 59, 511, 1, 7, 0)
 
 

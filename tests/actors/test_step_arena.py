@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fomoe.actors.layout import StepArena
+from fomoe.engine.transfers import ENTRY
 
-ENTRIES = {"address": np.int64, "generation": np.uint64, "slot": np.int32, "expert": np.int32}
-NAMES = ("x", "out", "order", "weights", "pair_token", "pair_start", *ENTRIES)
+NAMES = ("x", "out", "order", "weights", "pair_token", "pair_start", "entries")
 SHAPES = [(1, 1, 1, 1), (7, 96, 3, 5), (128, 256, 4, 32), (16, 64, 8, 8)]
 
 
@@ -50,12 +50,11 @@ def test_arrays_hold_the_largest_step(shape):
         assert view.x.shape == view.out.shape == (max_tokens, hidden)
         assert view.order.shape == view.weights.shape == (max_tokens, top_k)
         assert view.pair_token.shape == (pairs,)
-        for name, dtype in ENTRIES.items():
-            assert getattr(view, name).shape == (min(pairs, n_experts),)
-            assert getattr(view, name).dtype == dtype
+        assert view.entries.shape == (min(pairs, n_experts),)
         assert view.pair_start.shape == (min(pairs, n_experts) + 1,)
         assert view.x.dtype == view.out.dtype == view.weights.dtype == np.float32
         assert view.order.dtype == view.pair_token.dtype == view.pair_start.dtype == np.int32
+        assert view.entries.dtype == ENTRY
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -72,8 +71,8 @@ def test_both_ends_agree():
     arena = np.zeros(StepArena(5, 32, 2, 8).nbytes, np.uint8)
     driver, device = StepArena(5, 32, 2, 8).views(arena), StepArena(5, 32, 2, 8).views(arena)
     driver[1].x[:] = np.arange(160).reshape(5, 32)
-    driver[1].address[:] = 2**40
+    driver[1].entries["address"] = 2**40
     assert np.array_equal(device[1].x, driver[1].x)
-    assert (device[1].address == 2**40).all()
+    assert (device[1].entries["address"] == 2**40).all()
     assert not device[0].x.any()
     assert device[0].offsets == driver[0].offsets

@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.reference_waves import ReferenceWaves
 
-from fomoe.actors.layout import ENTRY as ARENA_ENTRY
-from fomoe.actors.messages import FETCH
+from fomoe.engine._engine import landed, part_addresses
 from fomoe.engine.meter import HostCounters
-from fomoe.engine.transfers import ENTRY, READ, SegmentSlots
+from fomoe.engine.transfers import ENTRY, SegmentSlots
 from fomoe.engine.waves import Priorities, StepArrays, WaveLayout, WavePlanner
 from fomoe.errors import EngineError
 from fomoe.residency import LFRU, LRU, LogicalCache, Residency, Topology
@@ -198,9 +197,44 @@ def small():
     return Engines(np.random.default_rng(3), LRU(), "exclusive")
 
 
-def test_reads_and_entries_are_the_records_that_are_sent():
-    assert READ == FETCH
-    assert ENTRY == ARENA_ENTRY
+def entries_of(slots, generations, experts=None):
+    entries = np.zeros(len(slots), ENTRY)
+    entries["slot"], entries["generation"] = slots, generations
+    if experts is not None:
+        entries["expert"] = experts
+    return entries
+
+
+def test_what_has_landed():
+    words = np.array([0, 0, 2**64 - 1, 0, 5, 0], np.uint64)
+    ready = np.full(4, 9, np.uint8)
+    entries = entries_of([4, 0, 2, 4], np.array([5, 1, 7, 6], np.uint64))
+    assert landed(words, entries, ready) == 2
+    assert ready.tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("slot", [-1, 6])
+def test_landed_words_are_bounded(slot):
+    words, ready = np.zeros(6, np.uint64), np.zeros(1, np.uint8)
+    with pytest.raises(IndexError, match=f"slot {slot} of 6"):
+        landed(words, entries_of([slot], [1]), ready)
+    with pytest.raises(ValueError, match="length of ready"):
+        landed(words, entries_of([0, 1], [1, 1]), ready)
+
+
+def test_addresses_of_parts():
+    parts = np.array([[100, 200], [110, 210], [120, 220]], np.uint64)
+    entries = entries_of([0, 0, 0], [0, 0, 0], [1, 0, 1])
+    entries["address"] = [1000, 2000, 2**40]
+    out = np.zeros((3, 3), np.uint64)
+    part_addresses(parts, entries, out)
+    assert out.tolist() == [
+        [1200, 2100, 2**40 + 200], [1210, 2110, 2**40 + 210], [1220, 2120, 2**40 + 220]
+    ]  # fmt: skip
+    with pytest.raises(IndexError, match="no such expert"):
+        part_addresses(parts, entries_of([0], [0], [2]), np.zeros((3, 1), np.uint64))
+    with pytest.raises(ValueError, match="columns of out"):
+        part_addresses(parts, entries, np.zeros((3, 2), np.uint64))
 
 
 def test_counts_are_charged_to_prompts_and_answers_apart():

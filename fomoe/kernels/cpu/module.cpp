@@ -111,21 +111,6 @@ void py_experts(Array<const uint64_t, 1> gate, Array<const uint64_t, 1> up,
   release(c.count * hidden * width, [&] { experts(c, exact); });
 }
 
-void py_part_addresses(Array<const uint64_t, 2> parts, Ints<1> experts,
-                       Array<const int64_t, 1> slots, Array<uint64_t, 2> out) {
-  const int64_t n = dim(experts, 0), kinds = dim(parts, 0), all = dim(parts, 1);
-  same("length of slots", dim(slots, 0), n);
-  same("rows of out", dim(out, 0), kinds);
-  same("columns of out", dim(out, 1), n);
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t e = experts.data()[i];
-    if (e < 0 || e >= all)
-      fail("expert " + std::to_string(e) + " of " + std::to_string(all) + " is not there");
-    for (int64_t k = 0; k < kinds; ++k)
-      out.data()[k * n + i] = parts.data()[k * all + e] + static_cast<uint64_t>(slots.data()[i]);
-  }
-}
-
 void py_reduce_pairs(In<2> pairs, Ints<2> order, In<2> weights, Out<2> out) {
   const int64_t tokens = dim(order, 0), k = dim(order, 1), cols = dim(pairs, 1);
   same("rows of weights", dim(weights, 0), tokens);
@@ -292,7 +277,6 @@ NB_MODULE(_cpu, m) {
   m.def("matmul_f32", &py_matmul_f32, "qtype"_a, "weights"_a, "x"_a, "out"_a);
   m.def("experts", &py_experts, "gate"_a, "up"_a, "down"_a, "qtypes"_a, "hidden"_a, "width"_a,
         "x"_a, "pair_start"_a, "pair_token"_a, "out"_a, "exact_activations"_a);
-  m.def("part_addresses", &py_part_addresses, "parts"_a, "experts"_a, "slots"_a, "out"_a);
   m.def("reduce_pairs", &py_reduce_pairs, "pairs"_a, "order"_a, "weights"_a, "out"_a);
   m.def("rms_norm", &py_rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a);
   m.def("gated_rms_norm", &py_gated_rms_norm, "x"_a, "z"_a, "weight"_a, "eps"_a, "out"_a);

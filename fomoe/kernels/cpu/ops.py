@@ -18,7 +18,6 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]
 I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 Cache = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
@@ -92,15 +91,6 @@ def experts(  # noqa: PLR0913 - the operands of one fused operation
     _cpu.experts(
         gate, up, down, qtypes, hidden, width, x, pair_start, pair_token, out, exact_activations
     )
-
-
-def part_addresses(parts: U64, experts: I32, slots: I64, out: U64) -> None:
-    """Write where the parts of experts lie: out [3, n] = parts[:, experts[i]] + slots[i].
-
-    `parts` uint64 [3, E] holds the address of each expert's gate, up and down if its slot began at
-    0; `slots` int64 [n] are the slots' addresses. ValueError for an expert that is not there.
-    """
-    _cpu.part_addresses(parts, experts, slots, out)
 
 
 def reduce_pairs(pairs: F32, order: I32, weights: F32, out: F32) -> None:
