@@ -38,9 +38,9 @@ constexpr int kTokens = 3;
 // One row against kTokens equal tokens: in float32, row by row and in panels.
 std::vector<float> products(const Kernels& k, int type, const std::vector<uint8_t>& weights,
                             const std::vector<float>& x) {
-  constexpr int64_t groups = kTokens * kCols / 16;
   std::vector<int8_t> q(kTokens * kCols);
-  std::vector<float> scale(groups), sums(groups), out(3 * kTokens);
+  std::vector<float> scale(kTokens * kCols / 32), out(3 * kTokens);
+  static thread_local RowChunk chunks[kTokens * row_chunks(kCols)];
   alignas(64) static thread_local uint8_t scratch[scratch_bytes(kCols)];
   alignas(64) static thread_local uint8_t tiles[kTokens * tiled_bytes(kCols, 16)];
   k.quantize(x.data(), kTokens * kCols, q.data(), scale.data());
@@ -48,11 +48,10 @@ std::vector<float> products(const Kernels& k, int type, const std::vector<uint8_
   k.dot_f32[type](slice, x.data(), kCols, scratch);
   if (!k.dot_rows[type]) return out;
   const QuantShape shape = quant_shape(type);
-  k.group_sums(q.data(), scale.data(), kTokens * kCols, shape, sums.data());
-  const QuantizedRows rows{q.data(),   scale.data(), sums.data(),
-                           kCols,      kCols / 32,   kCols / shape.group};
+  const QuantizedRows rows{q.data(), scale.data(), kCols};
   slice.out += kTokens;
-  k.dot_rows[type](slice, rows, scratch);
+  k.fill_rows[type](rows, 0, kTokens, chunks);
+  k.dot_rows[type](slice, chunks, kCols);
   k.tile_tokens(rows, nullptr, kTokens, shape, tiles);
   slice.out += kTokens;
   k.dot_panels[type](slice, tiles, kCols, scratch);

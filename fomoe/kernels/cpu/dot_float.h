@@ -13,7 +13,7 @@ template <class T>
 class BlockRow {
  public:
   BlockRow(const uint8_t* row, int64_t cols) : row_(row), cols_(cols) {}
-  inline __attribute__((always_inline)) void open(int64_t i) {
+  FOMOE_INLINE void open(int64_t i) {
     typename T::C chunk;
     fetch_ahead(row_ + i * T::chunk_bytes, T::chunk_bytes);
     unpack_at<T>(row_, cols_, i, chunk);

@@ -18,26 +18,20 @@ struct Part {
   int64_t begin, end;
 };
 
-// Activations that several products read: float32, or int8 with the sums that few tokens need.
-struct Rows {
-  const float* x;
-  QuantizedRows q;
-};
-
 // Some of the tokens, ready for a product: int8 rows, tiles, or float32 where both are null.
 struct Ready {
   const int32_t* tokens;  // rows of the activations; null: 0 .. count
   int64_t count;
-  const QuantizedRows* rows;
+  const RowChunk* rows;
   const uint8_t* tiles;
 };
 
 // out[j * stride + r - part.begin] = row r of the part times token j
 void product(const Part& part, const Ready& in, const float* x, float* out, int64_t stride) {
   const Matrix& w = part.w;
-  const Slice s{w.data, w.row_bytes(), part.begin, part.end, in.tokens, in.count,
-                out - part.begin, stride};
-  if (in.rows) return product_rows(w.type, s, *in.rows);
+  const Slice s{w.data,    w.row_bytes(), part.begin,       part.end,
+                in.tokens, in.count,      out - part.begin, stride};
+  if (in.rows) return kernels().dot_rows[w.type](s, in.rows, w.cols);
   if (in.tiles) return product_tiles(w.type, s, in.tiles, w.cols);
   product_f32(w.type, s, x, w.cols);
 }
@@ -50,16 +44,13 @@ class ExpertRun {
         pairs_(call.pairs()),
         exact_(exact),
         float_inner_(exact || is_float_type(call.down_type)) {
-    const bool int8_input = !takes_floats(c_.gate_type) || !takes_floats(c_.up_type);
-    if (int8_input) quantize_input();
+    if (!takes_floats(c_.gate_type) || !takes_floats(c_.up_type)) quantize_input();
     if (float_inner_) {
-      inner_.x = hidden_ = work<float>(Work::Hidden, pairs_ * c_.width);
+      hidden_ = work<float>(Work::Hidden, pairs_ * c_.width);
       return;
     }
     q_ = work<int8_t>(Work::HiddenQuants, pairs_ * c_.width);
     scale_ = work<float>(Work::HiddenScales, pairs_ * c_.width / 32);
-    sums_ = sum_rows(Work::HiddenSums, pairs_, c_.width, quant_shape(c_.down_type));
-    inner_.q = {q_, scale_, sums_.data, c_.width, c_.width / 32, sums_.stride};
   }
 
   void hidden_layer() {
@@ -72,7 +63,7 @@ class ExpertRun {
       const int64_t begin = item % items * rows;
       hidden_rows(item / items, begin, std::min(c_.width, begin + rows));
     });
-    tile_hidden();
+    if (!float_inner_) prepare_hidden();
   }
 
   // Every pair's row into call.out.
@@ -131,25 +122,22 @@ class ExpertRun {
     int8_t* const q = work<int8_t>(Work::Quants, c_.tokens * c_.hidden);
     float* const scale = work<float>(Work::Scales, c_.tokens * c_.hidden / 32);
     quantize_rows(c_.x, c_.tokens, c_.hidden, q, scale);
-    const auto sums = [&](Work purpose, int type) {
-      return takes_floats(type) ? QuantizedRows{}
-                                : with_sums(q, scale, c_.tokens, c_.hidden,
-                                            sum_rows(purpose, c_.tokens, c_.hidden,
-                                                     quant_shape(type)));
-    };
-    gate_in_ = sums(Work::Sums, c_.gate_type);
-    const bool same = same_input(quant_shape(c_.gate_type), quant_shape(c_.up_type));
-    up_in_ = same ? gate_in_ : sums(Work::UpSums, c_.up_type);
+    input_ = {q, scale, c_.hidden};
+    if (!takes_floats(c_.gate_type))
+      gate_rows_ = fill_rows(Work::RowChunks, c_.gate_type, input_, c_.tokens);
+    up_rows_ = gate_rows_;
+    if (!takes_floats(c_.up_type) && c_.up_type != c_.gate_type)
+      up_rows_ = fill_rows(Work::UpRowChunks, c_.up_type, input_, c_.tokens);
   }
 
   // Tokens of expert i ready for gate or up.
-  Ready ready(int64_t i, int type, const QuantizedRows& x, int64_t first, int64_t count) const {
+  Ready ready(int64_t i, int type, const RowChunk* rows, int64_t first, int64_t count) const {
     const int32_t* const tokens = c_.pair_token + first;
     if (takes_floats(type)) return {tokens, count, nullptr, nullptr};
-    if (pairs_of(i) <= kRowTokens) return {tokens, count, &x, nullptr};
+    if (pairs_of(i) <= kRowTokens) return {tokens, count, rows, nullptr};
     const QuantShape shape = quant_shape(type);
     auto* const tiles = work<uint8_t>(Work::Tiles, count * tiled_bytes(c_.hidden, shape.group));
-    kernels().tile_tokens(x, tokens, count, shape, tiles);
+    kernels().tile_tokens(input_, tokens, count, shape, tiles);
     return {nullptr, count, nullptr, tiles};
   }
 
@@ -158,14 +146,12 @@ class ExpertRun {
     const Part gate{matrix(c_.gate_type, c_.gate[i], c_.width, c_.hidden), begin, end};
     const Part up{matrix(c_.up_type, c_.up[i], c_.width, c_.hidden), begin, end};
     const int64_t rows = end - begin;
-    const bool same = same_input(quant_shape(c_.gate_type), quant_shape(c_.up_type)) &&
-                      takes_floats(c_.gate_type) == takes_floats(c_.up_type);
     by_blocks(i, c_.hidden, c_.gate_type, [&](int64_t first, int64_t count) {
       float* const g = work<float>(Work::Gate, count * rows);
       float* const u = work<float>(Work::Up, count * rows);
-      Ready in = ready(i, c_.gate_type, gate_in_, first, count);
+      Ready in = ready(i, c_.gate_type, gate_rows_, first, count);
       product(gate, in, c_.x, g, rows);
-      if (!same) in = ready(i, c_.up_type, up_in_, first, count);
+      if (c_.up_type != c_.gate_type) in = ready(i, c_.up_type, up_rows_, first, count);
       product(up, in, c_.x, u, rows);
       for (int64_t j = 0; j < count; ++j) join(g + j * rows, u + j * rows, first + j, begin, rows);
     });
@@ -176,20 +162,21 @@ class ExpertRun {
     kernels().silu_mul(gate, up, rows, float_inner_ ? hidden_ + o : gate);
     if (float_inner_) return;
     kernels().quantize(gate, rows, q_ + o, scale_ + o / 32);
-    kernels().group_sums(q_ + o, scale_ + o / 32, rows, sums_.shape,
-                         sums_.data + pair * sums_.stride + begin / sums_.shape.group);
   }
 
-  void tile_hidden() {
-    if (float_inner_) return;
+  // The int8 hidden layer, ready for down: few pairs of an expert as rows, many as tiles.
+  void prepare_hidden() {
     const QuantShape shape = quant_shape(c_.down_type);
-    const int64_t bytes = tiled_bytes(c_.width, shape.group);
+    const int64_t bytes = tiled_bytes(c_.width, shape.group), chunks = row_chunks(c_.width);
+    const QuantizedRows hidden{q_, scale_, c_.width};
     tiles_ = work<uint8_t>(Work::HiddenTiles, pairs_ * bytes);
-    parallel(c_.count, pairs_ > kRowTokens * c_.count ? pairs_ * bytes : 0, [&](int64_t i) {
-      const int64_t first = c_.pair_start[i];
-      if (pairs_of(i) > kRowTokens)
-        kernels().tile_tokens(inner_.q.from(first), nullptr, pairs_of(i), shape,
-                              tiles_ + first * bytes);
+    rows_ = work<RowChunk>(Work::HiddenRows, pairs_ * chunks);
+    parallel(c_.count, pairs_ * c_.width * 4, [&](int64_t i) {
+      const int64_t first = c_.pair_start[i], count = pairs_of(i);
+      if (count <= kRowTokens)
+        kernels().fill_rows[c_.down_type](hidden, first, count, rows_ + first * chunks);
+      else
+        kernels().tile_tokens(hidden.from(first), nullptr, count, shape, tiles_ + first * bytes);
     });
   }
 
@@ -197,24 +184,23 @@ class ExpertRun {
   void output_rows(int64_t i, int64_t begin, int64_t end, int64_t first, int64_t count, float* y,
                    int64_t stride) const {
     const Part down{matrix(c_.down_type, c_.down[i], c_.hidden, c_.width), begin, end};
-    const QuantizedRows rows = inner_.q.from(first);
     Ready in{nullptr, count, nullptr, nullptr};
-    if (!float_inner_ && pairs_of(i) <= kRowTokens) in.rows = &rows;
+    if (!float_inner_ && pairs_of(i) <= kRowTokens) in.rows = rows_ + first * row_chunks(c_.width);
     if (!float_inner_ && pairs_of(i) > kRowTokens)
       in.tiles = tiles_ + first * tiled_bytes(c_.width, quant_shape(c_.down_type).group);
-    product(down, in, float_inner_ ? inner_.x + first * c_.width : nullptr, y, stride);
+    product(down, in, float_inner_ ? hidden_ + first * c_.width : nullptr, y, stride);
   }
 
   const ExpertCall& c_;
   const int64_t pairs_;
   const bool exact_, float_inner_;
-  QuantizedRows gate_in_{}, up_in_{};
-  Rows inner_{};              // the hidden layer: float32 [pairs, F] or int8
-  float* hidden_ = nullptr;   // where it is written
-  int8_t* q_ = nullptr;
+  QuantizedRows input_{};
+  const RowChunk *gate_rows_ = nullptr, *up_rows_ = nullptr;
+  float* hidden_ = nullptr;  // the hidden layer [pairs, F] in float32
+  int8_t* q_ = nullptr;      // or in int8
   float* scale_ = nullptr;
-  SumRows sums_{};
-  uint8_t* tiles_ = nullptr;  // of experts with many pairs
+  RowChunk* rows_ = nullptr;  // and that ready for down
+  uint8_t* tiles_ = nullptr;
 };
 
 }  // namespace

@@ -23,14 +23,14 @@ inline I8 product(B32 w, B32 x) {
   return dot_unsigned(w, x);
 }
 // lane i = the sum of the 8 lanes of v[i]
-inline I8 sums_of_8(const I8* v) {
+FOMOE_INLINE I8 sums_of_8(const I8* v) {
   const I8 a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
   const I8 b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
   return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20),
                           _mm256_permute2x128_si256(a, b, 0x31));
 }
 // lanes 2 i and 2 i + 1 = the sums of the lower and the upper 4 lanes of v[i]
-inline I8 half_sums_of_4(const I8* v) {
+FOMOE_INLINE I8 half_sums_of_4(const I8* v) {
   const I8 a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
   return _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
@@ -69,7 +69,7 @@ inline void transpose_rows(const uint8_t* p, int64_t stride, uint8_t* out, int64
 // dot[t] += dots of `Dwords` dwords of quants of each row at w with those of token t at x. Quants
 // of few bits are summed in 16 bits as long as 2 * 127 * (2^Bits - 1) per dword fits.
 template <int Bits, int Dwords, int N>
-inline __attribute__((always_inline)) void row_dots(const uint8_t* w, const int8_t* x,
+FOMOE_INLINE void row_dots(const uint8_t* w, const int8_t* x,
                                                     RowInts* dot) {
   constexpr int fit = Bits <= 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
   constexpr int together = fit < Dwords ? fit : Dwords;

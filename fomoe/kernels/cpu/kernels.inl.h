@@ -10,6 +10,7 @@ template <class T>
 void enter(Kernels& k, QType type) {
   const int n = static_cast<int>(type);
   k.dequantize[n] = dequantize<BlockRow<T>>;
+  k.fill_rows[n] = fill_rows<T>;
   k.dot_rows[n] = dot_rows<T>;
   k.dot_panels[n] = dot_panels<T>;
   k.dot_f32[n] = dot_f32<BlockRow<T>>;
@@ -41,7 +42,6 @@ inline Kernels make_table(const char* name) {
   enter<IQ4_NL>(k, QType::IQ4_NL);
   enter<IQ4_XS>(k, QType::IQ4_XS);
   k.quantize = quantize;
-  k.group_sums = group_sums;
   k.tile_tokens = tile_tokens;
   k.rms_norm = rms_norm;
   k.silu_mul = silu_mul;

@@ -56,7 +56,7 @@ class Input {
           matmul_q8(p.w, q_, scale_, tokens_, p.out);
       return;
     }
-    QuantizedRows rows[kMostProducts];
+    const RowChunk* rows[kMostProducts];
     prepare(products, rows);
     int64_t items = 0, bytes = 0;
     for (const Product& p : products) {
@@ -72,7 +72,7 @@ class Input {
       if (is_float(*p))
         product_f32(p->w.type, s, x_, cols_);
       else
-        product_rows(p->w.type, s, rows[p - products.begin()]);
+        kernels().dot_rows[p->w.type](s, rows[p - products.begin()], cols_);
     });
   }
 
@@ -84,20 +84,19 @@ class Input {
     return ceil_div(p.w.rows, rows_per_item(p.w.row_bytes(), tokens_));
   }
 
-  // The activations with the sums that each product's weight type wants, equal ones made once.
-  void prepare(std::initializer_list<Product> products, QuantizedRows* rows) const {
-    constexpr Work purposes[kMostProducts] = {Work::Sums, Work::UpSums, Work::ThirdSums,
-                                              Work::FourthSums};
+  // The activations in the form that each product's weight type wants, equal ones made once.
+  void prepare(std::initializer_list<Product> products, const RowChunk** rows) const {
+    constexpr Work purposes[kMostProducts] = {Work::RowChunks, Work::UpRowChunks,
+                                              Work::ThirdRowChunks, Work::FourthRowChunks};
+    const auto form = [](const Product& p) { return kernels().fill_rows[p.w.type]; };
     for (const Product* p = products.begin(); p != products.end(); ++p) {
       if (is_float(*p)) continue;
-      const QuantShape shape = quant_shape(p->w.type);
       const Product* const twin = std::find_if(products.begin(), p, [&](const Product& earlier) {
-        return !is_float(earlier) && same_input(quant_shape(earlier.w.type), shape);
+        return !is_float(earlier) && form(earlier) == form(*p);
       });
       const auto i = p - products.begin();
       rows[i] = twin != p ? rows[twin - products.begin()]
-                          : with_sums(q_, scale_, tokens_, cols_,
-                                      sum_rows(purposes[i], tokens_, cols_, shape));
+                          : fill_rows(purposes[i], p->w.type, {q_, scale_, cols_}, tokens_);
     }
   }
 

@@ -15,25 +15,12 @@ int64_t tokens_per_block(int64_t cols, int group) {
   return std::max<int64_t>(32, bytes / tiled_bytes(cols, group) / 16 * 16);
 }
 
-SumRows sum_rows(Work purpose, int64_t tokens, int64_t cols, QuantShape shape) {
-  const int64_t stride = ceil_div(cols, 256) * (256 / shape.group);
-  float* const data = work<float>(purpose, tokens * stride);
-  const int64_t used = cols / shape.group;
-  for (int64_t t = 0; t < tokens; ++t)
-    std::fill(data + t * stride + used, data + (t + 1) * stride, 0.0f);
-  return {data, stride, shape};
-}
-
-QuantizedRows with_sums(const int8_t* q, const float* scale, int64_t tokens, int64_t cols,
-                        const SumRows& sums) {
-  for (int64_t t = 0; t < tokens; ++t)
-    kernels().group_sums(q + t * cols, scale + t * cols / 32, cols, sums.shape,
-                         sums.data + t * sums.stride);
-  return {q, scale, sums.data, cols, cols / 32, sums.stride};
-}
-
-void product_rows(int type, const Slice& s, const QuantizedRows& x) {
-  kernels().dot_rows[type](s, x, work_memory(Work::Row, scratch_bytes(x.cols)));
+const RowChunk* fill_rows(Work purpose, int type, const QuantizedRows& x, int64_t tokens) {
+  const int64_t chunks = row_chunks(x.cols);
+  RowChunk* const out = work<RowChunk>(purpose, tokens * chunks);
+  parallel(tokens, tokens * x.cols * 4,
+           [&](int64_t t) { kernels().fill_rows[type](x, t, 1, out + t * chunks); });
+  return out;
 }
 
 void product_tiles(int type, const Slice& s, const uint8_t* tiles, int64_t cols) {
@@ -64,14 +51,13 @@ void quantize_rows(const float* x, int64_t tokens, int64_t cols, int8_t* q, floa
 
 namespace {
 
-void matmul_few(const Matrix& w, const int8_t* q, const float* scale, int64_t tokens, float* out) {
-  const SumRows sums = sum_rows(Work::Sums, tokens, w.cols, quant_shape(w.type));
-  const QuantizedRows x = with_sums(q, scale, tokens, w.cols, sums);
+void matmul_few(const Matrix& w, const QuantizedRows& x, int64_t tokens, float* out) {
+  const RowChunk* const rows = fill_rows(Work::RowChunks, w.type, x, tokens);
   const int64_t per_item = rows_per_item(w.row_bytes(), tokens);
   parallel(ceil_div(w.rows, per_item), work_bytes(w.bytes(), tokens), [&](int64_t i) {
     const int64_t end = std::min(w.rows, (i + 1) * per_item);
-    product_rows(w.type,
-                 {w.data, w.row_bytes(), i * per_item, end, nullptr, tokens, out, w.rows}, x);
+    kernels().dot_rows[w.type](
+        {w.data, w.row_bytes(), i * per_item, end, nullptr, tokens, out, w.rows}, rows, w.cols);
   });
 }
 
@@ -97,8 +83,8 @@ void matmul_block(const Matrix& w, const QuantizedRows& x, int64_t tokens, float
 }  // namespace
 
 void matmul_q8(const Matrix& w, const int8_t* q, const float* scale, int64_t tokens, float* out) {
-  if (tokens <= kRowTokens) return matmul_few(w, q, scale, tokens, out);
-  const QuantizedRows x{q, scale, nullptr, w.cols, w.cols / 32, 0};
+  const QuantizedRows x{q, scale, w.cols};
+  if (tokens <= kRowTokens) return matmul_few(w, x, tokens, out);
   const int64_t block = tokens_per_block(w.cols, quant_shape(w.type).group);
   for (int64_t first = 0; first < tokens; first += block)
     matmul_block(w, x.from(first), std::min(block, tokens - first), out + first * w.rows);

@@ -36,42 +36,32 @@ inline void for_tiles(int64_t count, const Body& body) {
 
 // One chunk of token t of a tile of n.
 template <int Group>
-inline void tile_chunk(const PaddedChunk& x, QuantShape shape, uint8_t* at, int64_t stride,
-                       int64_t n, int64_t t) {
-  constexpr int partials = kChunk / Group;
-  alignas(64) float scale[partials], sums[partials];
-  const auto each = activation_scale<Group>(x.scale), total = chunk_sums<Group>(x.q);
-  store(scale, each);
-  store(sums, shape.has_offset ? mul(total, each) : total);
+inline void tile_chunk(const RowChunk& x, QuantShape shape, uint8_t* at, int64_t stride, int64_t n,
+                       int64_t t) {
   const int bias = shape.bias == 128 ? kBiasLeft<128> : shape.bias;
-  for (int p = 0; p < partials; ++p, at += stride) {
+  for (int p = 0; p < kChunk / Group; ++p, at += stride) {
     std::memcpy(at + Group * t, x.q + Group * p, Group);
-    std::memcpy(at + Group * n + 4 * t, scale + p, 4);
-    const int32_t start = -bias * static_cast<int32_t>(sums[p]);
+    std::memcpy(at + Group * n + 4 * t, x.scale + p, 4);
+    const int32_t start = -bias * static_cast<int32_t>(x.sums[p]);
     std::memcpy(at + (Group + 4) * n + 4 * t,
-                shape.has_offset ? static_cast<const void*>(sums + p) : &start, 4);
+                shape.has_offset ? static_cast<const void*>(x.sums + p) : &start, 4);
   }
 }
 
 template <int Group>
 inline void fill_tiles(const QuantizedRows& x, const int32_t* tokens, int64_t count,
                        QuantShape shape, uint8_t* out) {
-  const int64_t chunks = (x.cols + kChunk - 1) / kChunk;
+  const int64_t chunks = row_chunks(x.cols);
   for_tiles(count, [&](int64_t j, auto size) {
     constexpr int n = decltype(size)::value;
     uint8_t* const tile = out + j * tiled_bytes(x.cols, Group);
     constexpr int64_t record = n * (Group + 8);
-    for (int t = 0; t < n; ++t) {
-      const int64_t token = tokens ? tokens[j + t] : j + t;
-      const int8_t* const q = x.q + token * x.cols;
-      const float* const scale = x.scale + token * x.scale_stride;
+    for (int t = 0; t < n; ++t)
       for (int64_t c = 0; c < chunks; ++c) {
-        PaddedChunk chunk;
-        const int64_t left = x.cols - c * kChunk;
-        pad_chunk(q + c * kChunk, scale + c * 8, left < kChunk ? left : kChunk, chunk);
+        RowChunk chunk;
+        copy_chunk<Group>(x, tokens ? tokens[j + t] : j + t, c, shape.has_offset, chunk);
         tile_chunk<Group>(chunk, shape, tile + c * record, chunks * record, n, t);
       }
-    }
   });
 }
 
@@ -196,7 +186,7 @@ void dot_panels(const Slice& s, const uint8_t* tiles, int64_t cols, void* scratc
   Stored* const rows = static_cast<Stored*>(scratch);
   float* const partial = reinterpret_cast<float*>(rows + kRows);
   constexpr int floats = Panel<T>::partials * kPartialTokens * kRows;
-  const Panel<T> panel{reinterpret_cast<uint8_t*>(partial + floats), (cols + kChunk - 1) / kChunk};
+  const Panel<T> panel{reinterpret_cast<uint8_t*>(partial + floats), row_chunks(cols)};
   for (int64_t row = s.begin; row < s.end; row += kRows) {
     panel.fill(s, row, cols, rows);
     for (int64_t j = 0; j < s.count; j += kPartialTokens)

@@ -29,10 +29,10 @@ void parallel(int64_t count, int64_t work_bytes, const Body& body) {
 // Working memory of the calling thread, one block per purpose, 64-byte aligned; it grows and stays.
 enum class Work : int {
   Row,
-  Sums,
-  UpSums,
-  ThirdSums,
-  FourthSums,
+  RowChunks,
+  UpRowChunks,
+  ThirdRowChunks,
+  FourthRowChunks,
   Quants,
   Scales,
   Gate,
@@ -40,7 +40,7 @@ enum class Work : int {
   Hidden,
   HiddenQuants,
   HiddenScales,
-  HiddenSums,
+  HiddenRows,
   Tiles,
   HiddenTiles,
   Softmax,

@@ -30,23 +30,10 @@ int64_t panel_rows_per_item(int64_t rows, int64_t matrices);
 // Tokens whose tiles stay in L2 while the panels go by.
 int64_t tokens_per_block(int64_t cols, int group);
 
-// Room for the sums of QuantizedRows, padded with zeros to whole chunks of 256 values.
-struct SumRows {
-  float* data;
-  int64_t stride;
-  QuantShape shape;
-};
-SumRows sum_rows(Work purpose, int64_t tokens, int64_t cols, QuantShape shape);
-// Activations with their sums filled in.
-QuantizedRows with_sums(const int8_t* q, const float* scale, int64_t tokens, int64_t cols,
-                        const SumRows& sums);
-// Whether two weight types want the same sums and tiles.
-inline bool same_input(QuantShape a, QuantShape b) {
-  return a.group == b.group && a.bias == b.bias && a.has_offset == b.has_offset;
-}
+constexpr int64_t kRowTokens = 8;  // from more tokens on, panels are faster than rows
 
-// At most kRowTokens tokens.
-void product_rows(int type, const Slice& slice, const QuantizedRows& x);
+// Activations for the products of a few tokens.
+const RowChunk* fill_rows(Work purpose, int type, const QuantizedRows& x, int64_t tokens);
 void product_tiles(int type, const Slice& slice, const uint8_t* tiles, int64_t cols);
 void product_f32(int type, const Slice& slice, const float* x, int64_t cols);
 

@@ -13,27 +13,26 @@
 
 namespace fomoe::cpu {
 
-// Activations of T tokens for the integer kernels: int8 per 32 values with a float32 scale.
-// `sums` holds the sum of the int8 of each group of the weight type, times their scale where the
-// type has offsets (the factor of an offset; else that of the bias). Rows of `sums` are padded with
-// zeros to whole chunks of 256 values.
+// Activations of tokens for the integer kernels: int8 per 32 values with a float32 scale.
 struct QuantizedRows {
   const int8_t* q;     // [T, cols]
-  const float* scale;  // [T, scale_stride]
-  const float* sums;   // [T, sums_stride]
+  const float* scale;  // [T, cols / 32]
   int64_t cols;
-  int64_t scale_stride;
-  int64_t sums_stride;
 
   QuantizedRows from(int64_t token) const {
-    return {q + token * cols,
-            scale + token * scale_stride,
-            sums + token * sums_stride,
-            cols,
-            scale_stride,
-            sums_stride};
+    return {q + token * cols, scale + token * (cols / 32), cols};
   }
 };
+
+// 256 activations of a token as the products of a few tokens want them, zeros past the end of a
+// row: a scale per group of the weight type, and the sum of a group's int8, times their scale where
+// the type has offsets. In groups of 32 only the first 8 of each count.
+struct RowChunk {
+  alignas(64) int8_t q[256];
+  float scale[16];
+  float sums[16];
+};
+constexpr int64_t row_chunks(int64_t cols) { return (cols + 255) / 256; }
 
 // A slice of a matrix product: rows [begin, end) of the weights against `count` tokens.
 // Token j of the slice is row `tokens[j]` of the activations (row j where `tokens` is null) and its
@@ -48,7 +47,6 @@ struct Slice {
   int64_t out_stride;
 };
 
-constexpr int64_t kRowTokens = 8;    // the most tokens that a call of DotRows takes
 constexpr int64_t kTokenAlign = 8;  // tiles begin at multiples of it
 
 // Bytes of a token in tiles (panel.h) for weights with groups of `group` values.
@@ -60,9 +58,10 @@ constexpr int64_t tiled_bytes(int64_t cols, int group) {
 constexpr int64_t scratch_bytes(int64_t cols) { return 24 * ((cols + 255) / 256 * 256) + 65536; }
 
 using DequantizeRow = void (*)(const uint8_t* row, int64_t cols, float* out);
-// At most kRowTokens tokens.
-using DotRows = void (*)(const Slice&, const QuantizedRows&, void* scratch);
-// Any number of tokens, in tiles; the slice's `tokens` are not looked at.
+// Rows first .. first + count of x as RowChunks, row_chunks(cols) for each.
+using FillRows = void (*)(const QuantizedRows& x, int64_t first, int64_t count, RowChunk* out);
+using DotRows = void (*)(const Slice&, const RowChunk* x, int64_t cols);
+// Tokens in tiles; the slice's `tokens` are not looked at.
 using DotPanels = void (*)(const Slice&, const uint8_t* tiles, int64_t cols, void* scratch);
 // `x` float32 [T, cols]
 using DotF32 = void (*)(const Slice&, const float* x, int64_t cols, void* scratch);
@@ -98,16 +97,15 @@ struct CacheHead {
 struct Kernels {
   const char* name;
   DequantizeRow dequantize[kTypeCount];
+  FillRows fill_rows[kTypeCount];
   DotRows dot_rows[kTypeCount];
   DotPanels dot_panels[kTypeCount];
   DotF32 dot_f32[kTypeCount];
 
   // x [n] -> int8 q [n], scale [n / 32]; n % 32 == 0
   void (*quantize)(const float* x, int64_t n, int8_t* q, float* scale);
-  // Sums of QuantizedRows of n values, n / group of them; n % 32 == 0.
-  void (*group_sums)(const int8_t* q, const float* scale, int64_t n, QuantShape shape, float* sums);
   // Tiles of the rows tokens[0 .. count) of x (rows 0 .. count where `tokens` is null), each token
-  // tiled_bytes(cols, shape.group) long. `x.sums` is not looked at.
+  // tiled_bytes(cols, shape.group) long.
   void (*tile_tokens)(const QuantizedRows& x, const int32_t* tokens, int64_t count,
                       QuantShape shape, uint8_t* out);
 

@@ -56,7 +56,7 @@ struct Blocks {
 template <class T, QType Q, class B>
 struct SmallBlocks : Blocks<Q, B> {
   using typename Blocks<Q, B>::C;
-  static void unpack(const uint8_t* p, C& c) {
+  static FOMOE_INLINE void unpack(const uint8_t* p, C& c) {
     const B* const b = reinterpret_cast<const B*>(p);
     for (int i = 0; i < 4; ++i) c.q[i] = T::two(b[2 * i], b[2 * i + 1]);
     c.scale = load_f16_apart(p, sizeof(B));
@@ -65,47 +65,47 @@ struct SmallBlocks : Blocks<Q, B> {
 };
 
 struct Q8_0 : SmallBlocks<Q8_0, QType::Q8_0, BlockQ8_0> {
-  static B64 two(const BlockQ8_0& a, const BlockQ8_0& b) {
+  static FOMOE_INLINE B64 two(const BlockQ8_0& a, const BlockQ8_0& b) {
     return flip_top_bit(join(bytes(a.q), bytes(b.q)));
   }
 };
 
 struct Q4_0 : SmallBlocks<Q4_0, QType::Q4_0, BlockQ4_0> {
-  static B64 two(const BlockQ4_0& a, const BlockQ4_0& b) { return nibbles(a.q, b.q); }
+  static FOMOE_INLINE B64 two(const BlockQ4_0& a, const BlockQ4_0& b) { return nibbles(a.q, b.q); }
 };
 
 struct Q4_1 : SmallBlocks<Q4_1, QType::Q4_1, BlockQ4_1> {
-  static B64 two(const BlockQ4_1& a, const BlockQ4_1& b) { return nibbles(a.q, b.q); }
+  static FOMOE_INLINE B64 two(const BlockQ4_1& a, const BlockQ4_1& b) { return nibbles(a.q, b.q); }
 };
 
 struct Q5_0 : SmallBlocks<Q5_0, QType::Q5_0, BlockQ5_0> {
-  static B64 two(const BlockQ5_0& a, const BlockQ5_0& b) {
+  static FOMOE_INLINE B64 two(const BlockQ5_0& a, const BlockQ5_0& b) {
     return or_(nibbles(a.q, b.q), spread_bits(a.high, b.high, 16));
   }
 };
 
 struct Q5_1 : SmallBlocks<Q5_1, QType::Q5_1, BlockQ5_1> {
-  static B64 two(const BlockQ5_1& a, const BlockQ5_1& b) {
+  static FOMOE_INLINE B64 two(const BlockQ5_1& a, const BlockQ5_1& b) {
     return or_(nibbles(a.q, b.q), spread_bits(a.high, b.high, 16));
   }
 };
 
 struct IQ4_NL : SmallBlocks<IQ4_NL, QType::IQ4_NL, BlockIQ4_NL> {
-  static B64 two(const BlockIQ4_NL& a, const BlockIQ4_NL& b) {
+  static FOMOE_INLINE B64 two(const BlockIQ4_NL& a, const BlockIQ4_NL& b) {
     return look_up(nibbles(a.q, b.q), kIq4Levels);
   }
 };
 
 // The 128 fields of 2 bits in 32 bytes (Q2_K, Q3_K, the top bits of Q6_K): bits 0, 1 of all bytes,
 // then bits 2, 3, ...; each field at bits 0, 1 of its byte of out.
-inline void two_bit_fields(const uint8_t* p, B64* out) {
+FOMOE_INLINE void two_bit_fields(const uint8_t* p, B64* out) {
   const B64 all = load_twice(p), mask = splat_64(3);
   out[0] = and_(shift_halves<0, 2>(all), mask);
   out[1] = and_(shift_halves<4, 6>(all), mask);
 }
 
 struct Q2_K : Blocks<QType::Q2_K, BlockQ2_K> {
-  static void unpack(const uint8_t* p, C& c) {
+  static FOMOE_INLINE void unpack(const uint8_t* p, C& c) {
     const auto& b = *reinterpret_cast<const BlockQ2_K*>(p);
     for (int h = 0; h < 2; ++h) two_bit_fields(b.q + 32 * h, c.q + 2 * h);
     const uint64_t low = word64(b.scale), high = word64(b.scale + 8), nibble = every_byte(15);
@@ -116,7 +116,7 @@ struct Q2_K : Blocks<QType::Q2_K, BlockQ2_K> {
 };
 
 struct Q3_K : Blocks<QType::Q3_K, BlockQ3_K> {
-  static void unpack(const uint8_t* p, C& c) {
+  static FOMOE_INLINE void unpack(const uint8_t* p, C& c) {
     const auto& b = *reinterpret_cast<const BlockQ3_K*>(p);
     for (int h = 0; h < 2; ++h) two_bit_fields(b.q + 32 * h, c.q + 2 * h);
     const B64 high = load_twice(b.high), four = splat_64(4);
@@ -134,7 +134,7 @@ struct Q3_K : Blocks<QType::Q3_K, BlockQ3_K> {
 
 // The 6-bit scales and mins of Q4_K and Q5_K.
 template <class B>
-inline void scale_4k(const B& b, Chunk<32>& c) {
+FOMOE_INLINE void scale_4k(const B& b, Chunk<32>& c) {
   const uint32_t s = word32(b.scale), m = word32(b.scale + 4), high = word32(b.scale + 8);
   const uint32_t low6 = 0x3f3f3f3f, low4 = 0x0f0f0f0f, top2 = 0x30303030;
   const uint64_t s4 = (high & low4) | (s >> 2 & top2), m4 = (high >> 4 & low4) | (m >> 2 & top2);
@@ -143,7 +143,7 @@ inline void scale_4k(const B& b, Chunk<32>& c) {
 }
 
 struct Q4_K : Blocks<QType::Q4_K, BlockQ4_K> {
-  static void unpack(const uint8_t* p, C& c) {
+  static FOMOE_INLINE void unpack(const uint8_t* p, C& c) {
     const auto& b = *reinterpret_cast<const BlockQ4_K*>(p);
     for (int j = 0; j < 4; ++j)
       c.q[j] = and_(shift_halves<0, 4>(load_twice(b.q + 32 * j)), splat_64(15));
@@ -152,7 +152,7 @@ struct Q4_K : Blocks<QType::Q4_K, BlockQ4_K> {
 };
 
 struct Q5_K : Blocks<QType::Q5_K, BlockQ5_K> {
-  static void unpack(const uint8_t* p, C& c) {
+  static FOMOE_INLINE void unpack(const uint8_t* p, C& c) {
     const auto& b = *reinterpret_cast<const BlockQ5_K*>(p);
     const B64 high = load_twice(b.high), fifth = splat_64(16);
     const B64 bits[4] = {shift_halves<-4, -3>(high), shift_halves<-2, -1>(high),
@@ -166,7 +166,7 @@ struct Q5_K : Blocks<QType::Q5_K, BlockQ5_K> {
 };
 
 struct Q6_K : Blocks<QType::Q6_K, BlockQ6_K> {
-  static void unpack(const uint8_t* p, C& c) {
+  static FOMOE_INLINE void unpack(const uint8_t* p, C& c) {
     const auto& b = *reinterpret_cast<const BlockQ6_K*>(p);
     const B64 mask = splat_64(15), top = splat_64(48);
     for (int h = 0; h < 2; ++h) {
@@ -192,7 +192,7 @@ constexpr uint64_t spread_two_bits(uint64_t x) {
 }
 
 struct IQ4_XS : Blocks<QType::IQ4_XS, BlockIQ4_XS> {
-  static void unpack(const uint8_t* p, C& c) {
+  static FOMOE_INLINE void unpack(const uint8_t* p, C& c) {
     const auto& b = *reinterpret_cast<const BlockIQ4_XS*>(p);
     for (int i = 0; i < 4; ++i)
       c.q[i] = look_up(nibbles(b.q + 32 * i, b.q + 32 * i + 16), kIq4Levels);

@@ -9,7 +9,7 @@
 #if defined(FOMOE_SCALAR) || !defined(__AVX2__)
 #include "integer_scalar.h"
 #include "wide_pair.h"
-#elif defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#elif defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #include "wide_avx512.h"
 #else
 #include "integer_avx2.h"

@@ -86,7 +86,7 @@ template <int Bias>
 constexpr int kBiasLeft = Bias;
 
 // Lane j of quad i: the sum over quad i of q[j] times the quad's 16 values, q[j] having 4 quads.
-inline __m512i quad_dots(const B64* q, const int8_t* x) {
+FOMOE_INLINE __m512i quad_dots(const B64* q, const int8_t* x) {
   __m512i each[4];
   for (int i = 0; i < 4; ++i)
     each[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q[i].v, load_64(x + 64 * i).v);
@@ -98,7 +98,7 @@ inline __m512i quad_dots(const B64* q, const int8_t* x) {
 }
 // Dots of the 8 groups of 32 of a chunk.
 template <int Bias>
-inline F8 dots_32(const B64* q, const int8_t* x) {
+FOMOE_INLINE F8 dots_32(const B64* q, const int8_t* x) {
   const __m512i quads = quad_dots(q, x);
   const __m512i both = _mm512_add_epi32(quads, _mm512_shuffle_i64x2(quads, quads, 0xb1));
   const __m512i pick = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -106,7 +106,7 @@ inline F8 dots_32(const B64* q, const int8_t* x) {
 }
 // Dots of the 16 groups of 16.
 template <int Bias>
-inline W16 dots_16(const B64* q, const int8_t* x) {
+FOMOE_INLINE W16 dots_16(const B64* q, const int8_t* x) {
   const __m512i pick = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(pick, quad_dots(q, x)));
 }
@@ -145,7 +145,7 @@ inline void transpose_rows(const uint8_t* p, int64_t stride, uint8_t* out, int64
 
 // dot[t] += dots of `Dwords` dwords of quants of each row at w with those of token t at x.
 template <int Bits, int Dwords, int N>
-inline __attribute__((always_inline)) void row_dots(const uint8_t* w, const int8_t* x,
+FOMOE_INLINE void row_dots(const uint8_t* w, const int8_t* x,
                                                     RowInts* dot) {
 #pragma GCC unroll 8
   for (int d = 0; d < Dwords; ++d) {

@@ -73,14 +73,14 @@ inline W16 wide_splat(float x) { return join(splat(x), splat(x)); }
 
 // Dots of the 8 groups of 32 of a chunk.
 template <int Bias>
-inline F8 dots_32(const B64* q, const int8_t* x) {
+FOMOE_INLINE F8 dots_32(const B64* q, const int8_t* x) {
   I8 each[8];
   for (int g = 0; g < 8; ++g) each[g] = product<Bias>(q[g / 2].half[g % 2], bytes(x + 32 * g));
   return to_float(sums_of_8(each));
 }
 // Dots of the 16 groups of 16.
 template <int Bias>
-inline W16 dots_16(const B64* q, const int8_t* x) {
+FOMOE_INLINE W16 dots_16(const B64* q, const int8_t* x) {
   I8 each[8];
   for (int g = 0; g < 8; ++g) each[g] = product<Bias>(q[g / 2].half[g % 2], bytes(x + 32 * g));
   return join(to_float(half_sums_of_4(each)), to_float(half_sums_of_4(each + 4)));
