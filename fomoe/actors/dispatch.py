@@ -29,12 +29,13 @@ from fomoe.actors.step import (
     substituted_pairs,
     write_route,
 )
+from fomoe.actors.sweep_driver import PromptSweeps
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import Read
 from fomoe.errors import PeerStalledError, StorageError
 from fomoe.model.buffers import F32, Rows
 from fomoe.residency import Placement, Plan, Residency, Topology
-from fomoe.routing import Route, group_by_expert, predict_experts
+from fomoe.routing import Route, expect_of_chunk, group_by_expert, predict_experts
 from fomoe.types import ExpertKey, Tier
 
 SPIN_US = 300.0  # while a token is in flight; the waiter yields, so a shared core is no cliff
@@ -52,7 +53,7 @@ class TieredExperts:
                  top_k: int) -> None:  # fmt: skip
         self.counters = HostCounters()
         self.residency = residency
-        self._fabric = fabric
+        self.fabric = fabric
         self._devices = devices
         self._nodes = nodes
         self._top_k = top_k
@@ -62,16 +63,21 @@ class TieredExperts:
         shape = (topology.n_layers, topology.n_experts)
         # Prefetched and not used yet: counted as reads when used, and asked for again as demand,
         # since storage may have dropped a prefetch that never got its turn.
-        self._unproven = np.full(shape, Tier.DEVICE, np.int8)
+        self.unproven = np.full(shape, Tier.DEVICE, np.int8)
         self._step_id = 0
         self._step: Step | None = None
+        self.sweeps = PromptSweeps(self, top_k)
 
     def begin(self, layer: int, h: Rows, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
+        if not decoding:
+            self._forget_step()
+            self.sweeps.begin(layer, h, route)
+            return
+        self.sweeps.abandon()  # a pass that failed between begin and finish
         for node in self._nodes:
             self._storage_messages(node, [])  # an expert whose read failed must be read again
-        if self._step is not None:  # a pass that failed between begin and finish
-            self.residency.release(self._step.layer)
+        self._forget_step()
         groups = group_by_expert(route.ids)
         tiers = self.residency.tier_of(layer)[groups.experts]
         by_tier = np.argsort(tiers, kind="stable")
@@ -90,21 +96,36 @@ class TieredExperts:
         )  # fmt: skip
         self._send_wave(self._step)
 
+    def _forget_step(self) -> None:
+        """Unpin what a pass left behind that failed between `begin` and `finish`."""
+        if self._step is not None:
+            self.residency.release(self._step.layer)
+            self._step = None
+
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Load what `layer` will probably want, behind all demand reads; never waits."""
         if not np.isfinite(scores).all():
             return  # between `begin` and `finish` nothing may fail, least of all a guess
+        if self.sweeps.active:
+            self.sweeps.look_ahead(layer, expect_of_chunk(scores, self._top_k))
+            return
         expected = predict_experts(scores, self._top_k)
         # Eager: a guess by the next layer's own router is worth more than the past of a victim.
         plan = self.residency.prefetch(layer, expected, self._top_k, eager=True)
         if plan.fetches:
             self._fetch(plan, Priority.PREFETCH)
             for fetch in plan.fetches:
-                self._unproven[layer, fetch.expert] = fetch.source
+                self.unproven[layer, fetch.expert] = fetch.source
             self.counters.prefetch_issued += len(plan.fetches)
+
+    def may_guess(self, layer: int) -> bool:
+        """Whether an expert of the layer lies in no tier."""
+        return not self.residency.mask(layer).all()
 
     def finish(self) -> F32:
         """Wait for the step begun last and return the routed sum float32 [T, D]."""
+        if self.sweeps.active:
+            return self.sweeps.finish()
         step = self._step
         assert step is not None
         while True:
@@ -126,6 +147,31 @@ class TieredExperts:
         """Return how many preload reads have landed since the last call."""
         return sum(self._storage_messages(node) for node in self._nodes)
 
+    def next_step(self) -> int:
+        """See `SweepHost`."""
+        self._step_id += 1
+        return self._step_id
+
+    def device_of(self, layer: int) -> DeviceLink:
+        """See `SweepHost`."""
+        return self._devices[self._home[layer]]
+
+    def node_of(self, layer: int) -> NodeLink:
+        """See `SweepHost`."""
+        return self._nodes[self._node_of(layer)]
+
+    def ask(self, layer: int, reads: list[Read], priority: Priority) -> None:
+        """See `SweepHost`."""
+        self._send_reads(self._node_of(layer), reads, priority)
+        self.counters.nvme_bytes += len(reads) * self._expert_bytes[layer]
+
+    def failures(self, layer: int, experts: npt.NDArray[np.int32]) -> list[ReadFailed]:
+        """See `SweepHost`."""
+        found: list[ReadFailed] = []
+        for node in self._nodes:
+            self._storage_messages(node, found, (layer, experts))
+        return [m for m in found if m.layer == layer and m.expert in experts]
+
     def _send_wave(self, step: Step) -> None:
         first = step.sent
         room = min(step.wave, self.residency.capacity(step.layer))
@@ -134,10 +180,10 @@ class TieredExperts:
         plan = self.residency.plan(step.layer, np.sort(experts))
         for fetch in plan.fetches:
             if fetch.source == Tier.NVME:  # a prefetch of it, if any, was evicted unused
-                self._unproven[step.layer, fetch.expert] = Tier.DEVICE
+                self.unproven[step.layer, fetch.expert] = Tier.DEVICE
         self._count(step, plan, experts, step.pairs[first:end])
         self._fetch(plan, Priority.DEMAND)
-        self._prove(step.layer, experts)
+        self.prove(step.layer, experts)
         slots = self._nodes[step.device.node].slots
         entries = step.views.entries[first:end]
         entries["slot"], entries["address"], entries["generation"] = slots.locate(
@@ -182,12 +228,12 @@ class TieredExperts:
             batch = np.array(rows, FETCH).view(np.uint8)
             self._nodes[node].sender.send(Tag.FETCH, batch, (), SEND_BOUND_S)
 
-    def _prove(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
+    def prove(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
         """Ask again, as demand, for prefetched experts that are wanted now."""
-        unproven = experts[self._unproven[layer, experts] != Tier.DEVICE]
+        unproven = experts[self.unproven[layer, experts] != Tier.DEVICE]
         if not len(unproven):
             return
-        self._unproven[layer, unproven] = Tier.DEVICE
+        self.unproven[layer, unproven] = Tier.DEVICE
         number = self._node_of(layer)
         columns = self._nodes[number].slots.locate(layer, unproven)
         reads = [
@@ -199,7 +245,7 @@ class TieredExperts:
     def _count(self, step: Step, plan: Plan, experts: npt.NDArray[np.int32],
                pairs: npt.NDArray[np.int64]) -> None:  # fmt: skip
         """Count the wave's activations by the tier that their bytes came from."""
-        source = self._unproven[step.layer].copy()
+        source = self.unproven[step.layer].copy()
         self.counters.prefetch_used += int(np.count_nonzero(source[experts] != Tier.DEVICE))
         for fetch in plan.fetches:
             if source[fetch.expert] != Tier.NVME:
@@ -220,7 +266,7 @@ class TieredExperts:
         deadline = time.monotonic() + STEP_BOUND_S
         failure: ReadFailed | None = None
         while True:
-            bell = self._fabric.bell()
+            bell = self.fabric.bell()
             message = step.device.receiver.try_recv(self._buffer)
             if message is not None:
                 step_id, aborted, _, _, waited_ns = DONE.unpack_from(self._buffer)
@@ -234,14 +280,14 @@ class TieredExperts:
             failure = self._failures(step) or failure
             if time.monotonic() > deadline:
                 raise PeerStalledError(step.device.name, STEP_BOUND_S)
-            self._fabric.wait(bell, SPIN_US, WAIT_MS)
+            self.fabric.wait(bell, SPIN_US, WAIT_MS)
 
     def _failures(self, step: Step) -> ReadFailed | None:
         """Take storage's messages; ends the step when one of its reads failed."""
         failed = None
         for node in self._nodes:
             found: list[ReadFailed] = []
-            self._storage_messages(node, found, step)
+            self._storage_messages(node, found, (step.layer, step.experts))
             for message in found:
                 if message.layer == step.layer and message.expert in step.experts:
                     failed = message
@@ -250,11 +296,12 @@ class TieredExperts:
         return failed
 
     def _storage_messages(self, node: NodeLink, failed: list[ReadFailed] | None = None,
-                          step: Step | None = None) -> int:  # fmt: skip
+                          step: tuple[int, npt.NDArray[np.int32]] | None = None,
+                          ) -> int:  # fmt: skip
         """Take what storage sent: failures into `failed`; returns how many preloads landed.
 
         Not into `failed` go those of reads that nobody waits for any more, and of prefetches of
-        experts that `step` wants: their demand read, asked for in `_prove`, decides.
+        experts that `step` (layer, experts) wants: their demand read, from `prove`, decides.
         """
         landed = 0
         while (message := node.receiver.try_recv(self._buffer)) is not None:
@@ -267,11 +314,11 @@ class TieredExperts:
             if failed is None:
                 raise StorageError(report.message)
             key = ExpertKey(report.layer, report.expert)
-            wanted = step is not None and step.layer == key.layer and key.expert in step.experts
+            wanted = step is not None and step[0] == key.layer and key.expert in step[1]
             if (report.prefetch and wanted) or not node.slots.is_current(key, report.generation):
                 continue
             self.residency.forget(key.layer, np.array([key.expert], np.int32))
             node.slots.forget(key)
-            self._unproven[key.layer, key.expert] = Tier.DEVICE
+            self.unproven[key.layer, key.expert] = Tier.DEVICE
             failed.append(report)
         return landed

@@ -17,7 +17,7 @@ class Forward:
         self.model = model
         self.experts = experts
         self.brain = Brain(model.spec.moe.top_k)
-        self._prefetch = prefetch
+        self.prefetch = prefetch
 
     def step(self, batch: Batch, sequences: tuple[Sequence, ...]) -> F32:
         """Return the last residual stream [T, D]; sequences have advanced by their tokens.
@@ -27,7 +27,7 @@ class Forward:
         """
         model, experts = self.model, self.experts
         decoding = all(sequence.decoding for sequence in sequences)
-        ahead = self._prefetch and decoding
+        ahead = self.prefetch and decoding
         x = model.embed(batch)
         for layer in range(model.spec.n_layers):
             model.mix(layer, x, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,20 @@ from fomoe.residency.topology import RamPolicy, Topology
 from fomoe.types import ExpertKey, Tier
 
 _Claim = tuple[int, int, Victim]  # expert, device slot, what left the slot and its worth
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkUse:
+    """What a chunk of `tokens` wants of a layer.
+
+    `experts` int32 [n], ascending and distinct; `pairs` int64 [n], how many tokens want each;
+    `last` int64 [n], the index of the last token that does.
+    """
+
+    tokens: int
+    experts: npt.NDArray[np.int32]
+    pairs: npt.NDArray[np.int64]
+    last: npt.NDArray[np.int64]
 
 
 class Residency:
@@ -138,6 +153,40 @@ class Residency:
         self._pinned[layer, which] = False
         self._awaited[layer, which] = False
 
+    def observe(self, layer: int, use: ChunkUse) -> None:
+        """Count a chunk's use as if its tokens had been planned one by one; pins nothing."""
+        before, experts = self._steps[layer], use.experts
+        self._steps[layer] = before + use.tokens
+        self._history.uses[layer, experts] += use.pairs
+        self._history.last[layer, experts] = before + 1 + use.last
+        self._awaited[layer] = False
+        unused = self._unused[layer]
+        self.counters.prefetch_used[layer] += np.count_nonzero(unused[experts])
+        unused[experts] = False
+        self._last_wanted[layer] = False
+        self._last_wanted[layer, experts[use.last == use.tokens - 1]] = True
+
+    def place(self, layer: int, expert: int, *, guess: bool = False) -> int:
+        """Put an expert that no tier holds into a free device slot; returns the slot."""
+        slot = self._device.take(layer)
+        self._device.assign(layer, expert, slot)
+        if guess:
+            self._unused[layer, expert] = True
+            self.counters.prefetches[layer, Tier.NVME] += 1
+        return slot
+
+    def holds(self, key: ExpertKey) -> bool:
+        """Whether the expert is on its device."""
+        return bool(self._device.slot_of[key.layer, key.expert] >= 0)
+
+    def evict(self, key: ExpertKey) -> bool:
+        """Free the device slot of an entry; returns whether a copy in RAM stays."""
+        self._device.give_up(key.layer, key.expert)
+        self._leave(key)
+        self._pinned[key.layer, key.expert] = False
+        self.counters.evictions[key.layer] += 1
+        return bool(self._ram.table.slot_of[key.layer, key.expert] >= 0)
+
     def forget(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
         """Drop entries from both tiers, because their bytes never came (a read failed)."""
         for expert in experts.tolist():
@@ -179,6 +228,32 @@ class Residency:
         others = [m for m in self._device.members[layer] if m != layer]
         awaited = int(np.count_nonzero(self._awaited[others]))
         return self._device.size[layer] - self._count(self._pinned, layer) - awaited
+
+    @property
+    def n_experts(self) -> int:
+        """Experts of a layer."""
+        return self._device.slot_of.shape[1]
+
+    def free(self, layer: int) -> int:
+        """Return the number of free slots in the layer's device pool."""
+        return self._device.free(layer)
+
+    def members(self, layer: int) -> list[int]:
+        """Return the layers that share the layer's device pool, itself included, ascending."""
+        return self._device.members[layer]
+
+    def pool_size(self, layer: int) -> int:
+        """Return the slots of the layer's device pool."""
+        return self._device.size[layer]
+
+    def worth(self, layer: int) -> npt.NDArray[np.float64]:
+        """Return float64 [E]: what the policy thinks each expert of the layer is worth now."""
+        return self._values(layer)
+
+    def unused(self, layer: int) -> npt.NDArray[np.bool_]:
+        """Return bool [E]: prefetched experts of the layer that nobody has wanted so far."""
+        unused: npt.NDArray[np.bool_] = self._unused[layer].copy()
+        return unused
 
     def quota(self, layer: int) -> int:
         """Return the layer's fair share of its device pool, in slots."""
