@@ -87,3 +87,7 @@ class DeviceError(FomoeError):
 
 class EngineError(FomoeError):
     """The running engine failed; the request in flight ends with this message."""
+
+
+class RequestCancelledError(EngineError):
+    """Nobody waits for a request's answer any more; it ends where it is."""

@@ -21,14 +21,15 @@ from fomoe.actors.messages import (
     decode,
 )
 from fomoe.actors.step import DeviceLink, NodeLink, Step
+from fomoe.actors.sweep_driver import PromptSweeps
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import READ, Read
 from fomoe.engine.waves import Priorities, WaveLayout, WavePlanner
 from fomoe.errors import PeerStalledError, StorageError
 from fomoe.model.buffers import F32
 from fomoe.residency import LogicalCache, Placement, Residency, Topology
-from fomoe.routing import Route
-from fomoe.types import ExpertKey
+from fomoe.routing import Route, expect_of_chunk, route_exact
+from fomoe.types import ExpertKey, Tier
 
 SPIN_US = 300.0  # while a token is in flight; the waiter yields, so a shared core is no cliff
 WAIT_MS = 20.0
@@ -45,10 +46,10 @@ class TieredExperts:
                  arena: StepArena) -> None:  # fmt: skip
         self.counters = HostCounters()
         self.residency = residency
-        self._fabric = fabric
-        self._nodes = nodes
+        self.fabric = fabric
+        self._nodes: list[NodeLink] = nodes
         self._top_k = arena.top_k
-        self._home = [devices[d] for d in topology.layer_device]
+        self._home: list[DeviceLink] = [devices[d] for d in topology.layer_device]
         self._bell = [int(d) for d in topology.layer_device]
         layout = WaveLayout(
             layer_node=np.array([device.node for device in self._home], np.int32),
@@ -66,28 +67,49 @@ class TieredExperts:
         }
         self._step = self._steps[devices[0].name][0]
         self._step_id = 0
+        self.unproven = self._planner.arrays.unproven
+        self.sweeps = PromptSweeps(self, arena.top_k)
 
     def decide(
         self, layer: int, h: F32, scores: F32, logical: LogicalCache, *, decoding: bool
     ) -> None:
         """Route one sequence's tokens exactly and begin the layer with them."""
+        if not decoding:
+            route = route_exact(scores, self._top_k)
+            logical.observe(layer, route.ids)
+            self.begin(layer, h, route, decoding=False)
+            return
         step = self._open(layer, h, decoding)
         self._send_wave(step, self._planner.decide(layer, scores, logical, step.buffer.arrays))
 
     def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
+        if not decoding:
+            self._forget_step()
+            self.sweeps.begin(layer, h, route)
+            return
         step = self._open(layer, h, decoding)
         self._send_wave(step, self._planner.place(layer, route, step.buffer.arrays))
 
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Load what `layer` will probably want, behind all demand reads; never waits."""
+        if self.sweeps.active:
+            if np.isfinite(scores).all():  # a guess fails nothing
+                self.sweeps.look_ahead(layer, expect_of_chunk(scores, self._top_k))
+            return
         reads = self._planner.look_ahead(layer, scores)
         if reads:
             self._send_reads(self._home[layer].node, self._planner.arrays.reads[:reads])
             self._planner.charge(self.counters, decoding=True)
 
+    def may_guess(self, layer: int) -> bool:
+        """Whether an expert of the layer lies in no tier."""
+        return not self.residency.mask(layer).all()
+
     def finish(self) -> F32:
         """Wait for the step begun last and return the routed sum float32 [T, D]."""
+        if self.sweeps.active:
+            return self.sweeps.finish()
         step, planner = self._step, self._planner
         while True:
             self._await_done(step)
@@ -101,24 +123,69 @@ class TieredExperts:
         """Ask for the reads of an initial fill; returns how many storage will announce."""
         for number, node in enumerate(self._nodes):
             mine = [p for p in placements if self._home[p.key.layer].node == number]
-            rows = [self._record(read) for read in node.slots.fill(mine)]
-            self._send_reads(number, np.array(rows, READ))
+            self._ask(number, node.slots.fill(mine), Priority.PRELOAD)
         return len(placements)
 
     def preloaded(self) -> int:
         """Return how many preload reads have landed since the last call."""
         return sum(self._storage_messages(node) for node in self._nodes)
 
-    def _record(self, read: Read) -> tuple[int, ...]:
-        layer, expert = read.expert.layer, read.expert.expert
-        bell, priority = self._bell[layer], int(Priority.PRELOAD)
-        return (read.address, read.generation, read.slot, layer, expert, priority, bell, 0)
+    def next_step(self) -> int:
+        """See `SweepHost`."""
+        self._step_id += 1
+        return self._step_id
+
+    def device_of(self, layer: int) -> DeviceLink:
+        """See `SweepHost`."""
+        return self._home[layer]
+
+    def node_of(self, layer: int) -> NodeLink:
+        """See `SweepHost`."""
+        return self._nodes[self._home[layer].node]
+
+    def ask(self, layer: int, reads: list[Read], priority: Priority) -> None:
+        """See `SweepHost`."""
+        self._ask(self._home[layer].node, reads, priority)
+        self.counters.nvme_bytes += len(reads) * int(self._planner.arrays.expert_bytes[layer])
+
+    def prove(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
+        """See `SweepHost`."""
+        unproven = experts[self.unproven[layer, experts] != Tier.DEVICE]
+        self.unproven[layer, unproven] = Tier.DEVICE
+        node = self._home[layer].node
+        columns = (column.tolist() for column in self._nodes[node].slots.locate(layer, unproven))
+        reads = [
+            Read(ExpertKey(layer, expert), slot, address, generation)
+            for expert, slot, address, generation in zip(unproven.tolist(), *columns, strict=True)
+        ]
+        self._ask(node, reads, Priority.DEMAND)
+
+    def failures(self, layer: int, experts: npt.NDArray[np.int32]) -> list[ReadFailed]:
+        """See `SweepHost`."""
+        found: list[ReadFailed] = []
+        for node in self._nodes:
+            self._storage_messages(node, found, (layer, experts))
+        return [m for m in found if m.layer == layer and m.expert in experts]
+
+    def _ask(self, node: int, reads: list[Read], priority: Priority) -> None:
+        rows = [
+            (r.address, r.generation, r.slot, r.expert.layer, r.expert.expert, int(priority),
+             self._bell[r.expert.layer], 0)
+            for r in reads
+        ]  # fmt: skip
+        self._send_reads(node, np.array(rows, READ))
+
+    def _forget_step(self) -> None:
+        """Unpin what a pass left behind that failed between `begin` and `finish`."""
+        if self._step.under_way:
+            self.residency.release(self._step.layer)
+            self._step.under_way = False
 
     def _open(self, layer: int, h: F32, decoding: bool) -> Step:
+        self.sweeps.abandon()  # a pass that failed between begin and finish
         for node in self._nodes:
             self._storage_messages(node, [])  # an expert whose read failed must be read again
-        if self._step.under_way:  # a pass that failed between begin and finish
-            self.residency.release(self._step.layer)
+        self._forget_step()
         self._step_id += 1
         step = self._steps[self._home[layer].name][self._step_id % StepArena.BUFFERS]
         step.id, step.layer, step.tokens, step.decoding = self._step_id, layer, len(h), decoding
@@ -150,7 +217,7 @@ class TieredExperts:
         deadline = time.monotonic() + STEP_BOUND_S
         failure: ReadFailed | None = None
         while True:
-            bell = self._fabric.bell()
+            bell = self.fabric.bell()
             message = step.device.receiver.try_recv(self._buffer)
             if message is not None:
                 step_id, aborted, _, computed_ns, waited_ns = DONE.unpack_from(self._buffer)
@@ -165,31 +232,23 @@ class TieredExperts:
             failure = self._failures(step) or failure
             if time.monotonic() > deadline:
                 raise PeerStalledError(step.device.name, STEP_BOUND_S)
-            self._fabric.wait(bell, SPIN_US, WAIT_MS)
-
-    def _wanted(self, step: Step) -> npt.NDArray[np.int32]:
-        """Return the experts of the step under way."""
-        return self._planner.arrays.experts[: self._planner.n_experts]
+            self.fabric.wait(bell, SPIN_US, WAIT_MS)
 
     def _failures(self, step: Step) -> ReadFailed | None:
         """Take storage's messages; ends the step when one of its reads failed."""
-        failed = None
-        for node in self._nodes:
-            found: list[ReadFailed] = []
-            self._storage_messages(node, found, step)
-            for message in found:
-                if message.layer == step.layer and message.expert in self._wanted(step):
-                    failed = message
-        if failed is not None:
-            step.device.sender.send(Tag.ABORT, STEP_ID.pack(step.id), (), SEND_BOUND_S)
-        return failed
+        failed = self.failures(step.layer, self._planner.arrays.experts[: self._planner.n_experts])
+        if not failed:
+            return None
+        step.device.sender.send(Tag.ABORT, STEP_ID.pack(step.id), (), SEND_BOUND_S)
+        return failed[-1]
 
     def _storage_messages(self, node: NodeLink, failed: list[ReadFailed] | None = None,
-                          step: Step | None = None) -> int:  # fmt: skip
+                          step: tuple[int, npt.NDArray[np.int32]] | None = None,
+                          ) -> int:  # fmt: skip
         """Take what storage sent: failures into `failed`; returns how many preloads landed.
 
         Not into `failed` go those of reads that nobody waits for any more, and of prefetches of
-        experts that `step` wants: their demand read, asked for with the wave, decides.
+        experts that `step` (layer, experts) wants: their demand read, asked for as well, decides.
         """
         landed = 0
         while (message := node.receiver.try_recv(self._buffer)) is not None:
@@ -202,9 +261,7 @@ class TieredExperts:
             if failed is None:
                 raise StorageError(report.message)
             key = ExpertKey(report.layer, report.expert)
-            wanted = (
-                step is not None and step.layer == key.layer and key.expert in self._wanted(step)
-            )
+            wanted = step is not None and step[0] == key.layer and key.expert in step[1]
             if (report.prefetch and wanted) or not node.slots.is_current(key, report.generation):
                 continue
             self._planner.forget(key)

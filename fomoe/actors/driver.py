@@ -24,7 +24,15 @@ from fomoe.engine.plan import EnginePlan, make_plan
 from fomoe.engine.requests import EngineStatus, Finished, GenerateRequest, Receipt
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.series import engine_series, tier_bytes
-from fomoe.errors import ChannelError, FomoeError, PeerDeadError, PeerStalledError, RequestError
+from fomoe.errors import (
+    ChannelError,
+    EngineError,
+    FomoeError,
+    PeerDeadError,
+    PeerStalledError,
+    RequestCancelledError,
+    RequestError,
+)
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
 from fomoe.kernels.cpu import ops
@@ -45,6 +53,8 @@ class DriverActor(FabricMember):
         self._progress = 0.0
         self._queue: deque[GenerateRequest | LogitsRequest] = deque()
         self._running: Generation | None = None
+        self._cancelled = False  # the request under way, in the middle of a pass
+        self._in_pass = False
         self._rate = 0.0
 
     def open(self, config: dict[str, Any], device_node: list[int], threads: int) -> None:
@@ -82,6 +92,7 @@ class DriverActor(FabricMember):
             devices="device (emulated)" if emulated else "device",
             capacity=self._plan.logical_capacity,
         )  # fmt: skip
+        self._experts.sweeps.checkpoint = self._checkpoint
         self._filled = False
         nodes = self._plan.topology.device_node
         self._peers = [device_name(i) for i in range(len(nodes))]
@@ -174,6 +185,9 @@ class DriverActor(FabricMember):
     def _cancel(self, request_id: str) -> None:
         running = self._running
         if running is not None and running.request.request_id == request_id:
+            if self._in_pass:
+                self._cancelled = True
+                return
             self._client.send(running.cancel())
             self._running = None
             return
@@ -193,23 +207,48 @@ class DriverActor(FabricMember):
                 chunk=self._config.prefill_chunk, default_car=self._config.routing.car,
                 serial=not self._config.overlap,
             )  # fmt: skip
+            self._running.watch(self._client.send, self._checkpoint)
         except FomoeError as error:
             if not isinstance(error, RequestError):  # refused before anything was touched
                 self._sequence.reset()
             self._fail(request.request_id, error)
 
     def _advance(self, running: Generation) -> None:
+        self._in_pass, self._cancelled = True, False
         try:
             events = running.step()
+        except RequestCancelledError:
+            self._running = None
+            self._client.send(running.abandon())
+            return
         except FomoeError as error:
             self._running = None
             running.fail(str(error))
             self._fail(running.request.request_id, error)
             return
+        finally:
+            self._in_pass = False
+        if self._cancelled and not running.finished:  # the last layer was done before it came
+            self._cancel(running.request.request_id)
+            return
         if running.finished:
             self._running = None
         for event in events:
             self._client.send(event)
+
+    def _checkpoint(self) -> None:
+        """Take the client's messages in the middle of a prompt, which may end here.
+
+        Raises:
+            RequestCancelledError: its reader has gone, or this process is to end.
+        """
+        while (message := self._client.receive()) is not None:
+            self._take(message)
+        if self._cancelled:
+            raise RequestCancelledError("the reader of the answer has gone")
+        assert self._loop is not None
+        if self._loop.stopping:
+            raise EngineError("the engine is stopping; ask again when it is up")
 
     def _fail(self, request_id: str, error: FomoeError) -> None:
         """End a request with an error; one that the engine cannot survive ends the loop."""

@@ -12,6 +12,7 @@ from fomoe.actors.layout import StepArena, StepViews
 from fomoe.actors.messages import DONE, STEP, STEP_FIRST, STEP_ID, STEP_LAST, Tag
 from fomoe.actors.process import FabricMember, LoopThread
 from fomoe.actors.storage import landed_bytes
+from fomoe.actors.sweep_device import DeviceSweep, DriverLink, SlotMap
 from fomoe.engine._engine import landed, part_addresses
 from fomoe.gguf.extents import ExpertTable
 from fomoe.kernels.device import Device, ExpertShape, open_device
@@ -96,7 +97,13 @@ class GPUActor(FabricMember):
         self._buffer = bytearray(fabric.spec.slot_bytes)
         layout = StepArena(plan.max_tokens, plan.hidden, plan.top_k, plan.n_experts)
         self._views = layout.views(fabric.arena(plan.arena))
-        self._loop = LoopThread(self, self.poll, self.status, _SPIN_US)
+        self._loop = loop = LoopThread(self, self.poll, self.status, _SPIN_US)
+        self._sweep = DeviceSweep(
+            self._device, fabric,
+            DriverLink(self._from_driver, self._to_driver, plan.arena, self._views),
+            SlotMap(self._landed, self._parts, self._shapes),
+            lambda: loop.stopping,
+        )  # fmt: skip
         self._loop.start()
 
     def poll(self) -> bool:
@@ -107,6 +114,8 @@ class GPUActor(FabricMember):
             return False
         if message[0] == Tag.STEP:
             self._serve(STEP.unpack_from(self._buffer))
+        elif message[0] == Tag.SWEEP:
+            self._next = self._sweep.serve(self._buffer)
         return True
 
     def _serve(self, fields: tuple[int, ...]) -> None:
@@ -176,7 +185,7 @@ class GPUActor(FabricMember):
         if self._loop.stopping:
             return True
         message = self._from_driver.try_recv(self._buffer)
-        if message is not None and message[0] == Tag.STEP:
+        if message is not None and message[0] in (Tag.STEP, Tag.SWEEP):
             self._next = message  # the driver went on: it waits for the new step alone
             return True
         return (

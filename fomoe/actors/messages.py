@@ -8,6 +8,7 @@ lie in an arena of the fabric (`layout.py`). Nothing here is pickled.
 | MESSAGE  | client <-> driver | a control message of this module          | events          |
 | STEP     | driver -> device  | `STEP` struct, arrays in the step arena   | DONE            |
 | DONE     | device -> driver  | `DONE` struct, result in the step arena   |                 |
+| SWEEP    | driver -> device  | `STEP` struct: a wave of a prompt's sweep | DONE            |
 | ABORT    | driver -> device  | u64 step id: stop waiting for its experts | DONE, aborted   |
 | FETCH    | driver -> storage | array of `READ` records                   | landed words    |
 | DROP     | driver -> storage | nothing: forget prefetches not started    |                 |
@@ -51,6 +52,7 @@ class Tag(IntEnum):
     DROP = 7
     PRELOADED = 8
     FAILED = 9
+    SWEEP = 10
 
 
 class Priority(IntEnum):

@@ -19,8 +19,8 @@ class StepBuffer:
         self.arrays = StepArrays(
             views.order, views.weights, views.pair_token, views.pair_start, views.entries
         )
-        self._arena = arena
-        self._views = views
+        self.arena = arena
+        self.views = views
         self._rows: dict[int, tuple[F32, F32]] = {}
         self._regions: dict[tuple[int, int, int, int], Regions] = {}
 
@@ -28,7 +28,7 @@ class StepBuffer:
         """Return the input and the output of a step of `tokens` tokens, float32 [T, D]."""
         rows = self._rows.get(tokens)
         if rows is None:
-            rows = self._rows[tokens] = (self._views.x[:tokens], self._views.out[:tokens])
+            rows = self._rows[tokens] = (self.views.x[:tokens], self.views.out[:tokens])
         return rows
 
     def regions(self, tokens: int, n_experts: int, first: int, end: int) -> Regions:
@@ -42,7 +42,7 @@ class StepBuffer:
         return found
 
     def _regions_of(self, tokens: int, n_experts: int, first: int, end: int) -> Regions:
-        views, at, name = self._views, self._views.offsets, self._arena
+        views, at, name = self.views, self.views.offsets, self.arena
         size = views.entries.itemsize
         entries = (name, at["entries"] + first * size, (end - first) * size)
         if first:

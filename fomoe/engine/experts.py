@@ -30,6 +30,9 @@ class ExpertHost(Protocol):
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Load what `layer` will probably want, behind all demand reads; never waits."""
 
+    def may_guess(self, layer: int) -> bool:
+        """Whether a look-ahead at the layer can save time: not all of its experts are resident."""
+
     def finish(self) -> F32:
         """Wait for the step begun last and return the routed sum float32 [T, D]."""
 
@@ -87,6 +90,11 @@ class ResidentExperts:
 
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Everything is resident already."""
+
+    def may_guess(self, layer: int) -> bool:
+        """Everything is resident already."""
+        del layer
+        return False
 
     def finish(self) -> F32:
         """Return what `begin` computed."""

@@ -29,7 +29,7 @@ class Forward:
         self.experts = experts
         self.brain = Brain(model.spec.moe.top_k)
         self.watch = Stopwatch()
-        self._prefetch = prefetch
+        self.prefetch = prefetch
 
     def step(self, batch: Batch, sequences: tuple[Sequence, ...]) -> F32:
         """Return the last residual stream [T, D]; sequences have advanced by their tokens.
@@ -40,7 +40,7 @@ class Forward:
         model, experts, watch = self.model, self.experts, self.watch
         decoding = all(sequence.decoding for sequence in sequences)
         plain = exact_cache(sequences)
-        ahead = self._prefetch and decoding
+        ahead = self.prefetch and decoding
         watch.start()
         x = model.embed(batch)
         for layer in range(model.spec.n_layers):

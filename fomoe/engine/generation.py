@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fomoe.engine.forward import Forward
 from fomoe.engine.meter import Meter
+from fomoe.engine.prefill import prefill
 from fomoe.engine.requests import (
     Event,
     Finished,
@@ -25,6 +27,16 @@ from fomoe.errors import RequestError
 from fomoe.model.buffers import F32
 from fomoe.model.layers import HEAD_ROWS
 from fomoe.model.state import Batch
+
+PROGRESS_S = 0.25  # between two progress events inside a chunk
+
+
+def _nothing() -> None:
+    """Nobody wants to end a pass early."""
+
+
+def _ignore(event: Event) -> None:
+    """Nobody wants to know more than a step's events."""
 
 
 class Generation:
@@ -46,7 +58,9 @@ class Generation:
         self.finished = False
         self._sequence = sequence
         self._forward = forward
-        self._pass = forward.step_serial if serial else forward.step
+        self._serial = serial
+        self._on_event: Callable[[Event], None] = _ignore
+        self._checkpoint: Callable[[], None] = _nothing
         self._chunk = chunk
         self._meter = meter
         self._prompt_counts = Counter(request.prompt)
@@ -61,7 +75,15 @@ class Generation:
             sequence.reset()
         sequence.car, sequence.decoding = car, False
         meter.start(car=car, cached=self._cached)
-        self._started = time.monotonic()
+        self._started = self._reported = time.monotonic()
+
+    def watch(self, on_event: Callable[[Event], None], checkpoint: Callable[[], None]) -> None:
+        """Look inside the chunks of a prompt, which may take long.
+
+        `on_event` gets their progress. `checkpoint` is called after each layer; what it raises
+        ends the pass, and the request is then to be ended by `fail` or `abandon`.
+        """
+        self._on_event, self._checkpoint = on_event, checkpoint
 
     def step(self) -> list[Event]:
         """Run one prompt chunk or one decode step."""
@@ -81,11 +103,42 @@ class Generation:
         self._sequence.reset()
         return self._finish("error", error=message)
 
+    def abandon(self) -> Finished:
+        """End the request in the middle of a pass; its sequence is not continued from."""
+        self._sequence.reset()
+        return self._finish("cancelled")
+
     def _run(self, tokens: list[int]) -> F32:
-        sequence = self._sequence
-        hidden = self._pass(Batch.of([(sequence.state, tokens)]), (sequence,))
+        forward, sequence = self._forward, self._sequence
+        batch = Batch.of([(sequence.state, tokens)])
+        if self._serial:
+            hidden = forward.step_serial(batch, (sequence,))
+        elif sequence.decoding:
+            hidden = forward.step(batch, (sequence,))
+        else:
+            hidden = prefill(forward, batch, (sequence,), self._on_layer)
         sequence.tokens.extend(tokens)
         return hidden
+
+    def _on_layer(self, layer: int) -> None:
+        """Report a long chunk's progress: the layers done count as so many of its tokens."""
+        self._checkpoint()
+        now = time.monotonic()
+        done, n_layers = len(self._sequence.tokens), self._forward.model.spec.n_layers
+        if now - self._reported < PROGRESS_S or layer + 1 == n_layers:
+            return  # the pass itself reports its end
+        self._reported = now
+        part = min(self._chunk, len(self.request.prompt) - done)
+        self._on_event(self._progress(done + part * (layer + 1) // n_layers))
+
+    def _progress(self, processed: int) -> PromptProgress:
+        return PromptProgress(
+            request_id=self.request.request_id,
+            total=len(self.request.prompt),
+            processed=processed,
+            cached=self._cached,
+            time_ms=(time.monotonic() - self._started) * 1e3,
+        )
 
     def _prefill(self) -> list[Event]:
         request, done = self.request, len(self._sequence.tokens)
@@ -94,15 +147,7 @@ class Generation:
         done += len(part)
         if request.echo:
             self._score_prompt(hidden, done - len(part), len(part))
-        events: list[Event] = [
-            PromptProgress(
-                request_id=request.request_id,
-                total=len(request.prompt),
-                processed=done,
-                cached=self._cached,
-                time_ms=(time.monotonic() - self._started) * 1e3,
-            )
-        ]
+        events: list[Event] = [self._progress(done)]
         if done < len(request.prompt):
             return events
         if request.echo:

@@ -37,6 +37,16 @@ class Device(Protocol):
         `addresses` uint64 [3, n] are those of gate, up and down; `x` float32 [T, D].
         """
 
+    def experts_sum(
+        self, shape: ExpertShape, addresses: U64, x: F32, pair_start: I32, pair_token: I32,
+        pair_weight: F32, out: F32,
+    ) -> None:  # fmt: skip
+        """Add experts to out [T, D], in the order given: out[t] = fma(weight, output, out[t]).
+
+        As `experts`, but each pair p is weighted by `pair_weight[p]` and added to its token's row;
+        calls with ascending experts over a zeroed `out` give the bits of `experts` and `reduce`.
+        """
+
     def reduce(self, pairs: F32, order: I32, weights: F32, out: F32) -> None:
         """Write out [T, D]: float32 fma over each token's pairs in the order given."""
 

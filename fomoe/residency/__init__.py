@@ -8,16 +8,19 @@ from fomoe.residency.counters import Counters
 from fomoe.residency.logical import LogicalCache, LogicalSnapshot
 from fomoe.residency.plans import Fetch, Placement, Plan
 from fomoe.residency.policy import LFRU, LRU, EvictionPolicy, History
-from fomoe.residency.residency import Residency
+from fomoe.residency.residency import ChunkUse, Residency
+from fomoe.residency.sweep import Guess, Sweep, Wave
 from fomoe.residency.topology import RamPolicy, Topology
 
 __all__ = [
     "LFRU",
     "LRU",
+    "ChunkUse",
     "Counters",
     "EvictionPolicy",
     "ExpertSizes",
     "Fetch",
+    "Guess",
     "History",
     "LogicalCache",
     "LogicalSnapshot",
@@ -25,6 +28,8 @@ __all__ = [
     "Plan",
     "RamPolicy",
     "Residency",
+    "Sweep",
     "Topology",
+    "Wave",
     "plan_budgets",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,20 @@ from fomoe.residency.policy import EvictionPolicy
 from fomoe.residency.state import State
 from fomoe.residency.topology import RamPolicy, Topology
 from fomoe.types import ExpertKey, Tier
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkUse:
+    """What a chunk of `tokens` wants of a layer.
+
+    `experts` int32 [n], ascending and distinct; `pairs` int64 [n], how many tokens want each;
+    `last` int64 [n], the index of the last token that does.
+    """
+
+    tokens: int
+    experts: npt.NDArray[np.int32]
+    pairs: npt.NDArray[np.int64]
+    last: npt.NDArray[np.int64]
 
 
 class Residency:
@@ -88,6 +103,46 @@ class Residency:
         else:
             self.native.release_some(layer, np.ascontiguousarray(experts, dtype=np.int32))
 
+    def observe(self, layer: int, use: ChunkUse) -> None:
+        """Count a chunk's use as if its tokens had been planned one by one; pins nothing."""
+        history, flags, experts = self._state.history, self._state.flags, use.experts
+        before = int(history.steps[layer])
+        history.steps[layer] = before + use.tokens
+        history.uses[layer, experts] += use.pairs
+        history.last[layer, experts] = before + 1 + use.last
+        flags.awaited[layer] = False
+        flags.n_awaited[layer] = 0
+        unused = flags.unused[layer]
+        self.counters.prefetch_used[layer] += np.count_nonzero(unused[experts])
+        unused[experts] = False
+        flags.last_wanted[layer] = False
+        flags.last_wanted[layer, experts[use.last == use.tokens - 1]] = True
+
+    def place(self, layer: int, expert: int, *, guess: bool = False) -> int:
+        """Put an expert that no tier holds into a free device slot; returns the slot."""
+        slot = self._state.device.take(layer)
+        self._state.device.assign(layer, expert, slot)
+        if guess:
+            self._state.flags.unused[layer, expert] = True
+            self.counters.prefetches[layer, Tier.NVME] += 1
+        return slot
+
+    def holds(self, key: ExpertKey) -> bool:
+        """Whether the expert is on its device."""
+        return bool(self._state.device.slot_of[key.layer, key.expert] >= 0)
+
+    def evict(self, key: ExpertKey) -> bool:
+        """Free the device slot of an entry; returns whether a copy in RAM stays."""
+        self._state.device.give_up(key.layer, key.expert)
+        flags = self._state.flags
+        if flags.unused[key.layer, key.expert]:
+            flags.unused[key.layer, key.expert] = False
+            self.counters.prefetch_wasted[key.layer] += 1
+        flags.pinned[key.layer, key.expert] = flags.awaited[key.layer, key.expert] = False
+        flags.recount()
+        self.counters.evictions[key.layer] += 1
+        return bool(self._state.ram.slot_of[key.layer, key.expert] >= 0)
+
     def forget(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
         """Drop entries from both tiers, because their bytes never came (a read failed)."""
         self.native.forget(layer, np.ascontiguousarray(experts, dtype=np.int32))
@@ -122,6 +177,35 @@ class Residency:
         `quota(layer)` takes slots that other layers filled.
         """
         return self.native.capacity(layer)
+
+    @property
+    def n_experts(self) -> int:
+        """Experts of a layer."""
+        return self._state.device.slot_of.shape[1]
+
+    def free(self, layer: int) -> int:
+        """Return the number of free slots in the layer's device pool."""
+        return self._state.device.free(layer)
+
+    def members(self, layer: int) -> list[int]:
+        """Return the layers that share the layer's device pool, itself included, ascending."""
+        return self._state.device.sharers(layer)
+
+    def pool_size(self, layer: int) -> int:
+        """Return the slots of the layer's device pool."""
+        return int(self._state.device.size[layer])
+
+    def worth(self, layer: int) -> npt.NDArray[np.float64]:
+        """Return float64 [E]: what the policy thinks each expert of the layer is worth now."""
+        history = self._state.history
+        return self._policy.values(
+            history.uses[layer], history.last[layer], int(history.steps[layer])
+        )
+
+    def unused(self, layer: int) -> npt.NDArray[np.bool_]:
+        """Return bool [E]: prefetched experts of the layer that nobody has wanted so far."""
+        unused: npt.NDArray[np.bool_] = self._state.flags.unused[layer].copy()
+        return unused
 
     def quota(self, layer: int) -> int:
         """Return the layer's fair share of its device pool, in slots."""

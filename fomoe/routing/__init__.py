@@ -5,7 +5,7 @@ Shape letters: T tokens, E experts of a layer, k experts per token, P = T * k pa
 
 from fomoe.routing.cache_aware import CacheAwareRouting, RouteCounts, count_outcomes
 from fomoe.routing.groups import ExpertGroups, group_by_expert
-from fomoe.routing.prediction import predict_experts
+from fomoe.routing.prediction import expect_of_chunk, predict_experts
 from fomoe.routing.router import Route, route_exact
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Route",
     "RouteCounts",
     "count_outcomes",
+    "expect_of_chunk",
     "group_by_expert",
     "predict_experts",
     "route_exact",

@@ -6,7 +6,25 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.routing import _routing
-from fomoe.routing.router import check_k, refuse_broken
+from fomoe.routing.router import check_k, refuse_broken, route_exact
+
+SURE_TOKENS = 32  # a chunk of so many tokens is guessed from those that two of them want
+
+
+def expect_of_chunk(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.bool_]:
+    """Tell which experts a layer is expected to want for a chunk of a prompt.
+
+    Args:
+        logits: float32 [T, E], as in `predict_experts`; of a sample of the chunk's tokens.
+        k: experts per token.
+
+    Returns:
+        bool [E], the experts in the top-k of two tokens, or of one where T is small.
+    """
+    n_tokens, n_experts = logits.shape
+    wanted = np.bincount(route_exact(logits, k).ids.ravel(), minlength=n_experts)
+    expected: npt.NDArray[np.bool_] = wanted >= (2 if n_tokens >= SURE_TOKENS else 1)
+    return expected
 
 
 def predict_experts(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int32]:

@@ -1,0 +1,256 @@
+"""How a prompt's chunk goes through the experts of a layer: each one once, in file order.
+
+A sweep streams the experts that no tier holds through a ring of device slots, ascending by id, and
+uses resident ones in place at their turn. What the ring may take is decided here; afterwards the
+layer holds the worthiest experts up to its share, which is its quota less its part of the ring.
+
+Unlike a step's plan a sweep pins nothing and moves nothing between tiers: it places experts into
+free slots and drops others, and nobody else changes the tables of its pool meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.residency.plans import Placement
+from fomoe.residency.residency import ChunkUse, Residency
+from fomoe.types import ExpertKey, Tier
+
+RING_SHARE = 4  # a ring takes a quarter of its pool: what is read while the dense part computes
+RING_LEAST = 16  # but two waves, where half of the pool is that many
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """Experts `first` to `end` of a sweep, which have a place now.
+
+    `dropped` left their slots for it and are nowhere any more; `placed` must be read from the file.
+    """
+
+    first: int
+    end: int
+    dropped: tuple[ExpertKey, ...]
+    placed: tuple[Placement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """Experts of a later layer, to be read when the disk has nothing better to do."""
+
+    dropped: tuple[ExpertKey, ...]
+    placed: tuple[Placement, ...]
+
+
+def ring_slots(residency: Residency, layer: int) -> int:
+    """Return how many slots of the layer's pool a sweep may stream through; 0 if all fits."""
+    size, n_members = residency.pool_size(layer), len(residency.members(layer))
+    absent = residency.n_experts - size // n_members
+    if absent <= 0:
+        return 0
+    return max(1, min(absent, max(size // RING_SHARE, min(RING_LEAST, size // 2))))
+
+
+def share_slots(residency: Residency, layer: int) -> int:
+    """Return how many experts the layer keeps on the device after a sweep."""
+    kept = residency.pool_size(layer) - ring_slots(residency, layer)
+    return min(residency.n_experts, kept // len(residency.members(layer)))
+
+
+class Room:
+    """The slots of a layer's pool that can be had: free ones, then those of entries that may leave.
+
+    Args:
+        residency: the tables.
+        layer: for whom the slots are.
+        keep: bool [E], the layer's experts that stay whatever happens.
+    """
+
+    def __init__(self, residency: Residency, layer: int, keep: Mask) -> None:
+        self._residency = residency
+        self._layer = layer
+        own = (residency.tier_of(layer) == Tier.DEVICE) & ~keep
+        wrong = own & residency.unused(layer)  # guesses that nobody wanted
+        self._leaving = deque(_rising(residency, layer, wrong))
+        self._leaving.extend(_rising(residency, layer, own & ~wrong))
+        for member in _farthest_first(residency.members(layer), layer):
+            self._leaving.extend(_surplus(residency, member))
+
+    @property
+    def size(self) -> int:
+        """How many slots can be had."""
+        return self._residency.free(self._layer) + len(self._leaving)
+
+    def offer(self, key: ExpertKey) -> None:
+        """Let an entry leave, after those that may already."""
+        self._leaving.append(key)
+
+    def spare(self, layer: int, experts: Mask) -> None:
+        """Keep these of the entries that may leave."""
+        self._leaving = deque(
+            key for key in self._leaving if key.layer != layer or not experts[key.expert]
+        )
+
+    def take(
+        self, layer: int, expert: int, *, guess: bool = False
+    ) -> tuple[Placement, ExpertKey | None] | None:
+        """Place an expert of the pool; returns where, and what is nowhere any more for it.
+
+        None without room.
+        """
+        gone = None
+        while not self._residency.free(layer):
+            if not self._leaving:
+                return None
+            gone = self._leaving.popleft()
+            # It may have been forgotten since, because its read failed, or stay in RAM.
+            if not self._residency.holds(gone) or self._residency.evict(gone):
+                gone = None
+        slot = self._residency.place(layer, expert, guess=guess)
+        return Placement(ExpertKey(layer, expert), Tier.DEVICE, slot), gone
+
+
+class Sweep:
+    """One chunk's way through one layer.
+
+    Attributes:
+        experts: int32 [n], what the chunk wants, ascending.
+        sources: int8 [n], the `Tier` that each comes from.
+        kept: bool [n], whether it stays after its turn.
+    """
+
+    def __init__(self, residency: Residency, layer: int, use: ChunkUse) -> None:
+        self.layer = layer
+        self.experts = use.experts
+        self._residency = residency
+        tiers = residency.tier_of(layer)
+        residency.observe(layer, use)
+        wanted = np.zeros(residency.n_experts, np.bool_)
+        wanted[use.experts] = True
+        keep = self._choose(tiers, wanted)
+        self.sources = tiers[use.experts]
+        self.kept = keep[use.experts]
+        self._placed = self._computed = 0
+        self._room = Room(residency, layer, keep | wanted)
+        self._vacated: list[ExpertKey] = []
+        self._vacate()
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether every expert has had a place."""
+        return self._placed == len(self.experts)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every expert has been computed."""
+        return self._computed == len(self.experts)
+
+    def next_wave(self, most: int) -> Wave | None:
+        """Find a place for up to `most` of the next experts; None as long as there is none."""
+        first = self._placed
+        placed: list[Placement] = []
+        dropped, self._vacated = self._vacated, []
+        for at in range(first, min(first + most, len(self.experts))):
+            if self.sources[at] == Tier.NVME:
+                taken = self._room.take(self.layer, int(self.experts[at]))
+                if taken is None:
+                    break
+                placed.append(taken[0])
+                if taken[1] is not None:
+                    dropped.append(taken[1])
+            self._placed = at + 1
+        if self._placed == first:
+            assert not dropped, "what was dropped makes room"
+            return None
+        lookups = self._residency.counters.lookups[self.layer]
+        lookups += np.bincount(self.sources[first : self._placed], minlength=len(Tier))
+        return Wave(first, self._placed, tuple(dropped), tuple(placed))
+
+    def computed(self, end: int) -> None:
+        """The experts before position `end` have had their turn: what is not kept may leave."""
+        for at in range(self._computed, end):
+            if not self.kept[at] and self.sources[at] != Tier.RAM:
+                self._room.offer(ExpertKey(self.layer, int(self.experts[at])))
+        self._computed = end
+
+    def guess(self, layer: int, expected: Mask) -> Guess:
+        """Place experts of a later layer that it will probably want, ascending, in what is left.
+
+        Where that layer shares this one's pool, nothing is placed before this one needs no more.
+        """
+        residency = self._residency
+        shared = layer in residency.members(self.layer)
+        if shared and not self.is_placed:
+            return Guess((), ())
+        if shared:
+            room = self._room
+            room.spare(layer, expected)
+        else:
+            kept = _worthiest(residency.worth(layer), residency.tier_of(layer) == Tier.DEVICE,
+                              share_slots(residency, layer))  # fmt: skip
+            room = Room(residency, layer, kept | expected)
+        absent = expected & (residency.tier_of(layer) == Tier.NVME)
+        placed, dropped = [], []
+        for expert in absent.nonzero()[0].tolist():
+            taken = room.take(layer, expert, guess=True)
+            if taken is None:
+                break
+            placed.append(taken[0])
+            if taken[1] is not None:
+                dropped.append(taken[1])
+        return Guess(tuple(dropped), tuple(placed))
+
+    def _choose(self, tiers: npt.NDArray[np.int8], wanted: Mask) -> Mask:
+        """Choose what the layer holds on its device after the sweep, bool [E]."""
+        candidates = (tiers == Tier.DEVICE) & ~self._residency.unused(self.layer)
+        candidates |= wanted & (tiers != Tier.RAM)
+        share = share_slots(self._residency, self.layer)
+        return _worthiest(self._residency.worth(self.layer), candidates, share)
+
+    def _vacate(self) -> None:
+        """Give up resident experts whose turn comes late if the ring were too small without."""
+        reads = self.sources == Tier.NVME
+        staying = int(np.count_nonzero(reads & self.kept))  # their slots do not come back
+        need = min(ring_slots(self._residency, self.layer) + staying, int(np.count_nonzero(reads)))
+        passing = (self.sources == Tier.DEVICE) & ~self.kept
+        for at in passing.nonzero()[0][::-1].tolist():
+            if self._room.size >= need:
+                break
+            key = ExpertKey(self.layer, int(self.experts[at]))
+            if not self._residency.evict(key):
+                self._vacated.append(key)
+            self.sources[at] = self._residency.tier_of(self.layer)[key.expert]
+
+
+def _worthiest(worth: npt.NDArray[np.float64], candidates: Mask, most: int) -> Mask:
+    """Choose up to `most` candidates of the greatest worth, at equal worth the higher id."""
+    ids = candidates.nonzero()[0]
+    best = ids[np.argsort(worth[ids], kind="stable")][max(0, len(ids) - most) :]
+    chosen = np.zeros_like(candidates)
+    chosen[best] = True
+    return chosen
+
+
+def _rising(residency: Residency, layer: int, which: Mask) -> list[ExpertKey]:
+    """List experts of a layer by rising worth, the lower id first at a tie."""
+    ids = which.nonzero()[0]
+    order = ids[np.argsort(residency.worth(layer)[ids], kind="stable")]
+    return [ExpertKey(layer, expert) for expert in order.tolist()]
+
+
+def _surplus(residency: Residency, layer: int) -> list[ExpertKey]:
+    """List what a layer holds beyond its share, the least worthy first."""
+    held = residency.tier_of(layer) == Tier.DEVICE
+    over = max(0, int(np.count_nonzero(held)) - share_slots(residency, layer))
+    return _rising(residency, layer, held)[:over]
+
+
+def _farthest_first(members: list[int], layer: int) -> list[int]:
+    """Order the other layers by when their next turn comes in a run of chunks, the last first."""
+    at = members.index(layer)
+    return members[:at][::-1] + members[at + 1 :][::-1]
