@@ -15,18 +15,29 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.engine.brain import Brain
 from fomoe.engine.transfers import ENTRY, SegmentSlots
 from fomoe.engine.waves import Priorities, StepArrays, WaveLayout, WavePlanner
+from fomoe.model.state import Batch
 from fomoe.residency import LFRU, LogicalCache, Residency, Topology
 from fomoe.residency.reference import ReferenceResidency
 from fomoe.residency.replay import synthetic_trace
 from fomoe.routing import group_by_expert, predict_experts, reference, route_exact
 
 E, K, EXPERT_BYTES = 512, 10, 7_077_888
+SWEEP_BYTES = 48 << 20  # more than a third-level cache
+CASES = {
+    "decode": {"ahead": False, "cold": False, "apart": False},
+    "decode, routed apart": {"ahead": False, "cold": False, "apart": True},
+    "decode, look-ahead": {"ahead": True, "cold": False, "apart": False},
+    "decode, look-ahead, cold caches": {"ahead": True, "cold": True, "apart": False},
+}
 Scores = npt.NDArray[np.float32]
 
 
@@ -36,10 +47,11 @@ class Clock:
     def __init__(self) -> None:
         self.us: dict[str, list[float]] = defaultdict(list)
 
-    def time(self, part: str, call: Callable[[], object]) -> None:
+    def time(self, part: str, call: Callable[..., Any], *args: Any) -> Any:
         start = time.perf_counter_ns()
-        call()
+        result = call(*args)
         self.us[part].append((time.perf_counter_ns() - start) / 1e3)
+        return result
 
     def result(self) -> dict[str, dict[str, float]]:
         def at(values: list[float], q: float) -> float:
@@ -85,39 +97,53 @@ class Native:
         self.planner = WavePlanner(
             self.residency, [segment], layout, Priorities(0, 1), max_tokens=1, top_k=K
         )
-        self.logical = LogicalCache(t.n_layers, E, E)
+        self.brain = Brain(K)
+        logical = LogicalCache(t.n_layers, E, E)
+        self.sequence: Any = SimpleNamespace(car=0.0, decoding=True, logical=logical)
         self.step = StepArrays(
             np.zeros((1, K), np.int32), np.zeros((1, K), np.float32), np.zeros(K, np.int32),
             np.zeros(K + 1, np.int32), np.zeros(K, ENTRY),
         )  # fmt: skip
 
 
-def decode(native: Native, trace: npt.NDArray[np.int32], *, ahead: bool) -> dict[str, object]:
-    """The calls of the layer loop, the first third of the trace unmeasured."""
+def decode(
+    native: Native, trace: npt.NDArray[np.int32], *, ahead: bool, cold: bool, apart: bool
+) -> dict[str, Any]:
+    """The calls of the layer loop, the first third of the trace unmeasured.
+
+    `cold` drives the caches out between two layers, as the kernels do; `apart` routes in a call of
+    its own, as batches and cache-aware routing need.
+    """
     rng, clock = np.random.default_rng(1), Clock()
     planner, layers = native.planner, trace.shape[1]
-    reads = counts = 0
+    state: Any = SimpleNamespace(length=0)
+    batch = Batch.of([(state, [0])])
+    prefetched, by_tier = 0, np.zeros(3, np.int64)
+    sweep = np.zeros(SWEEP_BYTES // 8 if cold else 0)
     for token, ids in enumerate(trace):
         if token == len(trace) // 3:
             clock.us.clear()
-            reads = counts = 0
+            prefetched, by_tier = 0, np.zeros(3, np.int64)
         scores, guesses = scores_of(ids, rng), guesses_of(ids, rng)
         for layer in range(layers):
-            what = (layer, scores[layer], native.logical, native.step)
-            clock.time("decide", lambda what=what: planner.decide(*what))  # type: ignore[misc]
-            counts = counts + planner.arrays.counts[:3]
+            sweep += 1
+            if apart:
+                what = layer, scores[layer], batch, (native.sequence,)
+                route = clock.time("route", native.brain.route, *what)
+                clock.time("place", planner.place, layer, route, native.step)
+            else:
+                args = layer, scores[layer], native.sequence.logical, native.step
+                clock.time("decide", planner.decide, *args)
+            by_tier += planner.arrays.counts[:3]
             if ahead and layer + 1 < layers:
-                nxt = (layer + 1, guesses[layer + 1])
-                clock.time("look_ahead", lambda nxt=nxt: planner.look_ahead(*nxt))  # type: ignore[misc]
-                reads += int(planner.arrays.counts[4])
-            clock.time("release", lambda layer=layer: native.residency.release(layer))  # type: ignore[misc]
-    device, ram, nvme = (int(n) for n in counts)
-    total = device + ram + nvme
-    layers_run = total / K
+                clock.time("look_ahead", planner.look_ahead, layer + 1, guesses[layer + 1])
+                prefetched += int(planner.arrays.counts[4])
+            clock.time("release", native.residency.release, layer)
+    steps = int(by_tier.sum()) / K
     return {
         "parts": clock.result(),
-        "misses_per_layer": round((ram + nvme) / layers_run, 2),
-        "prefetches_per_layer": round(reads / layers_run, 2),
+        "not_on_device": round(int(by_tier[1:].sum()) / steps, 2),
+        "prefetched": round(prefetched / steps, 2),
     }
 
 
@@ -131,23 +157,17 @@ def parts(t: Topology, trace: npt.NDArray[np.int32], python: bool) -> dict[str, 
             clock.us.clear()
         scores = scores_of(ids, rng)
         for layer in range(t.n_layers):
-            row, wanted = scores[layer], np.sort(ids[layer])
-            if python:
-                clock.time("route", lambda row=row: reference.route(row, K))  # type: ignore[misc]
-                clock.time("predict", lambda row=row: reference.predict(row, K))  # type: ignore[misc]
-            else:
-                clock.time("route", lambda row=row: route_exact(row, K))  # type: ignore[misc]
-                clock.time("predict", lambda row=row: predict_experts(row, K))  # type: ignore[misc]
-                two = ids[layer : layer + 1]
-                clock.time("group", lambda two=two: group_by_expert(two))  # type: ignore[misc]
-                what = (layer, two)
-                clock.time("observe", lambda what=what: logical.observe(*what))  # type: ignore[misc]
-                clock.time("commit", lambda what=what: logical.commit(*what))  # type: ignore[misc]
-            plan = (layer, wanted)
-            clock.time("plan", lambda plan=plan: residency.plan(*plan))  # type: ignore[misc]
+            clock.time("plan", residency.plan, layer, np.sort(ids[layer]))
             residency.release(layer)
-            if not python:
-                clock.time("tier_of", lambda layer=layer: residency.tier_of(layer))  # type: ignore[misc]
+            if python:
+                clock.time("route", reference.route, scores[layer], K)
+                clock.time("predict", reference.predict, scores[layer], K)
+            else:
+                clock.time("route", route_exact, scores[layer], K)
+                clock.time("predict", predict_experts, scores[layer], K)
+                clock.time("group", group_by_expert, ids[layer, None])
+                clock.time("observe", logical.observe, layer, ids[layer, None])
+                clock.time("commit", logical.commit, layer, ids[layer, None])
     return clock.result()
 
 
@@ -166,13 +186,15 @@ def main() -> None:
     args = parser.parse_args()
     t = topology(args.layers, args.device, args.ram)
     trace = synthetic_trace(args.tokens, args.layers, seed=0)
-    results: dict[str, object] = {}
-    for name, ahead in (("decode", False), ("decode with look-ahead", True)):
-        results[name] = result = decode(Native(t), trace, ahead=ahead)
-        show(f"{name}: {result['misses_per_layer']} misses a layer", result["parts"])  # type: ignore[arg-type]
-    for name, python in (("single calls", False), ("the same in Python", True)):
-        results[name] = part = parts(t, trace, python)
-        show(name, part)
+    results: dict[str, Any] = {}
+    for name, modes in CASES.items():
+        part = trace[: len(trace) // 3] if modes["cold"] else trace
+        results[name] = result = decode(Native(t), part, **modes)
+        counts = f"{result['not_on_device']} not on device, {result['prefetched']} prefetched"
+        show(f"{name} (per layer: {counts})", result["parts"])
+    for name, python in (("single calls", False), ("reference in Python", True)):
+        results[name] = parts(t, trace[: len(trace) // 2] if python else trace, python)
+        show(name, results[name])
     print(json.dumps({"slots": [args.device, args.ram], "layers": args.layers, **results}))
 
 

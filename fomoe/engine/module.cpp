@@ -1,6 +1,4 @@
 // Python bindings of the wave planner; it works on the residency of fomoe.residency._residency.
-#include "fomoe/native/array.h"
-
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
@@ -9,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "fomoe/native/array.h"
 #include "waves.h"
 
 namespace nb = nanobind;
@@ -64,8 +63,14 @@ void init_arrays(StepArrays* self, Array<int32_t, 2> order, Array<float, 2> weig
   same("columns of weights", weights.shape(1), k);
   same("length of pair_token", pair_token.size(), tokens * k);
   same("length of pair_start", pair_start.size(), entries.size() + 1);
-  new (self) StepArrays{order.data(),   weights.data(), pair_token.data(), pair_start.data(),
-                        entries.data(), tokens,         k,                 entries.size()};
+  new (self) StepArrays{order.data(),
+                        weights.data(),
+                        pair_token.data(),
+                        pair_start.data(),
+                        entries.data(),
+                        tokens,
+                        k,
+                        entries.size()};
 }
 
 void check(const WavePlanner& w, int32_t layer, int64_t tokens, int64_t n_experts) {
@@ -73,7 +78,8 @@ void check(const WavePlanner& w, int32_t layer, int64_t tokens, int64_t n_expert
   if (layer < 0 || layer >= s.n_layers) throw nb::index_error("no such layer");
   if (tokens > w.shape().max_tokens)
     throw nb::index_error(("a step of " + std::to_string(tokens) + " tokens, at most " +
-                           std::to_string(w.shape().max_tokens) + " fit").c_str());
+                           std::to_string(w.shape().max_tokens) + " fit")
+                              .c_str());
   same("experts of a layer", n_experts, s.n_experts);
 }
 

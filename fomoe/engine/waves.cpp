@@ -55,9 +55,9 @@ void WavePlanner::begin(int32_t layer, int64_t tokens, const bool* substituted,
 void WavePlanner::group(int64_t tokens) {
   const int64_t k = shape_.top_k;
   if (tokens != 1) {
-    n_experts_ = grouper_.group(a_.ids, tokens, k, state().n_experts,
-                                {grouped_.data(), pair_start_.data(), pair_token_.data(),
-                                 order_.data(), ranks_.data()});
+    n_experts_ = grouper_.group(
+        a_.ids, tokens, k, state().n_experts,
+        {grouped_.data(), pair_start_.data(), pair_token_.data(), order_.data(), ranks_.data()});
     return;
   }
   n_experts_ = k;
@@ -144,8 +144,7 @@ Read* WavePlanner::fetch(int32_t layer, int64_t fetches) {
   const Fetch* const plan = planner_.fetches();
   for (int64_t i = 0; i < fetches; ++i) {
     if (plan[i].source == kRam) a_.counts->ram_bytes += a_.expert_bytes[layer];
-    if (plan[i].demoted_to >= 0)
-      a_.counts->demoted_bytes += a_.expert_bytes[plan[i].victim_layer];
+    if (plan[i].demoted_to >= 0) a_.counts->demoted_bytes += a_.expert_bytes[plan[i].victim_layer];
   }
   a_.counts->nvme_bytes += (end - a_.reads) * a_.expert_bytes[layer];
   return end;

@@ -93,9 +93,9 @@ class WavePlanner {
   routing::Router router_;
   routing::Grouper grouper_;
   std::vector<int32_t> grouped_, pair_start_, pair_token_, order_, ranks_;  // by ascending expert
-  std::vector<int32_t> moved_;     // [P], the served number of each grouped pair
-  std::vector<int32_t> sorted_;    // [E], scratch
-  std::vector<int8_t> source_;     // [E], scratch
+  std::vector<int32_t> moved_;   // [P], the served number of each grouped pair
+  std::vector<int32_t> sorted_;  // [E], scratch
+  std::vector<int8_t> source_;   // [E], scratch
   StepArrays out_{};
   int32_t layer_ = 0;
   int64_t room_ = 0, first_ = 0, end_ = 0, n_experts_ = 0;

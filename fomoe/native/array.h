@@ -42,8 +42,8 @@ class Array {
   bool take(PyObject* o) {
     if (!PyArray_Check(o)) return false;
     array_ = reinterpret_cast<PyArrayObject*>(o);
-    const int wanted = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED |
-                       (std::is_const_v<T> ? 0 : NPY_ARRAY_WRITEABLE);
+    const int wanted =
+        NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED | (std::is_const_v<T> ? 0 : NPY_ARRAY_WRITEABLE);
     return PyArray_NDIM(array_) == N && PyArray_CHKFLAGS(array_, wanted) &&
            PyArray_ISNOTSWAPPED(array_) && PyArray_TYPE(array_) == npy_type<T>();
   }

@@ -27,8 +27,8 @@ inline int64_t observe(int32_t layer, const int32_t* ids, int64_t tokens, int64_
   uint64_t sum = 0;
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t i = 0; i < k; ++i)
-      sum += splitmix64(uint64_t(first + t) << 32 | uint64_t(layer) << 16 |
-                        uint64_t(ids[t * k + i]));
+      sum +=
+          splitmix64(uint64_t(first + t) << 32 | uint64_t(layer) << 16 | uint64_t(ids[t * k + i]));
   *log.hash += sum;
   log.tokens[layer] += tokens;
   return first;

@@ -1,6 +1,4 @@
 // Python bindings of the residency's rules over the arrays of state.py, and of the logical cache.
-#include "fomoe/native/array.h"
-
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -8,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "fomoe/native/array.h"
 #include "logical.h"
 #include "planner.h"
 
@@ -51,11 +50,11 @@ View<T> field(nb::handle owner, const char* name) {
 }
 
 Table table_of(nb::handle t) {
-  return {field<int32_t, 2>(t, "slot_of"),          field<int32_t, 1>(t, "held").data,
-          field<int32_t, 1>(t, "quota").data,       field<int32_t, 1>(t, "size").data,
-          field<int32_t, 1>(t, "pool").data,        field<int32_t, 1>(t, "members").data,
+  return {field<int32_t, 2>(t, "slot_of"),           field<int32_t, 1>(t, "held").data,
+          field<int32_t, 1>(t, "quota").data,        field<int32_t, 1>(t, "size").data,
+          field<int32_t, 1>(t, "pool").data,         field<int32_t, 1>(t, "members").data,
           field<int32_t, 1>(t, "member_start").data, field<int32_t, 1>(t, "free_slots").data,
-          field<int32_t, 1>(t, "free_count").data,  field<int32_t, 1>(t, "free_start").data};
+          field<int32_t, 1>(t, "free_count").data,   field<int32_t, 1>(t, "free_start").data};
 }
 
 History history_of(nb::handle h) {
@@ -64,16 +63,19 @@ History history_of(nb::handle h) {
 }
 
 Flags flags_of(nb::handle f) {
-  return {field<bool, 2>(f, "pinned"),      field<bool, 2>(f, "awaited"),
-          field<bool, 2>(f, "unused"),      field<bool, 2>(f, "last_wanted"),
+  return {field<bool, 2>(f, "pinned"),           field<bool, 2>(f, "awaited"),
+          field<bool, 2>(f, "unused"),           field<bool, 2>(f, "last_wanted"),
           field<int32_t, 1>(f, "n_pinned").data, field<int32_t, 1>(f, "n_awaited").data};
 }
 
 Counters counters_of(nb::handle c) {
   const auto by_layer = [&](const char* name) { return field<int64_t, 1>(c, name).data; };
-  return {field<int64_t, 2>(c, "lookups"), field<int64_t, 2>(c, "prefetches"),
-          by_layer("prefetch_used"),       by_layer("prefetch_wasted"),
-          by_layer("evictions"),           by_layer("demotions"),
+  return {field<int64_t, 2>(c, "lookups"),
+          field<int64_t, 2>(c, "prefetches"),
+          by_layer("prefetch_used"),
+          by_layer("prefetch_wasted"),
+          by_layer("evictions"),
+          by_layer("demotions"),
           by_layer("ram_drops")};
 }
 
@@ -100,15 +102,16 @@ using Ids = Array<const int32_t, 1>;
 // Layers and experts come from inside the program; one out of range would write past the tables.
 void check_layer(const Planner& p, int64_t layer) {
   if (layer < 0 || layer >= p.state().n_layers)
-    throw nb::index_error(("layer " + std::to_string(layer) + " of " +
-                           std::to_string(p.state().n_layers)).c_str());
+    throw nb::index_error(
+        ("layer " + std::to_string(layer) + " of " + std::to_string(p.state().n_layers)).c_str());
 }
 
 void check_experts(const Planner& p, const Ids& experts) {
   for (int64_t i = 0; i < experts.size(); ++i)
     if (experts.data()[i] < 0 || experts.data()[i] >= p.state().n_experts)
       throw nb::index_error(("expert " + std::to_string(experts.data()[i]) + " of " +
-                             std::to_string(p.state().n_experts)).c_str());
+                             std::to_string(p.state().n_experts))
+                                .c_str());
 }
 
 int64_t py_plan(Planner& p, int32_t layer, Ids wanted) {

@@ -54,7 +54,7 @@ void Planner::begin(int32_t layer, const int32_t* wanted, int64_t n) {
   const Flags& f = state_.flags;
   const int64_t step = ++state_.history.steps[layer];
   bool *const pinned = f.pinned.row(layer), *const unused = f.unused.row(layer),
-       *const last = f.last_wanted.row(layer);
+              *const last = f.last_wanted.row(layer);
   std::memset(f.awaited.row(layer), 0, state_.n_experts);
   f.n_awaited[layer] = 0;
   std::memset(last, 0, state_.n_experts);
@@ -98,8 +98,7 @@ Victim Planner::least(int32_t layer) {
 
 int32_t Planner::claim_slot(int32_t layer, const Victim& victim) {
   if (victim.expert < 0) {
-    if (!state_.device.free(layer))
-      throw Bug("no slot can be freed: the plan is above capacity()");
+    if (!state_.device.free(layer)) throw Bug("no slot can be freed: the plan is above capacity()");
     return state_.device.take(layer);
   }
   device_victims_.pop(victim.layer);
@@ -157,8 +156,14 @@ int64_t Planner::move(int32_t layer) {
     const Victim& v = claim.victim;
     const int32_t ram_slot = state_.ram.slot(layer, claim.expert);
     state_.device.assign(layer, claim.expert, claim.slot);
-    *fetch = {claim.expert, claim.slot, ram_slot >= 0 ? kRam : kNvme, ram_slot,
-              v.expert < 0 ? -1 : v.layer, v.expert, -1, -1};
+    *fetch = {claim.expert,
+              claim.slot,
+              ram_slot >= 0 ? kRam : kNvme,
+              ram_slot,
+              v.expert < 0 ? -1 : v.layer,
+              v.expert,
+              -1,
+              -1};
     if (ram_slot >= 0)
       promote(layer, fetch);
     else

@@ -68,8 +68,8 @@ class Planner {
   const std::unique_ptr<Worth> worth_;
   const bool is_exclusive_;
   VictimQueue device_victims_, ram_victims_;
-  std::vector<Claim> claims_;     // [E], capacity kept
-  std::vector<int32_t> experts_;  // [E], capacity kept
+  std::vector<Claim> claims_;        // [E], capacity kept
+  std::vector<int32_t> experts_;     // [E], capacity kept
   std::unique_ptr<bool[]> guesses_;  // [E], all false between calls
 };
 

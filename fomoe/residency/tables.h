@@ -68,7 +68,7 @@ struct Flags {
 };
 
 struct Counters {
-  View<int64_t> lookups, prefetches;  // [L, 3]
+  View<int64_t> lookups, prefetches;                                             // [L, 3]
   int64_t *prefetch_used, *prefetch_wasted, *evictions, *demotions, *ram_drops;  // [L]
 };
 

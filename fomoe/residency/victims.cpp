@@ -44,8 +44,7 @@ Victim VictimQueue::peek(int32_t layer, Worth& worth) {
   for (;;) {
     int32_t best = -1;
     for (const int32_t* m = begin; m < end; ++m)
-      if (!tried_[*m] &&
-          (best < 0 || t.quota[*m] - t.held[*m] < t.quota[best] - t.held[best]))
+      if (!tried_[*m] && (best < 0 || t.quota[*m] - t.held[*m] < t.quota[best] - t.held[best]))
         best = *m;
     if (best < 0) return {0.0, -1, -1};
     if (ready(best, worth)) return {row(best)->worth, best, row(best)->expert};
@@ -73,8 +72,8 @@ int64_t VictimQueue::collect(int32_t layer) {
   const Flags& f = state_.flags;
   const auto bytes = [](const bool* flags) { return reinterpret_cast<const uint8_t*>(flags); };
   const int32_t* const slots = table_.slot_of.row(layer);
-  const uint8_t *const pinned = bytes(f.pinned.row(layer)),
-                *const awaited = bytes(f.awaited.row(layer));
+  const uint8_t *const pinned = bytes(f.pinned.row(layer)), *const awaited =
+                                                                bytes(f.awaited.row(layer));
   const uint8_t* const wanted =
       shelter_.last_wanted ? bytes(f.last_wanted.row(layer)) : nothing_.data();
   const uint8_t* const guesses =

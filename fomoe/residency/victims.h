@@ -35,14 +35,14 @@ struct Victim {
 
 // What protects entries during one plan, besides pins and waiting.
 struct Shelter {
-  bool last_wanted = false;   // of every layer
-  int32_t layer = -1;         // the layer that `guesses` are of, -1 for none
+  bool last_wanted = false;  // of every layer
+  int32_t layer = -1;        // the layer that `guesses` are of, -1 for none
   const bool* guesses = nullptr;
 };
 
 // The entries of a table that one plan may evict. A layer at its quota gives up its own; otherwise,
-// or if it has none to give, the layer most over its quota does (the lower index at a tie). Rows are
-// ranked when first needed and then stay as they were.
+// or if it has none to give, the layer most over its quota does (the lower index at a tie). Rows
+// are ranked when first needed and then stay as they were.
 class VictimQueue {
  public:
   VictimQueue(const State& state, const Table& table, const History& history);
@@ -69,8 +69,8 @@ class VictimQueue {
   const Table& table_;
   const History& history_;
   Shelter shelter_;
-  std::vector<Entry> entries_;   // [L, E]
-  std::vector<int64_t> left_;    // [L], -1 for rows not ranked yet
+  std::vector<Entry> entries_;    // [L, E]
+  std::vector<int64_t> left_;     // [L], -1 for rows not ranked yet
   std::vector<int32_t> experts_;  // [E], scratch
   std::vector<double> values_;    // [E], scratch
   std::vector<uint8_t> nothing_;  // [E], zeros

@@ -1,8 +1,7 @@
 // Python bindings of routing; every result goes into arrays of the caller.
-#include "fomoe/native/array.h"
-
 #include <nanobind/nanobind.h>
 
+#include "fomoe/native/array.h"
 #include "groups.h"
 #include "router.h"
 
@@ -66,13 +65,13 @@ int64_t py_group(Array<const int32_t, 2> ids, Ids<1> experts, Ids<1> pair_start,
   int32_t greatest = -1;
   for (int64_t p = 0; p < pairs; ++p) {
     if (ids.data()[p] < 0 || ids.data()[p] >= kMostExperts)
-      throw std::invalid_argument("expert id " + std::to_string(ids.data()[p]) +
-                                  ", must be 0 to " + std::to_string(kMostExperts - 1));
+      throw std::invalid_argument("expert id " + std::to_string(ids.data()[p]) + ", must be 0 to " +
+                                  std::to_string(kMostExperts - 1));
     greatest = ids.data()[p] > greatest ? ids.data()[p] : greatest;
   }
-  return Grouper().group(ids.data(), ids.shape(0), ids.shape(1), greatest + 1,
-                         {experts.data(), pair_start.data(), pair_token.data(), order.data(),
-                          ranks.data()});
+  return Grouper().group(
+      ids.data(), ids.shape(0), ids.shape(1), greatest + 1,
+      {experts.data(), pair_start.data(), pair_token.data(), order.data(), ranks.data()});
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ MAX_TOKENS, PRIORITIES = 6, (7, 9)
 
 
 class Step:
-    """Arrays of one step, with a guard behind each."""
+    """Arrays of one step."""
 
     def __init__(self, max_tokens, top_k, n_experts):
         pairs, most = max_tokens * top_k, min(max_tokens * top_k, n_experts)
@@ -258,6 +258,13 @@ def test_a_broken_row_is_named_and_changes_nothing():
     with pytest.raises(EngineError, match="token 1 of 3"):
         engines.native.decide(0, scores, engines.logical[0], engines.step.arrays)
     engines.same_state()
+
+
+def test_a_wave_without_experts_is_a_bug():
+    engines = small()
+    engines.native.decide(0, engines.scores(0, 1), engines.logical[0], engines.step.arrays)
+    with pytest.raises(AssertionError, match="no experts left"):
+        engines.native.wave()
 
 
 def test_what_does_not_fit_is_refused():

@@ -133,8 +133,9 @@ def test_long_histories(ram, policy, seed, fill):
         keys = [ExpertKey(i, e) for i in range(pair.n_layers) for e in range(pair.n_experts)]
         a, b = pair.both(lambda r: r.fill(keys))
         assert a == b
-    for _ in range(60):
-        pair.step()
+    for _ in range(12):
+        for _ in range(5):
+            pair.step()
         assert_same_state(pair.native, pair.reference)
     pair.native.check_integrity()
 
