@@ -205,9 +205,9 @@ class GPUActor(FabricMember):
         """Return counters of this device."""
         return {
             "steps": self._steps,
-            "experts": self._experts,
-            "compute_s": self._compute_ns / 1e9,
-            "stall_s": self._stall_ns / 1e9,
+            "experts": self._experts + self._sweep.experts,
+            "compute_s": (self._compute_ns + self._sweep.compute_ns) / 1e9,
+            "stall_s": (self._stall_ns + self._sweep.wait_ns) / 1e9,
         }
 
     def stop(self) -> None:

@@ -142,19 +142,24 @@ class StorageActor(FabricMember):
     def status(self) -> str:
         """Return one line for the log."""
         c = self.stats()
+        demand, guessed = (
+            f"{c[kind + '_bytes'] / 1e9:.2f} GB in {c[kind + '_open_s']:.1f} s"
+            for kind in ("demand", "prefetch")
+        )
         return (
-            f"{c['reads']:,.0f} demand reads  {c['prefetches']:,.0f} prefetches  "
-            f"{c['bytes'] / 1e9:.2f} GB in {c['busy_s']:.1f} thread seconds  "
-            f"{c['failed']:,.0f} failed"
+            f"{c['reads']:,.0f} demand reads, {demand}  {c['prefetches']:,.0f} prefetches, "
+            f"{guessed}  {c['failed']:,.0f} failed"
         )
 
     def stats(self) -> dict[str, float]:
-        """Return counters of reads."""
+        """Return counters of reads; bytes over open seconds is the rate that the drive gave."""
         if self._queue is None:
             return {}
         c = self._queue.counters
         return {
-            "reads": c.jobs[0], "prefetches": c.jobs[1], "bytes": sum(c.nbytes),
+            "reads": c.jobs[DEMAND], "prefetches": c.jobs[PREFETCH], "bytes": sum(c.nbytes),
+            "demand_bytes": c.nbytes[DEMAND], "demand_open_s": c.open_s[DEMAND],
+            "prefetch_bytes": c.nbytes[PREFETCH], "prefetch_open_s": c.open_s[PREFETCH],
             "busy_s": sum(c.busy_s), "failed": c.failed, "dropped": c.dropped,
         }  # fmt: skip
 

@@ -3,6 +3,9 @@
 Order. A job writes one slot (`address`) and may read another (`source_address`). Jobs that touch
 the same slot run one after the other in the order of submission; all others run at the same time,
 demand reads first. The first job in that order never waits for another, so nothing can lock up.
+
+Pieces. A read is cut into pieces that the threads take in order, so that one expert keeps the drive
+as busy as many do, and a demand read waits at most for the pieces of prefetches under way.
 """
 
 from __future__ import annotations
@@ -13,92 +16,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from fomoe.errors import StorageError
+from fomoe.storage.jobs import DEMAND, PREFETCH, Fetch, FetchCounters, Job, same_read
+from fomoe.storage.pieces import Piece
 from fomoe.storage.reader import DirectReader
 from fomoe.storage.segment import Segment
 
 _log = logging.getLogger(__name__)
 
-DEMAND = 0
-PREFETCH = 1
+__all__ = ["DEMAND", "PREFETCH", "Fetch", "FetchCounters", "FetchQueue"]
+
+# Enough that reads of it are as fast as any, few enough that one is done in a few milliseconds.
+DEMAND_PIECE_BYTES = 4 << 20
+PREFETCH_PIECE_BYTES = 1 << 20  # what a demand read may have to wait for
+_COPY: tuple[Piece, ...] = ((),)
 _CLOSE_S = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fetch:
-    """One expert to bring into one slot.
-
-    Attributes:
-        slot: the slot's number in its pool; carried for the receiver.
-        address: byte offset of the slot in the segment; slots never overlap in part.
-        generation: the value that tells this content of the slot from the one before.
-        layer: the expert's layer.
-        expert: the expert's number in the layer.
-        priority: DEMAND (0) or PREFETCH (1).
-        source_address: byte offset of the slot to copy from, or -1 to read the file.
-    """
-
-    slot: int
-    address: int
-    generation: int
-    layer: int
-    expert: int
-    priority: int = DEMAND
-    source_address: int = -1
-
-
-@dataclass(slots=True)
-class FetchCounters:
-    """What the queue has done since it was made; each list is indexed by priority.
-
-    `nbytes` are true expert bytes, `busy_s` is the sum over threads of time spent in jobs.
-    """
-
-    jobs: list[int] = field(default_factory=lambda: [0, 0])
-    nbytes: list[int] = field(default_factory=lambda: [0, 0])
-    busy_s: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    failed: int = 0
-    dropped: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A fetch in the queue.
-
-    `blockers` counts the slots on which an earlier job comes first; `reported` says that nobody
-    can join any more because the landing is being announced.
-    """
-
-    fetch: Fetch
-    order: int
-    priority: int
-    blockers: int = 0
-    started: bool = False
-    reported: bool = False
-    dropped: bool = False
-
-    @property
-    def addresses(self) -> tuple[int, ...]:
-        if self.fetch.source_address < 0:
-            return (self.fetch.address,)
-        return (self.fetch.address, self.fetch.source_address)
-
-    @property
-    def droppable(self) -> bool:
-        """Whether the job has not begun and no demand read waits for it, or it were hurried."""
-        return self.priority == PREFETCH and not self.started
-
-
-def _same_read(one: Fetch, other: Fetch) -> bool:
-    """Whether two fetches read the same content into the same slot, whatever their priority."""
-    return (
-        one.source_address < 0
-        and other.source_address < 0
-        and (one.address, one.generation) == (other.address, other.generation)
-        and (one.layer, one.expert) == (other.layer, other.expert)
-    )
 
 
 class FetchQueue:
@@ -109,7 +42,7 @@ class FetchQueue:
         segment: holds the slots.
         on_landed: called from a worker thread after the bytes of a fetch are in place (error
             None) or when it failed. Not called for dropped prefetches.
-        threads: number of worker threads; with two or more, one is kept free of prefetches.
+        threads: number of worker threads; at most a quarter of them, but one, reads prefetches.
         delay: seconds to wait before executing a fetch, for tests of slow drives.
     """
 
@@ -135,12 +68,12 @@ class FetchQueue:
         self._changed = threading.Condition(lock)
         self._idle = threading.Condition(lock)
         self._closing = threading.Event()
-        self._ready: list[tuple[int, int, _Job]] = []
-        self._chains: dict[int, deque[_Job]] = {}
+        self._ready: list[tuple[int, int, Job]] = []
+        self._chains: dict[int, deque[Job]] = {}
         self._unfinished = 0
         self._order = 0
-        self._prefetches_running = 0
-        self._most_prefetches = max(1, threads - 1)
+        self._running = [0, 0]  # pieces by priority
+        self._most_prefetches = max(1, threads // 4)
         self._threads = [
             threading.Thread(target=self._work, name=f"fetch-{number}", daemon=True)
             for number in range(threads)
@@ -202,7 +135,7 @@ class FetchQueue:
                 thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _jobs(self) -> list[_Job]:
+    def _jobs(self) -> list[Job]:
         """All jobs in the queue in the order of submission."""
         jobs = {job.order: job for chain in self._chains.values() for job in chain}
         return [jobs[order] for order in sorted(jobs)]
@@ -220,14 +153,13 @@ class FetchQueue:
     def _join(self, fetch: Fetch) -> bool:
         """Let a read that is asked for again land once: hurry it if need be, read it no more."""
         chain = self._chains.get(fetch.address)
-        if not chain or chain[-1].reported or not _same_read(chain[-1].fetch, fetch):
+        if not chain or chain[-1].reported or not same_read(chain[-1].fetch, fetch):
             return False
         job = chain[-1]
         if fetch.priority == DEMAND and job.fetch.priority == PREFETCH:
             job.fetch = fetch  # it is the demand that lands or fails, also where it runs already
-            if not job.started:
-                self._hurry(job)
-                self._promote(job)
+            self._hurry(job)
+            self._promote(job)
         return True
 
     def _supersede(self, fetch: Fetch) -> list[Fetch]:
@@ -241,9 +173,16 @@ class FetchQueue:
         return dropped
 
     def _enqueue(self, fetch: Fetch) -> None:
-        job = _Job(fetch, self._order, fetch.priority)
+        most = DEMAND_PIECE_BYTES if fetch.priority == DEMAND else PREFETCH_PIECE_BYTES
+        pieces = (
+            self._reader.pieces(fetch.layer, fetch.expert, most)
+            if fetch.source_address < 0
+            else _COPY
+        )
+        job = Job(fetch, self._order, fetch.priority, pieces)
         self._order += 1
         self._unfinished += 1
+        self.counters.opened(job.priority, 1)
         for address in job.addresses:
             chain = self._chains.setdefault(address, deque())
             job.blockers += bool(chain)
@@ -253,7 +192,7 @@ class FetchQueue:
         elif job.priority == DEMAND:
             self._promote(job)
 
-    def _promote(self, job: _Job) -> None:
+    def _promote(self, job: Job) -> None:
         """Give every queued prefetch that a demand read waits for the demand's priority."""
         waiting = [job]
         while waiting:
@@ -262,21 +201,25 @@ class FetchQueue:
                 for earlier in self._chains[address]:
                     if earlier.order >= demand.order:
                         break
-                    if earlier.priority == PREFETCH and not earlier.started:
+                    if earlier.priority == PREFETCH:
                         self._hurry(earlier)
                         waiting.append(earlier)
 
-    def _hurry(self, job: _Job) -> None:
+    def _hurry(self, job: Job) -> None:
+        if job.priority == DEMAND:
+            return
+        self.counters.opened(PREFETCH, -1)
+        self.counters.opened(DEMAND, 1)
         job.priority = DEMAND
-        if job.blockers == 0:
+        if job.blockers == 0 and job.has_pieces:
             heapq.heappush(self._ready, (DEMAND, job.order, job))
 
-    def _drop(self, job: _Job) -> None:
+    def _drop(self, job: Job) -> None:
         job.dropped = True
         self.counters.dropped += 1
         self._unlink(job)
 
-    def _unlink(self, job: _Job) -> None:
+    def _unlink(self, job: Job) -> None:
         """Take a finished or dropped job out of its slots' chains and free the next ones."""
         for address in job.addresses:
             chain = self._chains[address]
@@ -289,25 +232,29 @@ class FetchQueue:
                 follower.blockers -= 1
                 if follower.blockers == 0:
                     heapq.heappush(self._ready, (follower.priority, follower.order, follower))
+        self.counters.opened(job.priority, -1)
         self._unfinished -= 1
         if self._unfinished == 0:
             self._idle.notify_all()
 
-    def _next(self) -> _Job | None:
-        """The next job to run, None to end; called and returns with the lock held."""
+    def _next(self) -> Job | None:
+        """The job whose next piece is to be read, None to end; the lock is held."""
         while True:
             while self._ready:
                 priority, _, job = self._ready[0]
-                if job.dropped or job.started or priority != job.priority:
-                    heapq.heappop(self._ready)  # a leftover of a drop or a promotion
-                elif priority == PREFETCH and self._prefetches_running >= self._most_prefetches:
+                if job.dropped or not job.has_pieces or priority != job.priority:
+                    heapq.heappop(self._ready)  # used up, or a leftover of a drop or a promotion
+                elif priority == PREFETCH and not self._is_idle_time():
                     break
                 else:
-                    heapq.heappop(self._ready)
                     return job
             if self._closing.is_set():
                 return None
             self._changed.wait()
+
+    def _is_idle_time(self) -> bool:
+        """Whether a prefetch may be read: nothing demanded is being read, and not too many are."""
+        return not self._running[DEMAND] and self._running[PREFETCH] < self._most_prefetches
 
     def _work(self) -> None:
         while True:
@@ -315,34 +262,52 @@ class FetchQueue:
                 job = self._next()
                 if job is None:
                     return
-                job.started = True
-                is_prefetch = job.priority == PREFETCH
-                self._prefetches_running += is_prefetch
+                first = not job.started
+                piece, priority = job.hand_out(), job.priority
+                self._running[priority] += 1
             began = time.perf_counter()
-            while not job.reported:
-                fetch = job.fetch
-                nbytes, error = self._execute(fetch)
-                with self._changed:
-                    # A guess that failed is read once more for the demand that joined it meanwhile.
-                    job.reported = error is None or job.fetch is fetch
+            if first and self._delay is not None:
+                self._closing.wait(self._delay(job.fetch))
+            nbytes, error = self._execute(job.fetch, piece)
             busy = time.perf_counter() - began
-            self._report(job.fetch, error)
             with self._changed:
-                self._prefetches_running -= is_prefetch
-                self._count(job.fetch.priority, nbytes, busy, error)
-                self._unlink(job)
-                # a finished job frees at most two slots and a prefetch's place; this thread takes
-                # one of the three jobs that may have become ready
-                self._changed.notify(2)
+                self._running[priority] -= 1
+                self.counters.busy_s[priority] += busy
+                self.counters.nbytes[priority] += nbytes
+                ended = self._end_piece(job, nbytes, error)
+                if self._most_prefetches > 1 and not self._running[DEMAND]:
+                    self._changed.notify(self._most_prefetches)
+            if ended:
+                self._finish(job)
 
-    def _execute(self, fetch: Fetch) -> tuple[int, StorageError | None]:
-        if self._delay is not None:
-            self._closing.wait(self._delay(fetch))
+    def _end_piece(self, job: Job, nbytes: int, error: StorageError | None) -> bool:
+        """Count a piece; returns whether the job has landed or failed. The lock is held."""
+        if not job.take_back(nbytes, error):
+            return False
+        if job.must_repeat:
+            job.repeat()
+            heapq.heappush(self._ready, (job.priority, job.order, job))
+            self._changed.notify_all()
+            return False
+        job.reported = True
+        return True
+
+    def _finish(self, job: Job) -> None:
+        self._report(job.fetch, job.error)
+        with self._changed:
+            self.counters.jobs[job.fetch.priority] += 1
+            self.counters.failed += job.error is not None
+            self._unlink(job)
+            # a finished job frees at most two slots and a prefetch's place; this thread takes
+            # one of the three jobs that may have become ready
+            self._changed.notify(2)
+
+    def _execute(self, fetch: Fetch, piece: Piece) -> tuple[int, StorageError | None]:
         nbytes = self._slot_bytes[fetch.layer]
         slot = self._segment.view[fetch.address : fetch.address + nbytes]
         try:
             if fetch.source_address < 0:
-                return self._reader.read_expert(fetch.layer, fetch.expert, slot), None
+                return self._reader.read_piece(piece, fetch.expert, slot.data), None
             slot[:] = self._segment.view[fetch.source_address : fetch.source_address + nbytes]
             return self._reader.table.expert_bytes(fetch.layer), None
         except StorageError as error:
@@ -356,9 +321,3 @@ class FetchQueue:
             self._on_landed(fetch, error)
         except Exception:
             _log.exception("on_landed failed for layer %d, expert %d", fetch.layer, fetch.expert)
-
-    def _count(self, priority: int, nbytes: int, busy: float, error: StorageError | None) -> None:
-        self.counters.jobs[priority] += 1
-        self.counters.nbytes[priority] += nbytes
-        self.counters.busy_s[priority] += busy
-        self.counters.failed += error is not None

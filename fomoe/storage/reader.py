@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import StorageError
-from fomoe.gguf.extents import PAGE_BYTES, ExpertTable, tensor_name
+from fomoe.gguf.extents import PAGE_BYTES, ExpertTable
+from fomoe.storage.pieces import Piece, cut, parts_of
 
 _log = logging.getLogger(__name__)
 
@@ -63,30 +64,6 @@ class _File:
     identity: _Identity
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One part of a layer's experts: where expert 0 lies in the file, and its area in a slot."""
-
-    name: str
-    shard: int
-    offset: int
-    nbytes: int
-    area: int
-    area_bytes: int
-
-
-def _parts(table: ExpertTable, layer: int) -> tuple[_Part, ...]:
-    layout = table.classes[table.size_class(layer)]
-    ends = (*layout.part_area_offsets[1:], layout.slot_bytes)
-    areas = zip(layout.part_area_offsets, ends, strict=True)
-    return tuple(
-        _Part(tensor_name(layer, name), extent.shard, extent.offset, extent.nbytes, at, end - at)
-        for name, extent, (at, end) in zip(
-            table.part_names, table.extents(layer, 0), areas, strict=True
-        )
-    )
-
-
 class DirectReader:
     """Reads experts by (layer, expert); threads may share one reader.
 
@@ -116,7 +93,7 @@ class DirectReader:
         if len(shards) != len(table.shard_bytes):
             raise StorageError(f"{len(shards)} files given, the model has {len(table.shard_bytes)}")
         self._table = table
-        self._parts = {layer: _parts(table, layer) for layer in table.layers}
+        self._parts = {layer: parts_of(table, layer) for layer in table.layers}
         self._pread = pread
         self._sleep = sleep
         self._files: list[_File] = []
@@ -154,36 +131,37 @@ class DirectReader:
         Raises:
             StorageError: names file, tensor and offset.
         """
+        slot = (dst.data if isinstance(dst, np.ndarray) else dst).cast("B")
+        need = self._table.slot_bytes(layer) if layer in self._parts else 0
+        if len(slot) < need:
+            raise ValueError(f"a slot of {len(slot)} bytes, {need} are needed")
+        return sum(
+            self.read_piece(piece, expert, slot) for piece in self.pieces(layer, expert, need)
+        )
+
+    def pieces(self, layer: int, expert: int, most_bytes: int) -> tuple[Piece, ...]:
+        """Return the read of an expert in pieces of at most `most_bytes`; see `pieces.cut`."""
         parts = self._parts.get(layer)
         if parts is None or not 0 <= expert < self._table.n_experts:
             raise IndexError(f"layer {layer}, expert {expert} is not in the model")
-        slot = (dst.data if isinstance(dst, np.ndarray) else dst).cast("B")
-        last = parts[-1]
-        if len(slot) < last.area + last.area_bytes:
-            raise ValueError(
-                f"a slot of {len(slot)} bytes, {last.area + last.area_bytes} are needed"
-            )
-        total = 0
-        for part in parts:
-            try:
-                offset = part.offset + expert * part.nbytes
-                area = slot[part.area : part.area + part.area_bytes]
-                self._read_pages(self._files[part.shard], offset, part.nbytes, area)
-            except StorageError as error:
-                raise StorageError(f"{part.name}, expert {expert}: {error}") from error.__cause__
-            total += part.nbytes
-        return total
+        return cut(parts, expert, most_bytes)
 
-    def check_unchanged(self) -> None:
-        """Check that no file was truncated, replaced or written since it was opened.
+    def read_piece(self, piece: Piece, expert: int, slot: memoryview) -> int:
+        """Read a piece of an expert into its slot; returns its true bytes.
 
         Raises:
-            StorageError: names the file and what happened to it.
+            StorageError: names file, tensor and offset.
         """
-        for file in self._files:
-            change = _change(file)
-            if change:
-                raise StorageError(f"{file.path}: {change}; restore the file and start again")
+        total = 0
+        for span in piece:
+            part = span.part
+            try:
+                area = slot[span.at : part.area + part.area_bytes]
+                self._read_pages(self._files[part.shard], span.offset, span.nbytes, area)
+            except StorageError as error:
+                raise StorageError(f"{part.name}, expert {expert}: {error}") from error.__cause__
+            total += span.nbytes
+        return total
 
     def close(self) -> None:
         """Close the files; no read may be running."""

@@ -111,15 +111,15 @@ class TestReads:
 
         with start(delay=mark, vram=slot_bytes(file)[0] // 3) as engine:
             storage = engine.handles["storage-0"].actor
-            read, failures = storage._reader.read_expert, []
+            read, failures = storage._reader.read_piece, []
 
-            def failing(layer, expert, slot):
+            def failing(piece, expert, slot):
                 if guesses.now:
                     failures.append(expert)
-                    raise StorageError(f"blk.{layer}: expert {expert}: a guess in vain")
-                return read(layer, expert, slot)
+                    raise StorageError(f"expert {expert}: a guess in vain")
+                return read(piece, expert, slot)
 
-            storage._reader.read_expert = failing
+            storage._reader.read_piece = failing
             for _ in range(3):
                 events = run(engine, greedy(prompt, 8))
                 assert finished(events).error is None
@@ -132,14 +132,14 @@ class TestReads:
         broken = threading.Event()
         with start(delay=lambda fetch: 0.05 * (fetch.priority == PREFETCH)) as engine:
             storage = engine.handles["storage-0"].actor
-            read = storage._reader.read_expert
+            read = storage._reader.read_piece
 
-            def failing(layer, expert, slot):
-                if broken.is_set() and layer > 0:
-                    raise StorageError(f"blk.{layer}: expert {expert}: broken")
-                return read(layer, expert, slot)
+            def failing(piece, expert, slot):
+                if broken.is_set() and not piece[0].part.name.startswith("blk.0."):
+                    raise StorageError(f"expert {expert}: broken")
+                return read(piece, expert, slot)
 
-            storage._reader.read_expert = failing
+            storage._reader.read_piece = failing
             events, seconds = when_decoding(engine, greedy(prompt, 80), broken.set)
             assert "broken" in finished(events).error
             assert seconds < 5
@@ -152,14 +152,14 @@ class TestReads:
         broken = threading.Event()
         with start(read_threads=1, delay=lambda fetch: 0.004 * broken.is_set()) as engine:
             storage = engine.handles["storage-0"].actor
-            read = storage._reader.read_expert
+            read = storage._reader.read_piece
 
-            def failing(layer, expert, slot):
+            def failing(piece, expert, slot):
                 if broken.is_set():
-                    raise StorageError(f"blk.{layer}, expert {expert}: broken")
-                return read(layer, expert, slot)
+                    raise StorageError(f"expert {expert}: broken")
+                return read(piece, expert, slot)
 
-            storage._reader.read_expert = failing
+            storage._reader.read_piece = failing
             broken.set()
             assert "broken" in finished(run(engine, greedy(prompt, 8))).error
             assert storage._queue.drain(5)
