@@ -61,6 +61,11 @@ int64_t dim(const A& a, int i) {
   return a.shape(i);
 }
 
+uint64_t py_stream_read(Array<const uint8_t, 1> bytes) {
+  nb::gil_scoped_release unlocked;
+  return stream_read(bytes.data(), dim(bytes, 0));
+}
+
 void py_dequantize(int type, Bytes w, Out<2> out) {
   same("rows of out", dim(out, 0), dim(w, 0));
   const Matrix m = matrix(type, w, dim(out, 1));
@@ -319,6 +324,7 @@ NB_MODULE(_cpu, m) {
   m.def("set_threads", &py_set_threads, "count"_a);
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("use_isa", &use_isa, "name"_a);
+  m.def("stream_read", &py_stream_read, "bytes"_a);
   m.def("dequantize", &py_dequantize, "qtype"_a, "weights"_a, "out"_a);
   m.def("embed", &py_embed, "qtype"_a, "weights"_a, "ids"_a, "out"_a);
   m.def("quantize_activations", &py_quantize, "x"_a, "q"_a, "scale"_a);

@@ -37,6 +37,11 @@ def use_isa(name: str) -> None:
     _cpu.use_isa(name)
 
 
+def stream_read(data: U8) -> int:
+    """Read `data` [n] once on all threads, to measure what memory gives; return its bytes or-ed."""
+    return _cpu.stream_read(data)
+
+
 def dequantize(qtype: int, weights: U8, out: F32) -> None:
     """Write the values of `weights` into `out` [rows, cols]."""
     _cpu.dequantize(qtype, weights, out)
