@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,17 @@ class ExpertShape:
     width: int
 
 
+class WeightedPairs(NamedTuple):
+    """(Expert, token) pairs, sorted by expert: those of expert i are start[i] to start[i + 1].
+
+    `start` int32 [n + 1], `token` int32 [P] and the router's `weight` float32 [P].
+    """
+
+    start: I32
+    token: I32
+    weight: F32
+
+
 class Device(Protocol):
     """Computes routed experts where their blocks lie."""
 
@@ -35,6 +46,15 @@ class Device(Protocol):
         """Write pairs [P, D]: expert i's output for tokens `pair_token[pair_start[i]:...]`.
 
         `addresses` uint64 [3, n] are those of gate, up and down; `x` float32 [T, D].
+        """
+
+    def experts_sum(
+        self, shape: ExpertShape, addresses: U64, x: F32, pairs: WeightedPairs, out: F32
+    ) -> None:
+        """Add the weighted outputs of `experts` to out [T, D], for prompts.
+
+        Each output is a chain of float32 fma over its token's pairs in their order; from zero, and
+        with experts in ascending id, the bits are those of `experts` and `reduce`.
         """
 
     def reduce(self, pairs: F32, order: I32, weights: F32, out: F32) -> None:

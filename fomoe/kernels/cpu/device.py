@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fomoe.kernels.cpu import ops
-from fomoe.kernels.device import F32, I32, U64, ExpertShape
+from fomoe.kernels.device import F32, I32, U64, ExpertShape, WeightedPairs
 
 
 class CpuDevice:
@@ -24,6 +24,15 @@ class CpuDevice:
         ops.experts(
             addresses[0], addresses[1], addresses[2], shape.types, shape.hidden, shape.width,
             x, pair_start, pair_token, pairs, self._float_activations,
+        )  # fmt: skip
+
+    def experts_sum(
+        self, shape: ExpertShape, addresses: U64, x: F32, pairs: WeightedPairs, out: F32
+    ) -> None:
+        """Add to out [T, D]; see `Device.experts_sum`."""
+        ops.experts_sum(
+            addresses[0], addresses[1], addresses[2], shape.types, shape.hidden, shape.width,
+            x, pairs.start, pairs.token, pairs.weight, out, self._float_activations,
         )  # fmt: skip
 
     def reduce(self, pairs: F32, order: I32, weights: F32, out: F32) -> None:
