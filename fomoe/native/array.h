@@ -1,6 +1,7 @@
 // NumPy arrays as arguments of bindings, read through NumPy's C structures: a tenth of the time
 // that the buffer protocol or DLPack take, which matters for calls in the layer loop. The module
-// calls _import_array() before it binds anything, in the one source file that includes this.
+// calls _import_array() before it binds anything; where several source files include this, they
+// share NumPy's table of functions by PY_ARRAY_UNIQUE_SYMBOL.
 #pragma once
 
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
@@ -29,6 +30,17 @@ constexpr int npy_type() {
   if constexpr (std::is_same_v<U, double>) return NPY_FLOAT64;
 }
 
+// Whether `o` is a C-contiguous array of rank N, which goes to *array.
+template <int N>
+bool is_plain(PyObject* o, bool writable, PyArrayObject** array) {
+  if (!PyArray_Check(o)) return false;
+  *array = reinterpret_cast<PyArrayObject*>(o);
+  const int wanted =
+      NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED | (writable ? NPY_ARRAY_WRITEABLE : 0);
+  return PyArray_NDIM(*array) == N && PyArray_CHKFLAGS(*array, wanted) &&
+         PyArray_ISNOTSWAPPED(*array);
+}
+
 // A C-contiguous array of rank N; the argument tuple keeps it alive during the call. Writable
 // unless T is const.
 template <class T, int N>
@@ -40,12 +52,7 @@ class Array {
   View<T> view() const { return {data(), N > 1 ? shape(N - 1) : 1}; }
 
   bool take(PyObject* o) {
-    if (!PyArray_Check(o)) return false;
-    array_ = reinterpret_cast<PyArrayObject*>(o);
-    const int wanted =
-        NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED | (std::is_const_v<T> ? 0 : NPY_ARRAY_WRITEABLE);
-    return PyArray_NDIM(array_) == N && PyArray_CHKFLAGS(array_, wanted) &&
-           PyArray_ISNOTSWAPPED(array_) && PyArray_TYPE(array_) == npy_type<T>();
+    return is_plain<N>(o, !std::is_const_v<T>, &array_) && PyArray_TYPE(array_) == npy_type<T>();
   }
 
  private:

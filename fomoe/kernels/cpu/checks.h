@@ -20,12 +20,6 @@ using Ints = Array<const int32_t, N>;
 
 [[noreturn]] inline void fail(const std::string& problem) { throw std::invalid_argument(problem); }
 
-inline void same(const char* what, int64_t found, int64_t wanted) {
-  if (found != wanted)
-    fail(std::string(what) + " is " + std::to_string(found) + ", must be " +
-         std::to_string(wanted));
-}
-
 template <class A>
 int64_t dim(const A& a, int i) {
   return a.shape(i);
