@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import sys
 import threading
@@ -121,6 +122,7 @@ class LoopThread:
         self._status = status
         self._name = name = member.name
         self._stopping = threading.Event()
+        self._report_at = math.inf
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -147,16 +149,20 @@ class LoopThread:
         """Whether the loop runs."""
         return self._thread.is_alive()
 
+    def report(self) -> None:
+        """Log the status if it is due; `poll` calls this where it takes long."""
+        if time.monotonic() >= self._report_at:
+            self._report_at = time.monotonic() + _STATUS_PERIOD_S
+            log.info("%s: %s", self._name, self._status())
+
     def _run(self) -> None:
-        report_at = time.monotonic() + _STATUS_PERIOD_S
+        self._report_at = time.monotonic() + _STATUS_PERIOD_S
         try:
             while not self._stopping.is_set():
                 bell = self._fabric.bell()
                 if not self._poll():
                     self._fabric.wait(bell, 0, _IDLE_WAIT_MS)
-                if time.monotonic() >= report_at:
-                    report_at = time.monotonic() + _STATUS_PERIOD_S
-                    log.info("%s: %s", self._name, self._status())
+                self.report()
         except BaseException as error:
             self.error = error
             log.error("%s: loop ended: %s", self._name, error, exc_info=_is_surprise(error))
