@@ -18,6 +18,7 @@ from typing import Literal
 
 _SERIES_PATTERN = re.compile(r'(\w+)(?:\{(\w+)="(\w+)"\})?')
 _TIERS = ("device", "ram", "nvme")
+_PARTS = ("dense", "experts", "brain", "channel", "disk", "rest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,22 @@ METRICS: tuple[Metric, ...] = (
     Metric("fomoe_prompt_seconds_total", "counter", "seconds", "Time spent on prompts."),
     Metric("fomoe_generated_tokens_total", "counter", "tokens", "Tokens generated."),
     Metric("fomoe_generated_seconds_total", "counter", "seconds", "Time spent generating tokens."),
+    Metric(
+        "fomoe_prompt_part_seconds_total",
+        "counter",
+        "seconds",
+        "Where the time of prompts went.",
+        "part",
+        _PARTS,
+    ),
+    Metric(
+        "fomoe_token_part_seconds_total",
+        "counter",
+        "seconds",
+        "Where the time of generated tokens went; the parts add up to the wall time.",
+        "part",
+        _PARTS,
+    ),
     Metric("fomoe_tokens_per_second", "gauge", "tokens/s", "Speed of the answer in progress."),
     Metric(
         "fomoe_requests_total",

@@ -12,7 +12,7 @@ from fomoe.actors.layout import StepArena
 from fomoe.actors.messages import Cancel, LogitsRequest, LogitsRows, StatusRequest
 from fomoe.actors.names import CLIENT, arena_name, device_name, storage_name
 from fomoe.actors.process import FabricMember, LoopThread, log
-from fomoe.actors.step import DeviceLink, NodeLink
+from fomoe.actors.step import DeviceLink, NodeLink, StepBuffer
 from fomoe.actors.wire import MessagePort
 from fomoe.config import EngineConfig
 from fomoe.engine.fill import fill_order
@@ -74,8 +74,9 @@ class DriverActor(FabricMember):
             self._progress = 0.5 * (layer + 1) / count
 
         self._model = DenseModel(
-            file, self._spec, self._config.prefill_chunk, int8=int8, on_layer=on_layer
-        )
+            file, self._spec, self._config.prefill_chunk, int8=int8,
+            stored_embedding=not self._plan.holds_all, on_layer=on_layer,
+        )  # fmt: skip
         self._sequence = Sequence(
             self._spec, self._config.ctx_size, self._config.kv_dtype, self._plan.logical_capacity
         )
@@ -87,7 +88,7 @@ class DriverActor(FabricMember):
         self._forward = Forward(self._model, self._experts, prefetch=self._config.prefetch)
         emulated = all(name.startswith("cpu") for name in self._config.devices)
         self._meter = Meter(
-            self._experts.counters, self._forward.brain.loss,
+            self._experts.counters, self._forward.brain.loss, self._forward.watch,
             devices="device (emulated)" if emulated else "device",
             capacity=self._plan.logical_capacity,
         )  # fmt: skip
@@ -114,8 +115,9 @@ class DriverActor(FabricMember):
         for i, node in enumerate(topology.device_node):
             name, arena = device_name(i), arena_name(i)
             views = layout.views(fabric.arena(arena))
-            devices.append(DeviceLink(name, node, arena, fabric.sender(name),
-                                      fabric.receiver(name), views))  # fmt: skip
+            buffers = tuple(StepBuffer(arena, n, view) for n, view in enumerate(views))
+            devices.append(DeviceLink(name, node, fabric.sender(name),
+                                      fabric.receiver(name), buffers))  # fmt: skip
         nodes = []
         for i in range(max(topology.device_node) + 1):
             name = storage_name(i)
@@ -124,7 +126,7 @@ class DriverActor(FabricMember):
         policy = LRU() if self._config.eviction == "lru" else LFRU()
         residency = Residency(topology, policy, self._config.ram_policy)
         sizes = [plan.table.expert_bytes(i) for i in range(spec.n_layers)]
-        return TieredExperts(fabric, devices, nodes, topology, residency, sizes, spec.moe.top_k)
+        return TieredExperts(fabric, devices, nodes, topology, residency, sizes, layout)
 
     def _fill(self) -> None:
         """Load experts into free slots until they are full, before anyone waits for a token."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from fomoe.actors.channel import landed
 from fomoe.actors.layout import StepArena, StepViews
 from fomoe.actors.messages import DONE, STEP, STEP_FIRST, STEP_ID, STEP_LAST, Tag
 from fomoe.actors.process import FabricMember, LoopThread
 from fomoe.actors.storage import landed_bytes
 from fomoe.actors.sweep_device import DeviceSweep, DriverLink, SlotMap
+from fomoe.engine._engine import landed, part_addresses
 from fomoe.gguf.extents import ExpertTable
 from fomoe.kernels.device import Device, ExpertShape, open_device
 from fomoe.storage.segment import Segment, SegmentHandle
@@ -52,7 +52,6 @@ class _Step:
     top_k: int
     first: int
     count: int
-    last: bool
     computed: int = 0
     compute_ns: int = 0
     wait_ns: int = 0
@@ -80,11 +79,13 @@ class GPUActor(FabricMember):
         self._slots_at = self._segment.address + landed_bytes(plan.n_slots)
         table = ExpertTable.from_dict(plan.table)
         layers = range(plan.n_layers)
-        self._offsets = [table.part_offset_array(i).T.astype(np.uint64) for i in layers]
+        offsets = [table.part_offset_array(i).T.astype(np.uint64) for i in layers]
+        self._parts = [np.ascontiguousarray(part) + np.uint64(self._slots_at) for part in offsets]
         self._shapes = [ExpertShape(_types(table, i), plan.hidden, plan.width) for i in layers]
         pairs = plan.max_tokens * plan.top_k
         self._pairs = np.zeros((pairs, plan.hidden), np.float32)
         most = min(pairs, plan.n_experts)
+        self._addresses = np.zeros(3 * most, np.uint64)
         self._ready = np.zeros(most, np.uint8)
         self._done = np.zeros(most, np.uint8)
 
@@ -96,11 +97,11 @@ class GPUActor(FabricMember):
         self._buffer = bytearray(fabric.spec.slot_bytes)
         layout = StepArena(plan.max_tokens, plan.hidden, plan.top_k, plan.n_experts)
         self._views = layout.views(fabric.arena(plan.arena))
-        self._loop = loop = LoopThread(self, self.poll, self.status)
+        self._loop = loop = LoopThread(self, self.poll, self.status, _SPIN_US)
         self._sweep = DeviceSweep(
             self._device, fabric,
             DriverLink(self._from_driver, self._to_driver, plan.arena, self._views),
-            SlotMap(self._landed, self._slots_at, self._offsets, self._shapes),
+            SlotMap(self._landed, self._parts, self._shapes),
             lambda: loop.stopping,
         )  # fmt: skip
         self._loop.start()
@@ -119,20 +120,19 @@ class GPUActor(FabricMember):
 
     def _serve(self, fields: tuple[int, ...]) -> None:
         step_id, layer, tokens, top_k, first, count, flags, buffer = fields
-        step = _Step(
-            self._views[buffer], step_id, layer, tokens, top_k, first, count,
-            bool(flags & STEP_LAST),
-        )  # fmt: skip
+        step = _Step(self._views[buffer], step_id, layer, tokens, top_k, first, count)
         if flags & STEP_FIRST:
             self._done[:] = 0
         complete = self._compute(step)
         regions: tuple[tuple[str, int, int], ...] = ()
-        if complete and step.last:
+        if complete and flags & STEP_LAST:
             views = step.views
+            started = time.perf_counter_ns()
             out = views.out[:tokens]
             self._device.reduce(
                 self._pairs[: tokens * top_k], views.order[:tokens], views.weights[:tokens], out
             )
+            step.compute_ns += time.perf_counter_ns() - started
             regions = ((self._plan.arena, views.offsets["out"], out.nbytes),)
         self._steps += 1
         self._experts += step.computed
@@ -145,14 +145,15 @@ class GPUActor(FabricMember):
         """Compute each expert as it lands; False when the driver gave the step up."""
         first, end = step.first, step.first + step.count
         entries = step.views.entries[first:end]
-        slots = np.ascontiguousarray(entries["slot"])
-        generations = np.ascontiguousarray(entries["generation"])
         ready, done = self._ready[first:end], self._done[first:end]
         while True:
             bell = self.fabric.bell()
-            landed(self._landed, slots, generations, ready)
             started = time.perf_counter_ns()
-            for a, b in _runs(ready > done):
+            if landed(self._landed, entries, ready) == step.count and not step.computed:
+                runs = [(0, step.count)]  # by far the most frequent case
+            else:
+                runs = _runs(ready > done)
+            for a, b in runs:
                 self._compute_run(step, first + a, first + b)
                 done[a:b] = 1
                 step.computed += b - a
@@ -168,14 +169,14 @@ class GPUActor(FabricMember):
     def _compute_run(self, step: _Step, a: int, b: int) -> None:
         """Compute entries a..b, whose pairs lie one behind the other."""
         views = step.views
-        entries = views.entries[a:b]
-        base = entries["address"].astype(np.uint64) + np.uint64(self._slots_at)
-        addresses = self._offsets[step.layer].take(entries["expert"], axis=1) + base
+        addresses = self._addresses[: 3 * (b - a)].reshape(3, b - a)
+        part_addresses(self._parts[step.layer], views.entries[a:b], addresses)
         pair_start = views.pair_start[a : b + 1]
         first, end = int(pair_start[0]), int(pair_start[-1])
         self._device.experts(
-            self._shapes[step.layer], addresses, views.x[: step.tokens], pair_start - first,
-            views.pair_token[first:end], self._pairs[first:end],
+            self._shapes[step.layer], addresses, views.x[: step.tokens],
+            pair_start - first if first else pair_start, views.pair_token[first:end],
+            self._pairs[first:end],
         )  # fmt: skip
 
     def _given_up(self, step_id: int) -> bool:

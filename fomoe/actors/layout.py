@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-# One expert of a step: where its bytes lie in the segment and which landed word says so.
-ENTRY = np.dtype([("address", "<i8"), ("generation", "<u8"), ("slot", "<i4"), ("expert", "<i4")])
+from fomoe.engine.transfers import ENTRY
 
 _ALIGN = 64
 
@@ -33,11 +32,12 @@ class StepViews:
 
 
 class StepArena:
-    """Layout for at most `max_tokens` tokens of width `hidden`, top-k of `n_experts`."""
+    """Layout for at most `max_tokens` tokens of width `hidden`, `top_k` of `n_experts`."""
 
     BUFFERS = 2
 
     def __init__(self, max_tokens: int, hidden: int, top_k: int, n_experts: int) -> None:
+        self.max_tokens, self.top_k = max_tokens, top_k
         pairs = max_tokens * top_k
         self._parts: tuple[tuple[str, npt.DTypeLike, tuple[int, ...]], ...] = (
             ("x", np.float32, (max_tokens, hidden)),

@@ -10,7 +10,7 @@ lie in an arena of the fabric (`layout.py`). Nothing here is pickled.
 | DONE     | device -> driver  | `DONE` struct, result in the step arena   |                 |
 | SWEEP    | driver -> device  | `STEP` struct: a wave of a prompt's sweep | DONE            |
 | ABORT    | driver -> device  | u64 step id: stop waiting for its experts | DONE, aborted   |
-| FETCH    | driver -> storage | array of `FETCH` records                  | landed words    |
+| FETCH    | driver -> storage | array of `READ` records                   | landed words    |
 | DROP     | driver -> storage | nothing: forget prefetches not started    |                 |
 | PRELOADED| storage -> driver | u32: preload jobs that have landed        |                 |
 | FAILED   | storage -> driver | `ReadFailed`                              |                 |
@@ -27,7 +27,6 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 import msgpack
-import numpy as np
 
 from fomoe.engine.requests import (
     EngineStatus,
@@ -71,18 +70,6 @@ STEP_FIRST, STEP_LAST = 1, 2
 DONE = struct.Struct("<QiiQQ")
 STEP_ID = struct.Struct("<Q")
 COUNT = struct.Struct("<I")
-FETCH = np.dtype(
-    [
-        ("address", "<i8"),
-        ("generation", "<u8"),
-        ("slot", "<i4"),
-        ("layer", "<i4"),
-        ("expert", "<i4"),
-        ("priority", "<i4"),
-        ("bell", "<i4"),
-        ("reserved", "<i4"),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

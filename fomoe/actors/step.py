@@ -2,31 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import dataclass, field
 
 from fomoe.actors.channel import Receiver, Regions, Sender
 from fomoe.actors.layout import StepViews
 from fomoe.engine.transfers import SegmentSlots
+from fomoe.engine.waves import StepArrays
 from fomoe.model.buffers import F32
-from fomoe.routing import ExpertGroups, Route
 
 
-@dataclass(slots=True)
+class StepBuffer:
+    """One buffer of a device's step arena as the driver uses it; its views are made once."""
+
+    def __init__(self, arena: str, number: int, views: StepViews) -> None:
+        self.number = number
+        self.arrays = StepArrays(
+            views.order, views.weights, views.pair_token, views.pair_start, views.entries
+        )
+        self.arena = arena
+        self.views = views
+        self._rows: dict[int, tuple[F32, F32]] = {}
+        self._regions: dict[tuple[int, int, int, int], Regions] = {}
+
+    def rows(self, tokens: int) -> tuple[F32, F32]:
+        """Return the input and the output of a step of `tokens` tokens, float32 [T, D]."""
+        rows = self._rows.get(tokens)
+        if rows is None:
+            rows = self._rows[tokens] = (self.views.x[:tokens], self.views.out[:tokens])
+        return rows
+
+    def regions(self, tokens: int, n_experts: int, first: int, end: int) -> Regions:
+        """Return the arena ranges that the device must see for entries `first` to `end`."""
+        key = (tokens, n_experts, first, end)
+        found = self._regions.get(key)
+        if found is None:
+            found = self._regions_of(*key)
+            if tokens == 1:  # a decode step's ranges are few, a prompt's come once
+                self._regions[key] = found
+        return found
+
+    def _regions_of(self, tokens: int, n_experts: int, first: int, end: int) -> Regions:
+        views, at, name = self.views, self.views.offsets, self.arena
+        size = views.entries.itemsize
+        entries = (name, at["entries"] + first * size, (end - first) * size)
+        if first:
+            return (entries,)
+        pairs = tokens * views.order.shape[1]
+        return (
+            entries,
+            (name, at["x"], tokens * views.x.shape[1] * 4),
+            (name, at["order"], pairs * 4),
+            (name, at["weights"], pairs * 4),
+            (name, at["pair_token"], pairs * 4),
+            (name, at["pair_start"], (n_experts + 1) * 4),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceLink:
-    """The driver's ends of one device's rings and the views of its step arena."""
+    """The driver's ends of one device's rings and the buffers of its step arena."""
 
     name: str
     node: int
-    arena: str
     sender: Sender
     receiver: Receiver
-    views: tuple[StepViews, ...]
+    buffers: tuple[StepBuffer, ...]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class NodeLink:
     """The driver's ends of one node's storage rings, and what lies in that node's segment."""
 
@@ -38,54 +81,12 @@ class NodeLink:
 
 @dataclass(slots=True)
 class Step:
-    """The layer under way; experts are ordered resident first, in waves that fit the slots."""
+    """The layer under way; its experts stand in the wave planner."""
 
-    layer: int
-    tokens: int
-    id: int
     device: DeviceLink
-    views: StepViews
-    buffer: int
-    experts: npt.NDArray[np.int32]
-    pairs: npt.NDArray[np.int64]  # (token, expert) pairs of each expert, substitutes left out
-    wave: int
-    sent: int
-    decoding: bool
-
-
-def write_route(views: StepViews, groups: ExpertGroups, by_tier: npt.NDArray[np.intp],
-                 counts: npt.NDArray[np.int64], weights: F32) -> None:  # fmt: skip
-    """Write the route with pairs renumbered so that experts stand in the order they are served."""
-    n, pairs, tokens = len(by_tier), len(groups.pair_token), len(weights)
-    views.pair_start[0] = 0
-    np.cumsum(counts, out=views.pair_start[1 : n + 1])
-    moved = np.empty(n, np.int32)  # by how much each expert's pairs move
-    moved[by_tier] = views.pair_start[:n] - groups.pair_start[by_tier]
-    new_of_old = np.arange(pairs, dtype=np.int32) + np.repeat(moved, np.diff(groups.pair_start))
-    views.pair_token[new_of_old] = groups.pair_token
-    np.copyto(views.order[:tokens], new_of_old[groups.order])
-    np.copyto(views.weights[:tokens], weights)
-
-
-def substituted_pairs(route: Route, groups: ExpertGroups) -> npt.NDArray[np.int64]:
-    """Return how many pairs of each of the groups' experts stand in for another expert."""
-    replaced = np.bincount(route.ids[route.substituted], minlength=int(groups.experts[-1]) + 1)
-    return replaced[groups.experts]
-
-
-def regions(step: Step, first: int, end: int) -> Regions:
-    """Return the arena ranges that the device must see for a wave."""
-    views, at, name = step.views, step.views.offsets, step.device.arena
-    size = views.entries.itemsize
-    entries = (name, at["entries"] + first * size, (end - first) * size)
-    if first:
-        return (entries,)
-    pairs = step.tokens * views.order.shape[1]
-    return (
-        entries,
-        (name, at["x"], step.tokens * views.x.shape[1] * 4),
-        (name, at["order"], pairs * 4),
-        (name, at["weights"], pairs * 4),
-        (name, at["pair_token"], pairs * 4),
-        (name, at["pair_start"], (len(step.experts) + 1) * 4),
-    )
+    buffer: StepBuffer
+    id: int = 0
+    layer: int = -1
+    tokens: int = 0
+    decoding: bool = False
+    under_way: bool = field(default=False)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from fomoe.actors.channel import load_acquire_u64, store_release_u64
-from fomoe.actors.messages import COUNT, FETCH, Priority, ReadFailed, Tag, encode
+from fomoe.actors.messages import COUNT, Priority, ReadFailed, Tag, encode
 from fomoe.actors.process import FabricMember, LoopThread, log
+from fomoe.engine.transfers import READ
 from fomoe.errors import ChannelError, StorageError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.storage.fetch import DEMAND, PREFETCH, Fetch, FetchQueue
@@ -97,7 +98,7 @@ class StorageActor(FabricMember):
         tag, nbytes = message
         assert self._queue is not None
         if tag == Tag.FETCH:
-            records = self._buffer[:nbytes].view(FETCH).tolist()
+            records = self._buffer[:nbytes].view(READ).tolist()
             self._queue.submit([self._fetch(r) for r in records if not self._has_landed(r)])
         elif tag == Tag.DROP:
             self._queue.cancel_prefetch()

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.actors.channel import Fabric, Receiver, Sender, landed
+from fomoe.actors.channel import Fabric, Receiver, Sender
 from fomoe.actors.layout import StepViews
 from fomoe.actors.messages import DONE, STEP, STEP_ID, STEP_LAST, Tag
+from fomoe.engine._engine import landed, part_addresses
 from fomoe.kernels.device import Device, ExpertShape
 
 MOST_EXPERTS = 32  # of a call: what its work buffers are sized for
@@ -28,19 +29,18 @@ Message = tuple[int, int]  # tag, bytes
 class SlotMap:
     """The segment as a device sees it.
 
-    `landed` uint64 [slots] are the landed words, `slots_at` is the address of the first slot;
-    `offsets[l]` uint64 [3, E] are those of gate, up and down in a slot, `shapes[l]` their types.
+    `landed` uint64 [slots] are the landed words; `parts[l]` uint64 [3, E] is where gate, up and
+    down of each expert would begin in the first slot, `shapes[l]` their types.
     """
 
     landed: npt.NDArray[np.uint64]
-    slots_at: int
-    offsets: Sequence[npt.NDArray[np.uint64]]
+    parts: Sequence[npt.NDArray[np.uint64]]
     shapes: Sequence[ExpertShape]
 
     def addresses(self, layer: int, entries: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
         """Return addresses uint64 [3, n] of the parts of a step's entries."""
-        base = entries["address"].astype(np.uint64) + np.uint64(self.slots_at)
-        parts: npt.NDArray[np.uint64] = self.offsets[layer].take(entries["expert"], axis=1) + base
+        parts = np.empty((3, len(entries)), np.uint64)
+        part_addresses(self.parts[layer], entries, parts)
         return parts
 
 
@@ -119,11 +119,8 @@ class DeviceSweep:
         views = self._link.views[wave.buffer]
         entries = views.entries[first:end]
         ready = self._ready[: end - first]
-        landed(
-            self._slots.landed, np.ascontiguousarray(entries["slot"]),
-            np.ascontiguousarray(entries["generation"]), ready,
-        )  # fmt: skip
-        there = int(ready.argmin()) if not ready.all() else len(ready)
+        count = landed(self._slots.landed, entries, ready)
+        there = int(ready.argmin()) if count < len(ready) else count
         if there < min(LEAST_EXPERTS, len(ready)):
             return False
         started = time.perf_counter_ns()

@@ -27,7 +27,7 @@ from fomoe.actors.step import DeviceLink, NodeLink
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import Read
 from fomoe.errors import PeerStalledError, StorageError
-from fomoe.model.buffers import F32, Rows
+from fomoe.model.buffers import F32
 from fomoe.residency import ChunkUse, Placement, Residency, Sweep, Wave
 from fomoe.routing import ExpertGroups, Route, group_by_expert
 from fomoe.types import ExpertKey, Tier
@@ -103,7 +103,7 @@ class PromptSweeps:
         """Whether a sweep has begun and not ended."""
         return self._running is not None
 
-    def begin(self, layer: int, h: Rows, route: Route) -> None:
+    def begin(self, layer: int, h: F32, route: Route) -> None:
         """Decide the sweep, send its first reads and waves."""
         host = self._host
         self.abandon()
@@ -157,7 +157,7 @@ class PromptSweeps:
                 raise PeerStalledError(running.device.name, _WAVE_BOUND_S)
             self._host.fabric.wait(bell, _SPIN_US, _WAIT_MS)
         self._running = None
-        return running.device.views[running.buffer].out[: running.tokens]
+        return running.device.buffers[running.buffer].views.out[: running.tokens]
 
     def abandon(self) -> None:
         """End the sweep under way, if any: when this returns, the device reads no slot for it.
@@ -193,8 +193,9 @@ class PromptSweeps:
     def _receive(self, running: _Running) -> bool:
         """Take one answer of the device; those of steps that were given up are passed over."""
         while running.device.receiver.try_recv(self._buffer) is not None:
-            step_id, aborted, _, _, waited_ns = DONE.unpack_from(self._buffer)
+            step_id, aborted, _, computed_ns, waited_ns = DONE.unpack_from(self._buffer)
             if step_id == running.id:
+                self._host.counters.compute_s += computed_ns / 1e9
                 self._host.counters.stall_s += waited_ns / 1e9
                 end = running.in_flight.popleft()
                 if not aborted:
@@ -213,7 +214,7 @@ class PromptSweeps:
 
     def _send(self, running: _Running, wave: Wave) -> None:
         self._read(running.layer, wave.dropped, wave.placed, Priority.DEMAND)
-        views = running.device.views[running.buffer]
+        views = running.device.buffers[running.buffer].views
         experts = running.sweep.experts[wave.first : wave.end]
         entries = views.entries[wave.first : wave.end]
         entries["slot"], entries["address"], entries["generation"] = running.node.slots.locate(
@@ -259,10 +260,10 @@ class PromptSweeps:
         counters.prompt_hits_ram += int(by_tier[Tier.RAM])
         counters.prompt_reads_nvme += int(by_tier[Tier.NVME])
 
-    def _write(self, running: _Running, h: Rows, route: Route, groups: ExpertGroups) -> None:
+    def _write(self, running: _Running, h: F32, route: Route, groups: ExpertGroups) -> None:
         """Write the chunk into the step arena: rows, pairs by expert, a weight for each pair."""
-        views, n_pairs = running.device.views[running.buffer], len(groups.pair_token)
-        np.copyto(views.x[: running.tokens], h.x)
+        views, n_pairs = running.device.buffers[running.buffer].views, len(groups.pair_token)
+        np.copyto(views.x[: running.tokens], h)
         views.pair_start[: len(groups.pair_start)] = groups.pair_start
         views.pair_token[:n_pairs] = groups.pair_token
         views.weights.reshape(-1)[groups.order.ravel()] = groups.arrange(route.weights).ravel()
@@ -277,8 +278,9 @@ def _use(groups: ExpertGroups, tokens: int) -> ChunkUse:
 
 def _regions(running: _Running, wave: Wave) -> Regions:
     """Return the arena ranges that the device must see for a wave."""
-    views = running.device.views[running.buffer]
-    at, name, size = views.offsets, running.device.arena, views.entries.itemsize
+    views = running.device.buffers[running.buffer].views
+    buffer = running.device.buffers[running.buffer]
+    at, name, size = views.offsets, buffer.arena, views.entries.itemsize
     entries = (name, at["entries"] + wave.first * size, (wave.end - wave.first) * size)
     if wave.first:
         return (entries,)

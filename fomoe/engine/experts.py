@@ -10,16 +10,22 @@ import numpy.typing as npt
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
 from fomoe.kernels.device import ExpertShape, open_device
-from fomoe.model.buffers import F32, Buffer, Rows
+from fomoe.model.buffers import F32, Buffer
 from fomoe.model.spec import ModelSpec
-from fomoe.routing import Route, group_by_expert
+from fomoe.residency import LogicalCache
+from fomoe.routing import Route, group_by_expert, route_exact
 
 
 class ExpertHost(Protocol):
     """Computes a layer's routed experts; one step is under way at a time."""
 
-    def begin(self, layer: int, h: Rows, route: Route, *, decoding: bool) -> None:
+    def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
+
+    def decide(
+        self, layer: int, h: F32, scores: F32, logical: LogicalCache, *, decoding: bool
+    ) -> None:
+        """Route one sequence's tokens exactly, tell its logical cache, and begin."""
 
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Load what `layer` will probably want, behind all demand reads; never waits."""
@@ -61,7 +67,7 @@ class ResidentExperts:
             columns.insert(1, columns[0] + np.uint64(starts[0][1] // 2))
         return np.stack(columns)
 
-    def begin(self, layer: int, h: Rows, route: Route, *, decoding: bool) -> None:
+    def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Compute the whole layer at once."""
         del decoding
         groups = group_by_expert(route.ids)
@@ -69,10 +75,18 @@ class ResidentExperts:
         pairs = self._pairs.at(tokens * top_k)
         addresses = np.ascontiguousarray(self._addresses[layer][:, groups.experts])
         self._device.experts(
-            self._shapes[layer], addresses, h.x, groups.pair_start, groups.pair_token, pairs
+            self._shapes[layer], addresses, h, groups.pair_start, groups.pair_token, pairs
         )
         self._result = self._routed.at(tokens)
         self._device.reduce(pairs, groups.order, groups.arrange(route.weights), self._result)
+
+    def decide(
+        self, layer: int, h: F32, scores: F32, logical: LogicalCache, *, decoding: bool
+    ) -> None:
+        """Route one sequence's tokens exactly and compute the layer."""
+        route = route_exact(scores, self._spec.moe.top_k)
+        logical.observe(layer, route.ids)
+        self.begin(layer, h, route, decoding=decoding)
 
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Everything is resident already."""

@@ -93,7 +93,7 @@ class Generation:
         token, self._next = self._next, None
         self._sequence.decoding = True
         hidden = self._run([token])
-        return self._choose(self._forward.model.logits(hidden, _LAST)[0])
+        return self._choose(self._forward.logits(hidden, _LAST)[0])
 
     @property
     def in_prompt(self) -> bool:
@@ -138,8 +138,8 @@ class Generation:
         done, n_layers = len(self._sequence.tokens), self._forward.model.spec.n_layers
         part = min(self._chunk, len(self.request.prompt) - done)
         self._processed = done + part * (layer + 1) // n_layers
-        if now - self._reported < PROGRESS_S:
-            return
+        if now - self._reported < PROGRESS_S or layer + 1 == n_layers:
+            return  # the pass itself reports its end
         self._reported = now
         self._on_event(self._progress(self._processed))
 
@@ -172,14 +172,14 @@ class Generation:
         if request.max_tokens == 0:
             return [*events, self._finish("length")]
         last = np.array([len(part) - 1])
-        return events + self._choose(self._forward.model.logits(hidden, last)[0])
+        return events + self._choose(self._forward.logits(hidden, last)[0])
 
     def _score_prompt(self, hidden: F32, start: int, count: int) -> None:
         """Collect the log probability of each prompt token that follows a row of this chunk."""
         prompt, n_top = self.request.prompt, max(0, self.request.logprobs)
         for row in range(0, count, HEAD_ROWS):
             rows = np.arange(row, min(row + HEAD_ROWS, count))
-            logits = self._forward.model.logits(hidden, rows)
+            logits = self._forward.logits(hidden, rows)
             for offset, one in zip(rows, logits, strict=True):
                 following = start + int(offset) + 1
                 if following < len(prompt):
@@ -194,6 +194,8 @@ class Generation:
             logits = logits.copy()
             logits[list(request.stop_ids)] = -np.inf
         token = sample(logits, request.sampling, position, self._prompt_counts, self._output_counts)
+        if self._generated < len(request.forced):
+            token = request.forced[self._generated]
         if token in request.stop_ids:
             return [self._finish("stop", stop_id=token)]
         self._generated += 1
@@ -204,7 +206,13 @@ class Generation:
         if request.logprobs >= 0:
             own, top = log_probabilities(logits, token, request.logprobs)
         events: list[Event] = [
-            TokenEvent(request_id=request.request_id, token=token, logprob=own, top=top)
+            TokenEvent(
+                request_id=request.request_id,
+                token=token,
+                logprob=own,
+                top=top,
+                parts_s=list(self._meter.token_parts) if request.trace else [],
+            )
         ]
         full = position + 1 > self._sequence.state.ctx_size
         if self._generated >= request.max_tokens or full:
@@ -252,7 +260,12 @@ def check_request(request: GenerateRequest, ctx_size: int, vocab: int) -> None:
     worst = max(request.prompt, key=lambda t: -1 if 0 <= t < vocab else abs(t) + vocab)
     if not 0 <= worst < vocab:
         raise RequestError(f"token id {worst} is outside the vocabulary of {vocab:,}", "prompt")
-    for param, ids in (("logit_bias", request.sampling.logit_bias), ("stop_ids", request.stop_ids)):
+    named = {
+        "logit_bias": request.sampling.logit_bias,
+        "stop_ids": request.stop_ids,
+        "forced": request.forced,
+    }
+    for param, ids in named.items():
         outside = [t for t in ids if not 0 <= t < vocab]
         if outside:
             raise RequestError(f"{param} names token {outside[0]} of {vocab:,}", param)

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from fomoe.engine.requests import Receipt
+from fomoe.engine.waterfall import NOTHING, Seconds, Stopwatch, Waterfall, added, milliseconds
 
 
 @dataclass(slots=True)
@@ -27,6 +28,7 @@ class HostCounters:
     prefetch_issued: int = 0
     prefetch_used: int = 0
     stall_s: float = 0.0
+    compute_s: float = 0.0
 
     def copy(self) -> HostCounters:
         """Return the present values."""
@@ -42,13 +44,27 @@ class LossCounters:
 
 
 class Meter:
-    """Takes differences of the running totals between the start and the end of a request."""
+    """Takes differences of the running totals between the start and the end of a request.
+
+    Attributes:
+        token_parts: where the last token's time went, seconds by `waterfall.PARTS`.
+    """
 
     def __init__(
-        self, host: HostCounters, loss: LossCounters, *, devices: str, capacity: int
+        self,
+        host: HostCounters,
+        loss: LossCounters,
+        watch: Stopwatch,
+        *,
+        devices: str,
+        capacity: int,
     ) -> None:
         self.host = host
         self.loss = loss
+        self.token_parts: Seconds = NOTHING
+        self.prompt_parts: Seconds = NOTHING
+        self.generated_parts: Seconds = NOTHING
+        self._waterfall = Waterfall(watch, time.monotonic)
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.prompt_s = self.generated_s = 0.0
         self._devices = devices
@@ -62,6 +78,11 @@ class Meter:
         self._car, self._cached = car, cached
         self._prompt = self._generated = 0
         self._t0 = self._t1 = self._last = time.monotonic()
+        self._parts()
+        self._prompt_parts = self._generated_parts = NOTHING
+
+    def _parts(self) -> Seconds:
+        return self._waterfall.read(self.host.compute_s, self.host.stall_s)
 
     def prompt_done(self, tokens: int) -> None:
         """The prompt of `tokens` has gone through the layers; decoding starts."""
@@ -70,6 +91,8 @@ class Meter:
         self.cached_tokens += self._cached
         self._t1 = self._last = time.monotonic()
         self.prompt_s += self._t1 - self._t0
+        self._prompt_parts = self._parts()
+        self.prompt_parts = added(self.prompt_parts, self._prompt_parts)
 
     def token(self) -> None:
         """A token was generated."""
@@ -78,6 +101,9 @@ class Meter:
         now = time.monotonic()
         self.generated_s += now - self._last
         self._last = now
+        self.token_parts = self._parts()
+        self._generated_parts = added(self._generated_parts, self.token_parts)
+        self.generated_parts = added(self.generated_parts, self.token_parts)
 
     def rate(self) -> float:
         """Return generated tokens per second of the request under way or the last one."""
@@ -108,6 +134,8 @@ class Meter:
             lost_mass=self.loss.lost_mass - self._loss0.lost_mass,
             mode=f"car {self._car:.2f}" if self._car > 0.0 else "exact",
             devices=self._devices,
+            prompt_parts_ms=milliseconds(self._prompt_parts),
+            generated_parts_ms=milliseconds(self._generated_parts),
             logical_capacity=self._capacity if self._car > 0.0 else 0,
             decision_hash=f"{decision_hash:016x}",
         )

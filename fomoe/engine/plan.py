@@ -45,6 +45,13 @@ class EnginePlan:
             t.layer_class, t.n_experts,
         )  # fmt: skip
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert has a slot, so that no request needs the file."""
+        t = self.topology
+        slots = sum(t.device_slots.values()) + sum(t.ram_slots.values())
+        return slots >= t.n_layers * t.n_experts
+
     def slot_bytes(self) -> tuple[int, int]:
         """Return the bytes of all device slots and of all RAM slots."""
         size = [c.slot_bytes for c in self.table.classes]

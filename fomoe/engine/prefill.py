@@ -8,6 +8,7 @@ import numpy as np
 
 from fomoe.engine.forward import Forward
 from fomoe.engine.sequences import Sequence
+from fomoe.engine.waterfall import Lap
 from fomoe.model.buffers import F32
 from fomoe.model.state import Batch
 
@@ -25,18 +26,24 @@ def prefill(
     `on_layer` is called after each layer; what it raises ends the pass, whose sequences are then
     to be reset.
     """
-    model, experts = forward.model, forward.experts
+    model, experts, watch = forward.model, forward.experts, forward.watch
+    watch.start()
     x = model.embed(batch)
     for layer in range(model.spec.n_layers):
         following = layer + 1
         model.mix(layer, x, batch)
         h, scores = model.scores(layer, x)
+        watch.lap(Lap.DENSE)
         route = forward.brain.route(layer, scores, batch, sequences)
         experts.begin(layer, h, route, decoding=False)
         if following < model.spec.n_layers and forward.prefetch and experts.may_guess(following):
             experts.look_ahead(following, model.look_ahead(following, _sample(x)))
+        watch.lap(Lap.BRAIN)
         shared = model.shared(layer, h)
-        model.close(x, experts.finish(), shared)
+        watch.lap(Lap.DENSE)
+        routed = experts.finish()
+        watch.lap(Lap.AWAIT)
+        model.close(x, routed, shared)
         on_layer(layer)
     batch.advance()
     return x

@@ -38,6 +38,8 @@ class GenerateRequest:
     of alternatives per emitted token (-1: none at all, 0: only the token's own). `echo` asks for
     `PromptLogprobs` of the prompt's own tokens before the first token. `car` overrides the
     engine's cache-aware threshold for this request (None: the engine's default, 0: exact).
+    `trace` asks for each token's `parts_s`.
+    `forced` are emitted and fed in place of the first sampled tokens: a benchmark's text.
     """
 
     request_id: str
@@ -49,6 +51,8 @@ class GenerateRequest:
     logprobs: int = -1
     echo: bool = False
     car: float | None = None
+    trace: bool = False
+    forced: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +77,17 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
-    """One generated token; `top` holds (token id, log probability), best first."""
+    """One generated token.
+
+    `top` holds (token id, log probability), best first; `parts_s` where the token's time went, by
+    `waterfall.PARTS`, where the request asked for a trace.
+    """
 
     request_id: str
     token: int
     logprob: float | None = None
     top: list[tuple[int, float]] = field(default_factory=list)
+    parts_s: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +97,7 @@ class Receipt:
     `hits_device`, `hits_ram` and `reads_nvme` count expert activations of decode steps (one per
     layer, token and chosen expert); `substituted` counts those replaced by cache-aware routing,
     which are in none of the three. The prompt's activations are counted apart in `prompt_*`.
+    `prompt_parts_ms` and `generated_parts_ms` say where the time went, by `waterfall.PARTS`.
     """
 
     prompt_tokens: int = 0
@@ -107,6 +117,8 @@ class Receipt:
     demoted_bytes: int = 0
     stall_ms: float = 0.0
     lost_mass: float = 0.0
+    prompt_parts_ms: dict[str, float] = field(default_factory=dict)
+    generated_parts_ms: dict[str, float] = field(default_factory=dict)
     mode: str = "exact"
     devices: str = "device"  # "device (emulated)" where a cpu device stands in for a GPU
     logical_capacity: int = 0  # experts per layer, lossy modes only

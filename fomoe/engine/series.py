@@ -8,6 +8,7 @@ import numpy as np
 
 from fomoe.engine.meter import Meter
 from fomoe.engine.plan import EnginePlan
+from fomoe.engine.waterfall import PARTS
 from fomoe.residency import Counters, Residency
 from fomoe.types import Tier
 
@@ -35,6 +36,14 @@ def tier_bytes(plan: EnginePlan, residency: Residency) -> TierBytes:
 def engine_series(meter: Meter, residency: Counters, tiers: TierBytes) -> dict[str, float]:
     """Return value by series, labels written into the name as Prometheus does."""
     host, loss = meter.host, meter.loss
+    parts = {
+        f'{name}{{part="{part}"}}': value
+        for name, values in (
+            ("fomoe_prompt_part_seconds_total", meter.prompt_parts),
+            ("fomoe_token_part_seconds_total", meter.generated_parts),
+        )
+        for part, value in zip(PARTS, values, strict=True)
+    }
     lookups, prompt = "fomoe_expert_lookups_total", "fomoe_prompt_expert_lookups_total"
     return {
         "fomoe_prompt_tokens_total": float(meter.prompt_tokens),
@@ -65,4 +74,4 @@ def engine_series(meter: Meter, residency: Counters, tiers: TierBytes) -> dict[s
         'fomoe_tier_bytes{tier="ram"}': float(tiers.ram),
         'fomoe_tier_capacity_bytes{tier="device"}': float(tiers.device_slots),
         'fomoe_tier_capacity_bytes{tier="ram"}': float(tiers.ram_slots),
-    }
+    } | parts

@@ -15,6 +15,7 @@ from fomoe.errors import GGUFError
 from fomoe.gguf.header import Header, TensorInfo, read_header
 from fomoe.gguf.metadata import Metadata
 from fomoe.gguf.quants import GGMLType, row_bytes
+from fomoe.gguf.rows import StoredRows
 from fomoe.gguf.shards import check_split, shard_paths
 
 __all__ = ["GGUFFile", "TensorInfo", "open_gguf"]
@@ -89,6 +90,11 @@ class GGUFFile:
                 "use a quantisation that leaves this tensor in floating point",
             )
         return values.reshape(info.shape)
+
+    def rows(self, name: str, most: int) -> StoredRows:
+        """Tensor `name` row by row, at most `most` at a time; only what is asked for is read."""
+        info = self.tensor(name)
+        return StoredRows(self.shards[info.shard], info, most)
 
     def _read_into(self, info: TensorInfo, out: memoryview) -> None:
         path = self.shards[info.shard]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from fomoe.errors import GGUFError
 from fomoe.gguf.quants import GGMLType
 from fomoe.gguf.reader import GGUFFile
+from fomoe.gguf.rows import StoredRows
 from fomoe.kernels.cpu import ops
 from fomoe.model.buffers import F32, Rows
 
@@ -31,10 +32,17 @@ class Linear:
             ops.matmul_q8(self.qtype, self.weight, x.int8.q, x.int8.scale, out)
         return out
 
-    def exact(self, x: F32, out: F32) -> F32:
-        """Write W x into `out` with float32 activations whatever the weight's type (routers)."""
-        ops.matmul_f32(self.qtype, self.weight, x, out)
-        return out
+
+def operands(weights: object) -> dict[str, object]:
+    """Return a layer's weights by field name as the native layers take them.
+
+    Matrices become (type, uint8 [rows, row_bytes]), vectors stay float32 arrays.
+    """
+    values = {name: getattr(weights, name) for name in weights.__slots__}  # type: ignore[attr-defined]
+    return {
+        name: (value.qtype, value.weight) if isinstance(value, Linear) else value
+        for name, value in values.items()
+    }
 
 
 _FLOAT_TYPES = frozenset((GGMLType.F32, GGMLType.F16, GGMLType.BF16))
@@ -56,6 +64,11 @@ class Weights:
         shape = info.shape if len(info.shape) > 1 else (1, *info.shape)
         self._check(name, shape, (rows, cols))
         return Linear(self.file.read(name).reshape(rows, -1), int(info.type), rows, cols)
+
+    def stored(self, name: str, rows: int, cols: int, most: int) -> StoredRows:
+        """Return matrix `name` [rows, cols] as rows that are read when wanted, `most` at a time."""
+        self._check(name, self._info(name).shape, (rows, cols))
+        return self.file.rows(name, most)
 
     def vector(self, name: str, size: int) -> F32:
         """Return tensor `name` as float32 [size]."""

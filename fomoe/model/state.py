@@ -12,6 +12,7 @@ from fomoe.model.buffers import F32
 from fomoe.model.spec import ModelSpec
 
 Array = npt.NDArray[np.floating[Any]]
+I32 = npt.NDArray[np.int32]
 
 
 @dataclass(slots=True)
@@ -113,6 +114,10 @@ class Run:
     stop: int
     position: int
 
+    def rows_of(self, x: F32) -> F32:
+        """Return this run's rows of an array [T, ...] of the whole batch."""
+        return x if self.start == 0 and self.stop == len(x) else x[self.start : self.stop]
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -121,8 +126,8 @@ class Batch:
     `tokens` int32 [T], `positions` int32 [T]; each sequence has one run.
     """
 
-    tokens: npt.NDArray[np.int32]
-    positions: npt.NDArray[np.int32]
+    tokens: I32
+    positions: I32
     runs: tuple[Run, ...]
 
     @property

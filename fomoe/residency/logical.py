@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import ConfigError
+from fomoe.residency import _residency
 
-_MASK_64 = (1 << 64) - 1
 _NEVER = -1
 
 
@@ -44,13 +44,13 @@ class LogicalCache:
             raise ConfigError(f"{n_layers} layers of {n_experts} experts: at most 65,536 of each")
         self.capacity = capacity
         self._keys = np.full((n_layers, n_experts), _NEVER, dtype=np.int64)
-        self._tokens = np.zeros(n_layers, dtype=np.int64)
-        self._hash = 0
+        self.tokens = np.zeros(n_layers, dtype=np.int64)
+        self.hash_word = np.zeros(1, dtype=np.uint64)
 
     @property
     def hash(self) -> int:
         """The decision hash: 64 bits over all (token, layer, expert) so far, in any order."""
-        return self._hash
+        return int(self.hash_word[0])
 
     def mask(self, layer: int) -> npt.NDArray[np.bool_]:
         """Return bool [E]: the resident experts of the layer."""
@@ -75,12 +75,12 @@ class LogicalCache:
                 f"logical capacity {self.capacity}: at least {ids.shape[1]}, the experts of one "
                 f"token, are needed"
             )
-        tokens = self.observe(layer, ids)
-        keys = self._keys[layer]
+        ids = np.ascontiguousarray(ids, dtype=np.int32)
+        first = _residency.observe(layer, ids, self.tokens, self.hash_word)
         # A repeated id keeps its greatest key, which is its last token's.
-        np.maximum.at(keys, ids, tokens[:, None] * keys.size + ids)
+        _residency.commit(first, ids, self._keys, layer)
 
-    def observe(self, layer: int, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    def observe(self, layer: int, ids: npt.NDArray[np.int32]) -> int:
         """Feed the hash with the next T tokens of the layer and leave residency alone.
 
         Args:
@@ -88,33 +88,17 @@ class LogicalCache:
             ids: int32 [T, k], distinct in a row, in any order.
 
         Returns:
-            int64 [T], the tokens' numbers in the layer.
+            The number of the first of them in the layer.
         """
-        first = int(self._tokens[layer])
-        tokens = np.arange(first, first + len(ids), dtype=np.int64)
-        self._tokens[layer] += len(ids)
-        packed = (tokens[:, None] << 32) | (layer << 16) | ids
-        # A sum does not depend on order, so neither layer-major prefill nor chunks change it.
-        self._hash = (self._hash + int(splitmix64(packed.view(np.uint64)).sum())) & _MASK_64
-        return tokens
+        ids = np.ascontiguousarray(ids, dtype=np.int32)
+        return _residency.observe(layer, ids, self.tokens, self.hash_word)
 
     def snapshot(self) -> LogicalSnapshot:
         """Return a copy of the state."""
-        return LogicalSnapshot(self._keys.copy(), self._tokens.copy(), self._hash)
+        return LogicalSnapshot(self._keys.copy(), self.tokens.copy(), self.hash)
 
     def restore(self, snapshot: LogicalSnapshot) -> None:
         """Go back to a snapshot of this cache or of one of the same shape."""
         self._keys[:] = snapshot.keys
-        self._tokens[:] = snapshot.tokens
-        self._hash = snapshot.hash
-
-
-def splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Scramble 64-bit words, one to one and alike on every platform.
-
-    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
-    """
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+        self.tokens[:] = snapshot.tokens
+        self.hash_word[0] = snapshot.hash

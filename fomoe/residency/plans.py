@@ -52,6 +52,44 @@ class Plan:
     fetches: tuple[Fetch, ...]
 
 
+# `Fetch` as a record; the victim is -1, -1 if there is none.
+FETCH_RECORD = np.dtype(
+    [
+        ("expert", "<i4"),
+        ("slot", "<i4"),
+        ("source", "<i4"),
+        ("ram_slot", "<i4"),
+        ("victim_layer", "<i4"),
+        ("victim", "<i4"),
+        ("demoted_to", "<i4"),
+        ("kept_in", "<i4"),
+    ]
+)
+
+
+class PlanArrays:
+    """Where the native rules leave a plan until the next one; room for E entries each.
+
+    `hits` and `hit_slots` are int32, `fetches` are of `FETCH_RECORD`.
+    """
+
+    def __init__(self, n_experts: int) -> None:
+        self.hits = np.empty(n_experts, dtype=np.int32)
+        self.hit_slots = np.empty(n_experts, dtype=np.int32)
+        self.fetches = np.empty(n_experts, dtype=FETCH_RECORD)
+
+    def plan(self, layer: int, n_hits: int, n_fetches: int) -> Plan:
+        """Return a copy as objects."""
+        fetches = tuple(_fetch(*row) for row in self.fetches[:n_fetches].tolist())
+        return Plan(layer, self.hits[:n_hits].copy(), self.hit_slots[:n_hits].copy(), fetches)
+
+
+def _fetch(expert: int, slot: int, source: int, ram_slot: int, *rest: int) -> Fetch:
+    victim_layer, victim, demoted_to, kept_in = rest
+    loser = ExpertKey(victim_layer, victim) if victim >= 0 else None
+    return Fetch(expert, slot, Tier(source), ram_slot, loser, demoted_to, kept_in)
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where a preloaded expert goes: `slot` in the device or RAM pool of its layer, by `tier`."""

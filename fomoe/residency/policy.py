@@ -11,12 +11,14 @@ import numpy.typing as npt
 class History:
     """Integer counters of past use: `uses` and `last` (step of last use, -1 never), int64 [L, E].
 
-    A step is a layer's own plan count, a token clock; all experts of a plan share it.
+    `steps` int64 [L] is each layer's present step. A step is a layer's own plan count, a token
+    clock; all experts of a plan share it.
     """
 
     def __init__(self, n_layers: int, n_experts: int) -> None:
         self.uses = np.zeros((n_layers, n_experts), dtype=np.int64)
         self.last = np.full((n_layers, n_experts), -1, dtype=np.int64)
+        self.steps = np.zeros(n_layers, dtype=np.int64)
 
     def touch(self, layer: int, experts: npt.NDArray[np.int32] | int, step: int) -> None:
         """Count one use at `step`; experts are distinct."""
@@ -25,7 +27,16 @@ class History:
 
 
 class EvictionPolicy(ABC):
-    """Ranks experts by worth; the least worthy leaves first, at equal worth the lower id."""
+    """Ranks experts by worth; the least worthy leaves first, at equal worth the lower id.
+
+    `native_rule` names a rule of the native module that gives the same values; where it is None,
+    as in policies that the module does not know, `values` is called instead.
+    """
+
+    @property
+    def native_rule(self) -> str | None:
+        """Return the name of the native rule, if there is one."""
+        return _NATIVE.get(type(self))
 
     @abstractmethod
     def values(
@@ -60,3 +71,7 @@ class LFRU(EvictionPolicy):
         """Return uses / (step - last + 1); 0 if never used."""
         worth: npt.NDArray[np.float64] = uses / (step + 1 - last)
         return worth
+
+
+# By exact type: a subclass may rank by other rules.
+_NATIVE: dict[type[EvictionPolicy], str] = {LRU: "lru", LFRU: "lfru"}

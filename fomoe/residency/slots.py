@@ -1,8 +1,8 @@
-"""Slot pools of one tier: which expert holds which slot, and whose turn it is to give one up."""
+"""Slot pools of one tier: which expert holds which slot."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,42 +16,63 @@ class SlotTable:
     """The pools of one tier; a pool is shared by all layers that name it.
 
     Each layer has a quota: its pool's slots over the pool's layers, the remainder to the first.
+    All arrays are int32 and stay where they are: the native rules read and write them.
 
     Attributes:
-        slot_of: int32 [L, E], the slot that an expert holds, -1 for none.
-        held: slots that each layer holds.
-        quota: each layer's fair share.
-        size: slots of each layer's pool.
-        members: layers that share each layer's pool, itself included, ascending.
+        slot_of: [L, E], the slot that an expert holds, -1 for none.
+        held: [L], slots that each layer holds.
+        quota: [L], each layer's fair share.
+        size: [L], slots of each layer's pool.
+        pool: [L], number of each layer's pool.
+        members: [L], the layers, pool by pool, ascending in a pool.
+        member_start: [pools + 1], where a pool's members begin.
+        free_slots: one stack of free slots per pool, from `free_start[pool]` on.
+        free_count: [pools], the height of each stack.
+        free_start: [pools].
     """
 
     def __init__(
         self, n_experts: int, pools: Sequence[Pool], pool_slots: Mapping[Pool, int]
     ) -> None:
         n_layers = len(pools)
-        self.slot_of = np.full((n_layers, n_experts), -1, dtype=np.int32)
-        self.held = [0] * n_layers
-        self.quota = [0] * n_layers
         by_pool: dict[Pool, list[int]] = {}
         for layer, pool in enumerate(pools):
             by_pool.setdefault(pool, []).append(layer)
-        self.members = [by_pool[pool] for pool in pools]
-        self.size = [pool_slots.get(pool, 0) for pool in pools]
+        number = {pool: i for i, pool in enumerate(by_pool)}
+        sizes = [pool_slots.get(pool, 0) for pool in by_pool]
+        self.slot_of = np.full((n_layers, n_experts), -1, dtype=np.int32)
+        self.held = np.zeros(n_layers, dtype=np.int32)
+        self.quota = np.zeros(n_layers, dtype=np.int32)
+        self.size = np.array([pool_slots.get(pool, 0) for pool in pools], dtype=np.int32)
+        self.pool = np.array([number[pool] for pool in pools], dtype=np.int32)
+        self.members = np.array([m for ms in by_pool.values() for m in ms], dtype=np.int32)
+        self.member_start = _starts([len(members) for members in by_pool.values()])
+        self.free_start = _starts(sizes)[:-1].copy()
+        self.free_count = np.array(sizes, dtype=np.int32)
+        # The last one is taken first.
+        stacks = [np.arange(size - 1, -1, -1, dtype=np.int32) for size in sizes]
+        self.free_slots = np.concatenate(stacks) if stacks else np.empty(0, dtype=np.int32)
         for pool, layers in by_pool.items():
             share, rest = divmod(pool_slots.get(pool, 0), len(layers))
-            for i, layer in enumerate(layers):
-                self.quota[layer] = share + (i < rest)
-        free = {pool: list(range(pool_slots.get(pool, 0) - 1, -1, -1)) for pool in by_pool}
-        self._free = [free[pool] for pool in pools]
+            self.quota[layers] = share
+            self.quota[layers[:rest]] += 1
+
+    def sharers(self, layer: int) -> list[int]:
+        """Return the layers that share the layer's pool, itself included, ascending."""
+        first, end = self.member_start[self.pool[layer] :][:2]
+        members: list[int] = self.members[first:end].tolist()
+        return members
 
     def free(self, layer: int) -> int:
         """Return the number of free slots in the layer's pool."""
-        return len(self._free[layer])
+        return int(self.free_count[self.pool[layer]])
 
     def take(self, layer: int) -> int:
         """Charge a free slot to the layer and return it; `assign` must follow."""
+        pool = self.pool[layer]
         self.held[layer] += 1
-        return self._free[layer].pop()
+        self.free_count[pool] -= 1
+        return int(self.free_slots[self.free_start[pool] + self.free_count[pool]])
 
     def take_from(self, victim: ExpertKey, layer: int) -> int:
         """Evict `victim`, charge its slot to the layer and return it; `assign` must follow."""
@@ -70,64 +91,23 @@ class SlotTable:
         slot = int(self.slot_of[layer, expert])
         self.slot_of[layer, expert] = -1
         self.held[layer] -= 1
-        self._free[layer].append(slot)
+        pool = self.pool[layer]
+        self.free_slots[self.free_start[pool] + self.free_count[pool]] = slot
+        self.free_count[pool] += 1
         return slot
 
     def check(self) -> None:
         """Assert that every slot is free or held by exactly one expert."""
-        for layer, members in enumerate(self.members):
-            if members[0] != layer:
-                continue
+        for pool, count in enumerate(self.free_count.tolist()):
+            members = self.members[self.member_start[pool] : self.member_start[pool + 1]]
             slots = self.slot_of[members]
-            used = np.concatenate([slots[slots >= 0], self._free[layer]])
-            assert np.array_equal(np.sort(used), np.arange(self.size[layer])), (layer, used)
-            held = [self.held[member] for member in members]
-            assert np.array_equal((slots >= 0).sum(axis=1), held), (layer, held)
+            free = self.free_slots[self.free_start[pool] :][:count]
+            used = np.sort(np.concatenate([slots[slots >= 0], free]))
+            assert np.array_equal(used, np.arange(self.size[members[0]])), (pool, used)
+            held = self.held[members]
+            assert np.array_equal((slots >= 0).sum(axis=1), held), (pool, held)
 
 
-class VictimQueue:
-    """The entries of a table that one plan may evict, least worthy first.
-
-    A layer at its quota gives up its own; otherwise, or if it has none to give, the layer most
-    over its quota does (the lower index at a tie). Rows are ranked when first needed.
-    """
-
-    def __init__(
-        self,
-        table: SlotTable,
-        values: Callable[[int], npt.NDArray[np.float64]],
-        blocked: Callable[[int], npt.NDArray[np.bool_]],
-    ) -> None:
-        self._table = table
-        self._values = values
-        self._blocked = blocked
-        self._rows: dict[int, list[tuple[float, int]]] = {}
-
-    def peek(self, layer: int) -> tuple[float, ExpertKey] | None:
-        """Return the worth and key of what would make room for the layer; None if nothing can."""
-        table = self._table
-        if table.held[layer] >= table.quota[layer]:
-            row = self._row(layer)
-            if row:
-                return row[-1][0], ExpertKey(layer, row[-1][1])
-        by_excess = sorted(table.members[layer], key=lambda m: table.quota[m] - table.held[m])
-        for member in by_excess:
-            row = self._row(member)
-            if row:
-                return row[-1][0], ExpertKey(member, row[-1][1])
-        return None
-
-    def pop(self, victim: ExpertKey) -> None:
-        """Take what `peek` returned off the queue."""
-        self._rows[victim.layer].pop()
-
-    def _row(self, layer: int) -> list[tuple[float, int]]:
-        row = self._rows.get(layer)
-        if row is None:
-            present = self._table.slot_of[layer] >= 0
-            experts = (present & ~self._blocked(layer)).nonzero()[0]
-            values = self._values(layer)[experts]
-            falling = values.argsort(kind="stable")[::-1]
-            row = list(zip(values[falling].tolist(), experts[falling].tolist(), strict=True))
-            self._rows[layer] = row
-        return row
+def _starts(counts: Sequence[int]) -> npt.NDArray[np.int32]:
+    """Return int32 [n + 1]: where each of n consecutive runs begins, and the end."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int32)]).astype(np.int32)

@@ -51,7 +51,7 @@ class CacheAwareRouting:
         keys = sort_keys(logits)
         ids = best_ids(keys, k)
         scores = pick(probabilities, ids)
-        denominator = scores.sum(axis=1, keepdims=True)
+        denominator = scores.cumsum(axis=1)[:, -1:]  # the exact router's order of summing
         substituted = np.zeros(ids.shape, dtype=np.bool_)
         blocked = np.empty(logits.shape, dtype=np.bool_)
         np.logical_not(resident, out=blocked)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.routing import _routing
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertGroups:
@@ -38,20 +40,10 @@ def group_by_expert(ids: npt.NDArray[np.int32]) -> ExpertGroups:
     Returns:
         The groups, experts ascending; with T = 0 they are empty.
     """
-    n_tokens, k = ids.shape
-    flat = ids.ravel()
-    # NumPy sorts 16-bit integers by radix: 5 times faster on the pairs of a prefill chunk.
-    small = flat.size > 0 and int(flat.max()) <= np.iinfo(np.uint16).max
-    by_expert = (flat.astype(np.uint16) if small else flat).argsort(kind="stable")
-    sorted_ids = flat[by_expert]
-    is_first = np.ones(flat.size, dtype=np.bool_)
-    np.not_equal(sorted_ids[1:], sorted_ids[:-1], out=is_first[1:])
-    first = is_first.nonzero()[0]
-    pair_start = np.empty(first.size + 1, dtype=np.int32)
-    pair_start[:-1], pair_start[-1] = first, flat.size
-    pair_of = np.empty(flat.size, dtype=np.int32)
-    pair_of[by_expert] = np.arange(flat.size, dtype=np.int32)
-    ranks = ids.argsort(axis=1)
-    order = pair_of.reshape(n_tokens, k)[np.arange(n_tokens)[:, None], ranks]
-    pair_token = (by_expert // max(k, 1)).astype(np.int32)
-    return ExpertGroups(sorted_ids[first], pair_start, pair_token, order, ranks.astype(np.int32))
+    pairs = ids.size
+    experts, pair_token = np.empty((2, pairs), dtype=np.int32)
+    pair_start = np.empty(pairs + 1, dtype=np.int32)
+    order, ranks = np.empty((2, *ids.shape), dtype=np.int32)
+    ids = np.ascontiguousarray(ids)
+    n = _routing.group(ids, experts, pair_start, pair_token, order, ranks)
+    return ExpertGroups(experts[:n], pair_start[: n + 1], pair_token, order, ranks)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.routing.router import best_ids, softmax, sort_keys
+from fomoe.routing import _routing
+from fomoe.routing.router import check_k, refuse_broken, route_exact
 
 SURE_TOKENS = 32  # a chunk of so many tokens is guessed from those that two of them want
 
@@ -21,7 +22,7 @@ def expect_of_chunk(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.b
         bool [E], the experts in the top-k of two tokens, or of one where T is small.
     """
     n_tokens, n_experts = logits.shape
-    wanted = np.bincount(best_ids(sort_keys(logits), k).ravel(), minlength=n_experts)
+    wanted = np.bincount(route_exact(logits, k).ids.ravel(), minlength=n_experts)
     expected: npt.NDArray[np.bool_] = wanted >= (2 if n_tokens >= SURE_TOKENS else 1)
     return expected
 
@@ -41,7 +42,10 @@ def predict_experts(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.i
         ConfigError: k does not fit E.
         EngineError: a row of logits is not finite.
     """
-    chosen = np.unique(best_ids(sort_keys(logits), k))
-    peak = softmax(logits).max(axis=0)[chosen]
-    ranked: npt.NDArray[np.int32] = chosen[np.argsort(-peak, kind="stable")]
-    return ranked
+    logits = np.ascontiguousarray(logits, dtype=np.float32)
+    n_experts = logits.shape[1]
+    check_k(k, n_experts)
+    ranked = np.empty(n_experts, dtype=np.int32)
+    n = _routing.predict(logits, k, ranked)
+    refuse_broken(-1 - n, len(logits))
+    return ranked[:n]

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import ConfigError, EngineError
+from fomoe.routing import _routing
 
 _LOWEST = np.iinfo(np.int64).min
 
@@ -29,7 +30,8 @@ def route_exact(logits: npt.NDArray[np.float32], k: int) -> Route:
     """Choose each token's k best experts.
 
     Softmax in float32 over all experts; the order is logit descending, then lower id; weights are
-    p_i over the sum of the chosen p. A token's bits do not depend on its neighbours.
+    p_i over the sum of the chosen p. A token's bits do not depend on its neighbours;
+    `fomoe.routing.reference` defines them.
 
     Args:
         logits: float32 [T, E], router scores; -inf never wins against a number.
@@ -42,10 +44,11 @@ def route_exact(logits: npt.NDArray[np.float32], k: int) -> Route:
         ConfigError: k does not fit E.
         EngineError: a row holds NaN, +inf or nothing but -inf.
     """
-    probabilities = softmax(logits)
-    ids = best_ids(sort_keys(logits), k)
-    chosen = pick(probabilities, ids)
-    weights = chosen / chosen.sum(axis=1, keepdims=True)
+    logits = np.ascontiguousarray(logits, dtype=np.float32)
+    check_k(k, logits.shape[1])
+    ids = np.empty((len(logits), k), dtype=np.int32)
+    weights = np.empty(ids.shape, dtype=np.float32)
+    refuse_broken(_routing.route(logits, ids, weights), len(logits))
     return Route(ids, weights, np.zeros(ids.shape, dtype=np.bool_))
 
 
@@ -53,21 +56,27 @@ def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Softmax over the last axis in float32; [T, E] to [T, E].
 
     Raises:
-        EngineError: a row's greatest is not a finite number; names the row.
+        EngineError: a row holds NaN, +inf or nothing but -inf; names the row.
     """
-    # A strided row would be summed in another order than a contiguous one.
     logits = np.ascontiguousarray(logits, dtype=np.float32)
-    peak = logits.max(axis=1, keepdims=True)
-    if not np.isfinite(peak).all():
-        row = int(np.flatnonzero(~np.isfinite(peak))[0])
+    probabilities = np.empty_like(logits)
+    refuse_broken(_routing.softmax(logits, probabilities), len(logits))
+    return probabilities
+
+
+def refuse_broken(row: int, n_rows: int) -> None:
+    """Raise for a row of router scores that is not finite; -1 is none."""
+    if row >= 0:
         raise EngineError(
-            f"router logits of token {row} of {len(logits)} are not finite; the hidden state is "
+            f"router logits of token {row} of {n_rows} are not finite; the hidden state is "
             f"broken: check the model file, and report it with the prompt"
         )
-    powers: npt.NDArray[np.float32] = logits - peak
-    np.exp(powers, out=powers)
-    powers /= powers.sum(axis=1, keepdims=True)
-    return powers
+
+
+def check_k(k: int, n_experts: int) -> None:
+    """Raise ConfigError unless 1 <= k <= E."""
+    if not 1 <= k <= n_experts:
+        raise ConfigError(f"{k} experts per token of {n_experts}: choose 1 to {n_experts}")
 
 
 def pick(values: npt.NDArray[np.float32], ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
@@ -98,8 +107,7 @@ def best_ids(keys: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int32]:
         ConfigError: k does not fit E.
     """
     n_experts = keys.shape[1]
-    if not 1 <= k <= n_experts:
-        raise ConfigError(f"{k} experts per token of {n_experts}: choose 1 to {n_experts}")
+    check_k(k, n_experts)
     # NumPy's partition is a SIMD quick-select here; a full sort of 512 costs several times more.
     top = np.partition(keys, n_experts - k, axis=1)[:, n_experts - k :]
     top.sort(axis=1)

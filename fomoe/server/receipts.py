@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -90,7 +91,12 @@ def combined(receipts: Sequence[Receipt]) -> Receipt:
     """Return the sum of the receipts of one request's answers; the rest is the last one's."""
     if not receipts:
         return Receipt()
-    sums = {name: sum(getattr(one, name) for one in receipts) for name in _SUMMED}
+    sums: dict[str, Any] = {name: sum(getattr(r, name) for r in receipts) for name in _SUMMED}
+    for name in ("prompt_parts_ms", "generated_parts_ms"):
+        total: Counter[str] = Counter()
+        for receipt in receipts:
+            total.update(getattr(receipt, name))
+        sums[name] = dict(total)
     return replace(receipts[-1], **sums)
 
 
@@ -128,6 +134,8 @@ def timings(receipt: Receipt) -> dict[str, Any]:
             "ram_bytes": receipt.ram_bytes,
             "demoted_bytes": receipt.demoted_bytes,
             "stall_ms": receipt.stall_ms,
+            "prompt_parts_ms": receipt.prompt_parts_ms,
+            "predicted_parts_ms": receipt.generated_parts_ms,
             "logical_capacity": receipt.logical_capacity,
             "decision_hash": receipt.decision_hash,
         },

@@ -186,6 +186,7 @@ def test_cancel_at_any_moment(engine, spy, prompt):
         assert len(spy.wait_for_end(f"n{number}")) == 1
         if isinstance(events[-1], Finished):
             break
-    assert number == 4 + 4 + 1  # four prompt chunks, four tokens, the end
+    # Four prompt chunks, four tokens, the end; more where a chunk takes long and says so.
+    assert number >= 4 + 4 + 1
     time.sleep(0.05)
     assert all(len(spy.ends(f"n{i}")) == 1 for i in range(1, number + 1))

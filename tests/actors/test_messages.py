@@ -11,7 +11,6 @@ import pytest
 from fomoe.actors import messages
 from fomoe.actors.messages import (
     DONE,
-    FETCH,
     STEP,
     Cancel,
     LogitsRequest,
@@ -34,10 +33,16 @@ from fomoe.engine.requests import (
     SamplingParams,
     TokenEvent,
 )
+from fomoe.engine.transfers import READ
 
 RECEIPT = Receipt(
     **{
-        f.name: {"int": i + 1, "float": i + 0.5, "str": f"s{i}"}[f.type]
+        f.name: {
+            "int": i + 1,
+            "float": i + 0.5,
+            "str": f"s{i}",
+            "dict[str, float]": {"part": i + 0.25},
+        }[f.type]
         for i, f in enumerate(dataclasses.fields(Receipt))
     }
 )
@@ -52,7 +57,7 @@ EXAMPLES = [
         request_id="c", prompt=[0, 248_319], max_tokens=7, min_tokens=2, stop_ids=frozenset({9, 4}),
         sampling=SamplingParams(temperature=0.1, top_k=3, logit_bias={5: -1.5, 100_000: 2.0},
                                 seed=2**64 - 1),
-        logprobs=3, echo=True, car=0.4,
+        logprobs=3, echo=True, car=0.4, forced=[7, 8],
     ),
     GenerateRequest(request_id="d", prompt=[], max_tokens=0),
     LogitsRequest(request_id="e", tokens=list(range(300))),
@@ -131,9 +136,9 @@ def test_bytes_that_are_no_msgpack_are_refused(data):
 
 def test_structs_of_the_step_have_no_padding():
     assert (STEP.size, DONE.size) == (8 + 7 * 4, 8 + 2 * 4 + 2 * 8)
-    assert FETCH.itemsize == 40
-    row = np.array([(2**60, 2**63, 2**31 - 1, 59, 511, Priority.PREFETCH, 7, 0)], FETCH)
-    again = row.view(np.uint8).view(FETCH)[0]
+    assert READ.itemsize == 40
+    row = np.array([(2**60, 2**63, 2**31 - 1, 59, 511, Priority.PREFETCH, 7, 0)], READ)
+    again = row.view(np.uint8).view(READ)[0]
     assert again.tolist() == (2**60, 2**63, 2**31 - 1, 59, 511, 1, 7, 0)
 
 

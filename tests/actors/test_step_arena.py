@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fomoe.actors.layout import ENTRY, StepArena
+from fomoe.actors.layout import StepArena
+from fomoe.engine.transfers import ENTRY
 
 NAMES = ("x", "out", "order", "weights", "pair_token", "pair_start", "entries")
 SHAPES = [(1, 1, 1, 1), (7, 96, 3, 5), (128, 256, 4, 32), (16, 64, 8, 8)]

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from fomoe.actors.channel import (
     Fabric,
     FabricSpec,
-    landed,
     load_acquire_u64,
     store_release_u64,
 )
@@ -298,10 +297,6 @@ def test_flag_words():
     store_release_u64(words, 2, 2**64 - 1)
     store_release_u64(words, 4, 5)
     assert load_acquire_u64(words, 2) == 2**64 - 1
-    slots = np.array([4, 0, 2, 4], np.int32)
-    out = np.full(4, 9, np.uint8)
-    assert landed(words, slots, np.array([5, 1, 7, 6], np.uint64), out) == 2
-    assert out.tolist() == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("index", [-1, 6])
@@ -311,10 +306,6 @@ def test_flag_words_are_bounded(index):
         store_release_u64(words, index, 1)
     with pytest.raises(IndexError):
         load_acquire_u64(words, index)
-    with pytest.raises(IndexError):
-        landed(words, np.array([index], np.int32), np.ones(1, np.uint64), np.zeros(1, np.uint8))
-    with pytest.raises(ValueError, match="length"):
-        landed(words, np.zeros(2, np.int32), np.ones(1, np.uint64), np.zeros(1, np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ class TestChunk:
         assert auto_chunk(spec, 100, 1, 1 << 50) == 100
 
     def test_what_the_model_allocates_is_counted(self, read, tmp_path):
-        """The estimate is no more than half off what the buffers really take."""
+        """The arrays of driver and device; the kernels' own buffers come on top of them."""
         _, spec = read
         file = open_gguf(write_tiny(tmp_path / "m.gguf", layers=4, experts=16, top_k=3))
         sizes = []
@@ -221,7 +221,7 @@ class TestChunk:
             sizes.append(buffer_bytes(model))
         arena = StepArena(256, spec.hidden, 3, 16).nbytes / 256
         real = (sizes[1] - sizes[0]) / 256 + arena
-        assert real / 1.5 < token_bytes(read_spec(file), 1) < real * 1.5
+        assert real < token_bytes(read_spec(file), 1) < real * 4
 
 
 def buffer_bytes(thing, seen=None):

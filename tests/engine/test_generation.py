@@ -67,6 +67,13 @@ def test_min_tokens_keeps_the_stop_token_out(model, prompt, free_run):
     assert tokens[:first] == free_run[:first]
 
 
+def test_forced_tokens_are_fed_in_place_of_sampled_ones(model, prompt, free_run):
+    forced = [token + 1 for token in free_run[:3]]
+    tokens = tokens_of(model.run(greedy(prompt, 8, forced=forced)))
+    assert tokens[:3] == forced
+    assert tokens[3:] == tokens_of(model.run(greedy(prompt + forced, 5)))
+
+
 @pytest.mark.parametrize("room", [0, 1, 4])
 def test_a_full_context_ends_the_answer(model, prompt, free_run, room):
     sequence = model.sequence(ctx=len(prompt) + room)
@@ -218,6 +225,7 @@ REFUSED = {
     ),
     "stop id too large": ({"stop_ids": frozenset({300})}, "stop_ids", "300"),
     "stop id negative": ({"stop_ids": frozenset({-3})}, "stop_ids", "-3"),
+    "forced id too large": ({"forced": [3, 300]}, "forced", "300"),
     "temperature below zero": (
         {"sampling": SamplingParams(temperature=-0.5)}, "temperature", "-0.5",
     ),

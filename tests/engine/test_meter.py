@@ -10,6 +10,7 @@ from fomoe.engine.fill import fill_order
 from fomoe.engine.meter import HostCounters, LossCounters, Meter
 from fomoe.engine.plan import make_plan
 from fomoe.engine.series import TierBytes, engine_series, tier_bytes
+from fomoe.engine.waterfall import PARTS, Lap, Stopwatch
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
@@ -46,7 +47,7 @@ def totals():
 
 @pytest.fixture
 def meter(clock, totals):
-    return Meter(*totals, devices="device (emulated)", capacity=9)
+    return Meter(*totals, Stopwatch(), devices="device (emulated)", capacity=9)
 
 
 def test_a_receipt_counts_from_the_start_of_its_request(meter, totals):
@@ -98,6 +99,32 @@ def test_a_request_that_ends_in_its_prompt(meter, clock):
     assert receipt.prompt_ms == pytest.approx(3000.0)
     assert (receipt.prompt_tokens, receipt.generated_ms) == (0, 0.0)
     assert meter.rate() == 0.0
+
+
+def test_the_parts_of_a_token_add_up_to_its_time(totals, clock):
+    watch = Stopwatch()
+    meter = Meter(*totals, watch, devices="device", capacity=9)
+    host, _ = totals
+    meter.start(car=0.0, cached=0)
+    clock.now += 1.0
+    watch.ns[Lap.DENSE] += int(0.75e9)
+    meter.prompt_done(10)
+    for _ in range(2):
+        clock.now += 0.1
+        watch.ns[Lap.DENSE] += int(0.02e9)
+        watch.ns[Lap.BRAIN] += int(0.01e9)
+        watch.ns[Lap.AWAIT] += int(0.05e9)
+        host.compute_s += 0.025
+        host.stall_s += 0.015
+        meter.token()
+    parts = dict(zip(PARTS, meter.token_parts, strict=True))
+    wanted = {"dense": 0.02, "experts": 0.025, "brain": 0.01, "channel": 0.01, "disk": 0.015}
+    assert parts == pytest.approx(wanted | {"rest": 0.02})
+    receipt = meter.receipt(0)
+    assert receipt.prompt_parts_ms["dense"] == pytest.approx(750.0)
+    assert sum(receipt.prompt_parts_ms.values()) == pytest.approx(receipt.prompt_ms)
+    assert sum(receipt.generated_parts_ms.values()) == pytest.approx(receipt.generated_ms)
+    assert sum(meter.generated_parts) == pytest.approx(meter.generated_s)
 
 
 def test_mode_capacity_and_hash(meter):

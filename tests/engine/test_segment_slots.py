@@ -149,7 +149,11 @@ class History(RuleBasedStateMachine):
                     offset = (int(slots[e]) - held.first) * held.slot_bytes
                     assert addresses[e] == held.address + offset
                 used += slots[slots >= 0].tolist()
-            free = [slot for slots in segment._free.values() for slot in slots]
+            free = [
+                slot
+                for first, count in zip(segment.class_first, segment.free_count, strict=True)
+                for slot in segment.free_slots[first : first + count].tolist()
+            ]
             assert sorted(used + free) == list(range(segment.n_slots))
 
 

@@ -20,7 +20,7 @@ def slow_route(logits, k, resident, threshold):
     for row, scores, here in zip(logits, softmax(logits), resident, strict=True):
         by_score = sorted(range(len(row)), key=lambda e, row=row: (-row[e], e))
         chosen = by_score[:k]
-        denominator = scores[chosen].sum()
+        denominator = scores[chosen].cumsum()[-1]
         runs, swaps = list(chosen), [False] * k
         for rank, expert in enumerate(chosen):
             if here[expert] or threshold > 1:

@@ -35,7 +35,7 @@ class LocalModel:
     def generation(self, request: GenerateRequest, sequence: Sequence | None = None) -> Generation:
         sequence = sequence or self.sequence()
         meter = Meter(
-            HostCounters(), self.forward.brain.loss, devices="none",
+            HostCounters(), self.forward.brain.loss, self.forward.watch, devices="none",
             capacity=sequence.logical.capacity,
         )  # fmt: skip
         return Generation(request, sequence, self.forward, meter, chunk=self.chunk, default_car=0.0)

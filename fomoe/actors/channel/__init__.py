@@ -1,6 +1,6 @@
 """The data plane: messages between the processes of an engine, without Ray in the loop."""
 
-from fomoe.actors.channel._channel import landed, load_acquire_u64, store_release_u64
+from fomoe.actors.channel._channel import load_acquire_u64, store_release_u64
 from fomoe.actors.channel.fabric import Fabric
 from fomoe.actors.channel.handshake import (
     Endpoint,
@@ -24,7 +24,6 @@ __all__ = [
     "Sender",
     "Transport",
     "connect",
-    "landed",
     "load_acquire_u64",
     "may_attach",
     "open_fabric",

@@ -53,9 +53,3 @@ class Inlet:
 
 def store_release_u64(words: npt.NDArray[np.uint64], index: int, value: int) -> None: ...
 def load_acquire_u64(words: npt.NDArray[np.uint64], index: int) -> int: ...
-def landed(
-    words: npt.NDArray[np.uint64],
-    slots: npt.NDArray[np.int32],
-    generations: npt.NDArray[np.uint64],
-    out: npt.NDArray[np.uint8],
-) -> int: ...

@@ -26,22 +26,6 @@ uint64_t* word_at(Vector<uint64_t>& words, int64_t index) {
     return words.data() + index;
 }
 
-size_t landed(Vector<const uint64_t> words, Vector<const int32_t> slots,
-              Vector<const uint64_t> generations, Vector<uint8_t> out) {
-    const size_t n = slots.shape(0);
-    if (generations.shape(0) != n || out.shape(0) != n)
-        throw nb::value_error("slots, generations and out differ in length");
-    for (size_t i = 0; i < n; ++i)
-        if (slots(i) < 0 || size_t(slots(i)) >= words.shape(0))
-            throw nb::index_error("no such word");
-    size_t count = 0;
-    for (size_t i = 0; i < n; ++i) {
-        out(i) = load_acquire(words.data() + slots(i)) >= generations(i);
-        count += out(i);
-    }
-    return count;
-}
-
 }  // namespace
 
 NB_MODULE(_channel, m) {
@@ -100,5 +84,4 @@ NB_MODULE(_channel, m) {
         "load_acquire_u64",
         [](Vector<uint64_t> words, int64_t index) { return load_acquire(word_at(words, index)); },
         "words"_a, "index"_a);
-    m.def("landed", &landed, "words"_a, "slots"_a, "generations"_a, "out"_a);
 }

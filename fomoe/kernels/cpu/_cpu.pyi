@@ -56,3 +56,54 @@ def silu_mul(gate: F32, up: F32, out: F32) -> None: ...
 def add(a: F32, b: F32) -> None: ...
 def add3(routed: F32, shared: F32, residual: F32) -> None: ...
 def scale_sigmoid(x: F32, gate: F32) -> None: ...
+
+class DeltaMixer:
+    """x += W_o gated_norm(delta(conv(W_qkv norm(x))), z)."""
+
+    def __init__(
+        self,
+        heads: tuple[int, int, int, int],
+        eps: float,
+        int8: bool,
+        weights: dict[str, object],
+    ) -> None:
+        """`heads`: key heads, value heads, key dim, value dim.
+
+        Weights: norm, qkv, z, alpha, beta, conv, decay, dt_bias, out_norm, output.
+        """
+
+    def run(self, x: F32, conv_state: F32, memory: F32) -> None:
+        """Update `x` [T, D] in place; the states move on by T tokens."""
+
+class AttentionMixer:
+    """x += W_o (attention(norm(x)) * sigmoid(gate))."""
+
+    def __init__(
+        self,
+        heads: tuple[int, int, int],
+        rope_dims: int,
+        rope_base: float,
+        eps: float,
+        int8: bool,
+        weights: dict[str, object],
+    ) -> None:
+        """`heads`: query heads, key/value heads, head dim.
+
+        Weights: norm, q, k, v, q_norm, k_norm, output.
+        """
+
+    def run(self, x: F32, cache_k: Cache, cache_v: Cache, position0: int) -> None:
+        """Update `x` [T, D] in place; the caches take the positions from `position0` on."""
+
+class MoeDense:
+    """Router and shared expert of one layer.
+
+    Weights: norm, router, gate, up, down, scale.
+    """
+
+    def __init__(self, eps: float, int8: bool, weights: dict[str, object]) -> None: ...
+    def route(self, x: F32, h: F32, scores: F32) -> None:
+        """Write the normed residual into `h` [T, D] and router scores into `scores` [T, E]."""
+
+    def shared(self, h: F32, out: F32) -> None:
+        """Write the shared expert's output times its sigmoid gate into `out` [T, D]."""

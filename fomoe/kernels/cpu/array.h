@@ -2,6 +2,8 @@
 // that the buffer protocol or DLPack take, which matters for 500 calls per token.
 #pragma once
 
+// One table of NumPy's functions for the module: module.cpp fills it, others define NO_IMPORT_ARRAY.
+#define PY_ARRAY_UNIQUE_SYMBOL fomoe_cpu_numpy
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
 #include <nanobind/nanobind.h>
 #include <numpy/arrayobject.h>

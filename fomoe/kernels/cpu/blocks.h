@@ -120,7 +120,7 @@ struct BlockQ6_K {
 };
 static_assert(sizeof(BlockQ6_K) == 210);
 
-// value = d * table[q], nibbles as Q4_0, table of 16 int8 (kIq4Values)
+// value = d * table[q], nibbles as Q4_0, table of 16 levels (kIq4Levels - 128)
 struct BlockIQ4_NL {
   half_bits d;
   uint8_t q[16];
@@ -139,9 +139,9 @@ static_assert(sizeof(BlockIQ4_XS) == 136);
 
 #pragma pack(pop)
 
-// The non-linear 4-bit levels of IQ4_NL and IQ4_XS (ggml-common.h, kvalues_iq4nl).
-constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                   1,    13,   25,  38,  53,  69,  89,  113};
+// The non-linear 4-bit levels of IQ4_NL and IQ4_XS (ggml-common.h, kvalues_iq4nl), plus 128.
+constexpr uint8_t kIq4Levels[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                    129, 141, 153, 166, 181, 197, 217, 241};
 
 struct TypeShape {
   int elements = 0;  // values per block; 0: the type number is not supported
@@ -182,6 +182,40 @@ constexpr TypeShape type_shape(int type) {
       return {256, sizeof(BlockIQ4_XS)};
   }
   return {};
+}
+
+// How the integer kernels see a type: one scale per `group` values; value = scale * (q - bias), or
+// scale * q + offset, with q unsigned of `bits` bits. A group of 0 stands for float types.
+struct QuantShape {
+  int group = 0, bits = 0, bias = 0;
+  bool has_offset = false;
+};
+
+constexpr QuantShape quant_shape(int type) {
+  switch (static_cast<QType>(type)) {
+    case QType::Q8_0:
+    case QType::IQ4_NL:
+    case QType::IQ4_XS:
+      return {32, 8, 128, false};
+    case QType::Q4_0:
+      return {32, 4, 8, false};
+    case QType::Q5_0:
+      return {32, 5, 16, false};
+    case QType::Q4_1:
+    case QType::Q4_K:
+      return {32, 4, 0, true};
+    case QType::Q5_1:
+    case QType::Q5_K:
+      return {32, 5, 0, true};
+    case QType::Q2_K:
+      return {16, 2, 0, true};
+    case QType::Q3_K:
+      return {16, 3, 4, false};
+    case QType::Q6_K:
+      return {16, 6, 32, false};
+    default:
+      return {};
+  }
 }
 
 constexpr bool is_float_type(int type) { return type_shape(type).elements == 1; }

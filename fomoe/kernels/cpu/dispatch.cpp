@@ -33,21 +33,28 @@ std::vector<uint8_t> test_bytes(size_t n) {
 
 constexpr int64_t kCols = 512;
 
-std::vector<float> product(const Kernels& k, int type, const std::vector<uint8_t>& weights,
-                           const std::vector<float>& x) {
-  std::vector<int8_t> q(kCols);
-  std::vector<float> scale(kCols / 32), sums(kCols / 16), out(2);
+constexpr int kTokens = 3;
+
+// One row against kTokens equal tokens: in float32, row by row and in panels.
+std::vector<float> products(const Kernels& k, int type, const std::vector<uint8_t>& weights,
+                            const std::vector<float>& x) {
+  std::vector<int8_t> q(kTokens * kCols);
+  std::vector<float> scale(kTokens * kCols / 32), out(3 * kTokens);
+  static thread_local RowChunk chunks[kTokens * row_chunks(kCols)];
   alignas(64) static thread_local uint8_t scratch[scratch_bytes(kCols)];
-  k.quantize(x.data(), kCols, q.data(), scale.data());
-  const int group = static_cast<QType>(type) == QType::Q2_K ? 16 : 32;
-  k.group_sums(q.data(), scale.data(), kCols, group, sums.data());
-  const Slice slice{weights.data(), 0, 0, 1, nullptr, 1, out.data(), 1};
+  alignas(64) static thread_local uint8_t tiles[kTokens * tiled_bytes(kCols, 16)];
+  k.quantize(x.data(), kTokens * kCols, q.data(), scale.data());
+  Slice slice{weights.data(), 0, 0, 1, nullptr, kTokens, out.data(), 1};
   k.dot_f32[type](slice, x.data(), kCols, scratch);
-  Slice second = slice;
-  second.out = out.data() + 1;
-  if (k.dot_q8[type])
-    k.dot_q8[type](second, {q.data(), scale.data(), sums.data(), kCols, kCols / 32, kCols / group},
-                   scratch);
+  if (!k.dot_rows[type]) return out;
+  const QuantShape shape = quant_shape(type);
+  const QuantizedRows rows{q.data(), scale.data(), kCols};
+  slice.out += kTokens;
+  k.fill_rows[type](rows, 0, kTokens, chunks);
+  k.dot_rows[type](slice, chunks, kCols);
+  k.tile_tokens(rows, nullptr, kTokens, shape, tiles);
+  slice.out += kTokens;
+  k.dot_panels[type](slice, tiles, kCols, scratch);
   return out;
 }
 
@@ -66,19 +73,19 @@ void use_isa(const std::string& name) {
 }
 
 std::string self_test(const Kernels& chosen) {
-  std::vector<float> x(kCols);
-  for (int64_t i = 0; i < kCols; ++i) x[i] = static_cast<float>((i * 37) % 101 - 50) * 0.04f;
+  std::vector<float> x(kTokens * kCols);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>((i * 37) % 101) * 0.04f - 2.0f;
   for (int type = 0; type < kTypeCount; ++type) {
     const TypeShape shape = type_shape(type);
     if (!shape.elements) continue;
     const auto weights = test_bytes(static_cast<size_t>(kCols / shape.elements * shape.bytes));
-    const auto expected = product(*scalar_kernels(), type, weights, x);
-    const auto found = product(chosen, type, weights, x);
-    if (std::memcmp(expected.data(), found.data(), 2 * sizeof(float)) != 0)
-      return std::string(chosen.name) + " and scalar kernels differ for weight type " +
-             std::to_string(type) + ": " + std::to_string(found[0]) + ", " +
-             std::to_string(found[1]) + " instead of " + std::to_string(expected[0]) + ", " +
-             std::to_string(expected[1]);
+    const auto expected = products(*scalar_kernels(), type, weights, x);
+    const auto found = products(chosen, type, weights, x);
+    for (size_t i = 0; i < found.size(); ++i)
+      if (std::memcmp(&expected[i], &found[i], sizeof(float)) != 0)
+        return std::string(chosen.name) + " and scalar kernels differ for weight type " +
+               std::to_string(type) + ": product " + std::to_string(i) + " is " +
+               std::to_string(found[i]) + " instead of " + std::to_string(expected[i]);
   }
   return {};
 }

@@ -33,10 +33,12 @@ struct ExpertCall {
   const float* x;                // [tokens, D]
   int64_t tokens;
   const int32_t *pair_start, *pair_token;
-  float* out;  // [pairs, D]
+  float* out;  // [pairs, D]; of experts_sum [tokens, D]
   int64_t pairs() const { return pair_start[count]; }
 };
 void experts(const ExpertCall& call, bool exact_activations);
+// out[t] = fma(weights[p], row of pair p, out[t]) over the pairs p of token t in ascending order.
+void experts_sum(const ExpertCall& call, const float* weights, bool exact_activations);
 void reduce_pairs(const float* pairs, const int32_t* order, const float* weights, int64_t tokens,
                   int64_t k, int64_t cols, float* out);
 

@@ -1,5 +1,7 @@
 // The body of each isa_*.cpp: one table of kernels in the namespace FOMOE_ISA.
-#include "dot.h"
+#include "dot_float.h"
+#include "dot_rows.h"
+#include "panel.h"
 #include "sequence_ops.h"
 
 namespace fomoe::cpu::FOMOE_ISA {
@@ -8,7 +10,9 @@ template <class T>
 void enter(Kernels& k, QType type) {
   const int n = static_cast<int>(type);
   k.dequantize[n] = dequantize<BlockRow<T>>;
-  k.dot_q8[n] = dot_q8<T>;
+  k.fill_rows[n] = fill_rows<T>;
+  k.dot_rows[n] = dot_rows<T>;
+  k.dot_panels[n] = dot_panels<T>;
   k.dot_f32[n] = dot_f32<BlockRow<T>>;
 }
 
@@ -38,7 +42,7 @@ inline Kernels make_table(const char* name) {
   enter<IQ4_NL>(k, QType::IQ4_NL);
   enter<IQ4_XS>(k, QType::IQ4_XS);
   k.quantize = quantize;
-  k.group_sums = group_sums;
+  k.tile_tokens = tile_tokens;
   k.rms_norm = rms_norm;
   k.silu_mul = silu_mul;
   k.sigmoid_gate = sigmoid_gate;
@@ -47,6 +51,7 @@ inline Kernels make_table(const char* name) {
   k.add = add_to;
   k.add3 = add3;
   k.weighted_sum = weighted_sum;
+  k.add_scaled = add_scaled;
   k.rotate = rotate;
   k.to_f16 = to_f16;
   k.attend = attend;

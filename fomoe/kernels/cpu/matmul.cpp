@@ -4,61 +4,27 @@
 #include "product.h"
 
 namespace fomoe::cpu {
-namespace {
 
-constexpr int64_t kTokenTile = 32;  // tokens per pass: their int8 rows stay in L2
-
-int64_t sums_stride(int64_t cols, int group) { return ceil_div(cols, 256) * (256 / group); }
-
-}  // namespace
-
-int offset_group(int type) {
-  switch (static_cast<QType>(type)) {
-    case QType::Q2_K:
-      return 16;
-    case QType::Q4_1:
-    case QType::Q5_1:
-    case QType::Q4_K:
-    case QType::Q5_K:
-      return 32;
-    default:
-      return 0;
-  }
+int64_t panel_rows_per_item(int64_t rows, int64_t matrices) {
+  const int64_t parts = ceil_div(int64_t{4} * thread_count(), matrices);
+  return round_up(std::max(ceil_div(rows, parts), int64_t{2} * kPanelRows), kPanelRows);
 }
 
-SumRows sum_rows(Work purpose, int64_t tokens, int64_t cols, int group) {
-  if (!group) return {nullptr, 0, 0};
-  const int64_t stride = sums_stride(cols, group);
-  float* const data = work<float>(purpose, tokens * stride);
-  const int64_t used = cols / group;
-  for (int64_t t = 0; t < tokens; ++t)
-    std::fill(data + t * stride + used, data + (t + 1) * stride, 0.0f);
-  return {data, stride, group};
+int64_t tokens_per_block(int64_t cols, int group) {
+  constexpr int64_t bytes = 512 * 1024;
+  return std::max<int64_t>(32, bytes / tiled_bytes(cols, group) / 16 * 16);
 }
 
-QuantizedRows with_sums(const int8_t* q, const float* scale, int64_t tokens, int64_t cols,
-                        const SumRows& sums) {
-  if (sums.group)
-    parallel(tokens, tokens * cols, [=](int64_t t) {
-      kernels().group_sums(q + t * cols, scale + t * cols / 32, cols, sums.group,
-                           sums.data + t * sums.stride);
-    });
-  return {q, scale, sums.data, cols, cols / 32, sums.stride};
+const RowChunk* fill_rows(Work purpose, int type, const QuantizedRows& x, int64_t tokens) {
+  const int64_t chunks = row_chunks(x.cols);
+  RowChunk* const out = work<RowChunk>(purpose, tokens * chunks);
+  parallel(tokens, tokens * x.cols * 4,
+           [&](int64_t t) { kernels().fill_rows[type](x, t, 1, out + t * chunks); });
+  return out;
 }
 
-void product_q8(int type, const Slice& slice, const QuantizedRows& x) {
-  void* const scratch = work_memory(Work::Row, scratch_bytes(x.cols));
-  Slice s = slice;
-  QuantizedRows part = x;
-  for (int64_t j = 0; j < slice.count; j += kTokenTile) {
-    s.count = std::min(kTokenTile, slice.count - j);
-    s.out = slice.out + j * s.out_stride;
-    if (slice.tokens)
-      s.tokens = slice.tokens + j;
-    else
-      part = x.from(j);
-    kernels().dot_q8[type](s, part, scratch);
-  }
+void product_tiles(int type, const Slice& s, const uint8_t* tiles, int64_t cols) {
+  kernels().dot_panels[type](s, tiles, cols, work_memory(Work::Row, scratch_bytes(cols)));
 }
 
 void product_f32(int type, const Slice& s, const float* x, int64_t cols) {
@@ -83,14 +49,45 @@ void quantize_rows(const float* x, int64_t tokens, int64_t cols, int8_t* q, floa
   });
 }
 
-void matmul_q8(const Matrix& w, const int8_t* q, const float* scale, int64_t tokens, float* out) {
-  const SumRows sums = sum_rows(Work::Sums, tokens, w.cols, offset_group(w.type));
-  const QuantizedRows x = with_sums(q, scale, tokens, w.cols, sums);
+namespace {
+
+void matmul_few(const Matrix& w, const QuantizedRows& x, int64_t tokens, float* out) {
+  const RowChunk* const rows = fill_rows(Work::RowChunks, w.type, x, tokens);
   const int64_t per_item = rows_per_item(w.row_bytes(), tokens);
   parallel(ceil_div(w.rows, per_item), work_bytes(w.bytes(), tokens), [&](int64_t i) {
     const int64_t end = std::min(w.rows, (i + 1) * per_item);
-    product_q8(w.type, {w.data, w.row_bytes(), i * per_item, end, nullptr, tokens, out, w.rows}, x);
+    kernels().dot_rows[w.type](
+        {w.data, w.row_bytes(), i * per_item, end, nullptr, tokens, out, w.rows}, rows, w.cols);
   });
+}
+
+// A block of tokens: into tiles, then past all rows.
+void matmul_block(const Matrix& w, const QuantizedRows& x, int64_t tokens, float* out) {
+  const QuantShape shape = quant_shape(w.type);
+  const int64_t token_bytes = tiled_bytes(w.cols, shape.group);
+  uint8_t* const tiles = work<uint8_t>(Work::Tiles, tokens * token_bytes);
+  parallel(ceil_div(tokens, kTokenAlign), 2 * tokens * token_bytes, [&](int64_t i) {
+    const int64_t first = i * kTokenAlign;
+    kernels().tile_tokens(x.from(first), nullptr, std::min(kTokenAlign, tokens - first), shape,
+                          tiles + first * token_bytes);
+  });
+  const int64_t per_item = panel_rows_per_item(w.rows, 1);
+  parallel(ceil_div(w.rows, per_item), work_bytes(w.bytes(), tokens), [&](int64_t i) {
+    const int64_t end = std::min(w.rows, (i + 1) * per_item);
+    product_tiles(w.type,
+                  {w.data, w.row_bytes(), i * per_item, end, nullptr, tokens, out, w.rows}, tiles,
+                  w.cols);
+  });
+}
+
+}  // namespace
+
+void matmul_q8(const Matrix& w, const int8_t* q, const float* scale, int64_t tokens, float* out) {
+  const QuantizedRows x{q, scale, w.cols};
+  if (tokens <= kRowTokens) return matmul_few(w, x, tokens, out);
+  const int64_t block = tokens_per_block(w.cols, quant_shape(w.type).group);
+  for (int64_t first = 0; first < tokens; first += block)
+    matmul_block(w, x.from(first), std::min(block, tokens - first), out + first * w.rows);
 }
 
 void matmul_f32(const Matrix& w, const float* x, int64_t tokens, float* out) {

@@ -3,13 +3,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
-#include <optional>
 #include <stdexcept>
 #include <string>
 
-#include "array.h"
+#include "checks.h"
 #include "dispatch.h"
-#include "drive.h"
+#include "layer.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -17,48 +16,12 @@ using namespace nb::literals;
 namespace fomoe::cpu {
 namespace {
 
-using Bytes = Array<const uint8_t, 2>;
-template <int N>
-using In = Array<const float, N>;
-template <int N>
-using Out = Array<float, N>;
-template <int N>
-using Ints = Array<const int32_t, N>;
-
-[[noreturn]] void fail(const std::string& problem) { throw std::invalid_argument(problem); }
-
-void same(const char* what, int64_t found, int64_t wanted) {
-  if (found != wanted)
-    fail(std::string(what) + " is " + std::to_string(found) + ", must be " +
-         std::to_string(wanted));
-}
-
 // Runs body without the GIL where it has more than some 10 us to do.
 template <class Body>
 void release(int64_t bytes, const Body& body) {
   if (bytes < kInlineBytes) return body();
   nb::gil_scoped_release unlocked;
   body();
-}
-
-void check_type(int type, int64_t cols) {
-  const TypeShape s = type < 0 || type >= kTypeCount ? TypeShape{} : type_shape(type);
-  if (!s.elements) fail("weight type " + std::to_string(type) + " is not supported");
-  if (cols % s.elements)
-    fail("rows of " + std::to_string(cols) + " values are not whole blocks of " +
-         std::to_string(s.elements));
-}
-
-Matrix matrix(int type, const Bytes& w, int64_t cols) {
-  check_type(type, cols);
-  const Matrix m{type, w.data(), w.shape(0), cols};
-  same("bytes of a weight row", w.shape(1), m.row_bytes());
-  return m;
-}
-
-template <class A>
-int64_t dim(const A& a, int i) {
-  return a.shape(i);
 }
 
 void py_dequantize(int type, Bytes w, Out<2> out) {
@@ -197,18 +160,6 @@ void py_rope(Out<3> x, Ints<1> positions, int64_t n_rot, double base) {
   rope(x.data(), positions.data(), dim(x, 0), dim(x, 1), dim(x, 2), n_rot, base);
 }
 
-Cache cache_of(const CacheArray& k, const CacheArray& v) {
-  if (k.f16() != v.f16()) fail("the caches must both be float16 or both float32");
-  for (int i = 0; i < 3; ++i) same("size of cache_v", dim(v, i), dim(k, i));
-  return {k.data(), v.data(), dim(k, 0), dim(k, 1), dim(k, 2), k.f16()};
-}
-
-void check_positions(const Cache& c, int64_t position0, int64_t tokens) {
-  if (position0 < 0 || position0 + tokens > c.positions)
-    fail("positions " + std::to_string(position0) + " to " + std::to_string(position0 + tokens) +
-         " do not fit a cache of " + std::to_string(c.positions));
-}
-
 void py_kv_store(In<3> k, In<3> v, CacheArray cache_k, CacheArray cache_v, int64_t position0) {
   const Cache c = cache_of(cache_k, cache_v);
   check_positions(c, position0, dim(k, 0));
@@ -341,4 +292,5 @@ NB_MODULE(_cpu, m) {
   m.def("add", &py_add, "a"_a, "b"_a);
   m.def("add3", &py_add3, "routed"_a, "shared"_a, "residual"_a);
   m.def("scale_sigmoid", &py_scale_sigmoid, "x"_a, "gate"_a);
+  bind_layers(m);
 }

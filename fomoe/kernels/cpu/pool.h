@@ -29,20 +29,27 @@ void parallel(int64_t count, int64_t work_bytes, const Body& body) {
 // Working memory of the calling thread, one block per purpose, 64-byte aligned; it grows and stays.
 enum class Work : int {
   Row,
-  Sums,
-  FineSums,
+  RowChunks,
+  UpRowChunks,
+  ThirdRowChunks,
+  FourthRowChunks,
   Quants,
   Scales,
   Gate,
   Up,
+  Hidden,
   HiddenQuants,
   HiddenScales,
-  HiddenSums,
+  HiddenRows,
+  Tiles,
+  HiddenTiles,
   Softmax,
   Partial,
   Rotation,
   Keys,
   Tile,
+  Layer,
+  Positions,
   Count
 };
 void* work_memory(Work purpose, int64_t bytes);

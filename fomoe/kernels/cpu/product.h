@@ -1,4 +1,4 @@
-// Pieces that matmul.cpp and experts.cpp share: products of a slice, sizes of items.
+// Pieces that matmul.cpp and experts.cpp share: prepared activations, sizes of items.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 namespace fomoe::cpu {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Arithmetic counts like memory traffic from about four tokens on.
 inline int64_t work_bytes(int64_t weight_bytes, int64_t tokens) {
@@ -20,21 +21,20 @@ inline int64_t rows_per_item(int64_t row_bytes, int64_t tokens) {
   return std::max<int64_t>(1, 32 * 1024 / (row_bytes * (1 + tokens / 64)));
 }
 
-// Values per offset of a weight type, 0 where it has no offsets.
-int offset_group(int type);
+constexpr int64_t kPanelRows = 16;  // items of panels are multiples of the largest panel
 
-// Room for scale * sum(q) per group of each token, padded with zeros to whole chunks of 256 values.
-struct SumRows {
-  float* data;
-  int64_t stride;
-  int group;
-};
-SumRows sum_rows(Work purpose, int64_t tokens, int64_t cols, int group);
-// Activations with their sums filled in.
-QuantizedRows with_sums(const int8_t* q, const float* scale, int64_t tokens, int64_t cols,
-                        const SumRows& sums);
+// Rows per item where tokens lie in tiles: enough items for the threads to share, but no more, for
+// each item reads all tiles.
+int64_t panel_rows_per_item(int64_t rows, int64_t matrices);
 
-void product_q8(int type, const Slice& slice, const QuantizedRows& x);
+// Tokens whose tiles stay in L2 while the panels go by.
+int64_t tokens_per_block(int64_t cols, int group);
+
+constexpr int64_t kRowTokens = 8;  // from more tokens on, panels are faster than rows
+
+// Activations for the products of a few tokens.
+const RowChunk* fill_rows(Work purpose, int type, const QuantizedRows& x, int64_t tokens);
+void product_tiles(int type, const Slice& slice, const uint8_t* tiles, int64_t cols);
 void product_f32(int type, const Slice& slice, const float* x, int64_t cols);
 
 }  // namespace fomoe::cpu

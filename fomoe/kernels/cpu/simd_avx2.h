@@ -1,5 +1,4 @@
-// Vectors of 8 floats and 32 bytes on AVX2 + FMA + F16C; the byte product uses VNNI where the
-// translation unit is compiled for it.
+// Vectors of 8 floats and 32 bytes on AVX2 + FMA + F16C.
 #pragma once
 
 #include <immintrin.h>
@@ -98,6 +97,15 @@ inline void store_f16(uint16_t* p, F8 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 inline float half_scalar(uint16_t h) { return _cvtsh_ss(h); }
+// 8 half floats, `stride` bytes apart
+inline F8 load_f16_apart(const uint8_t* p, int stride) {
+  const auto at = [&](int i) {
+    int16_t h;
+    std::memcpy(&h, p + i * stride, 2);
+    return h;
+  };
+  return _mm256_cvtph_ps(_mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)));
+}
 
 inline B32 bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store_bytes(void* p, B32 a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
@@ -130,23 +138,12 @@ inline B32 spread_bits(const uint8_t* p, int value) {
   const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(word), source);
   return and_(_mm256_cmpeq_epi8(and_(spread, bit), bit), splat_byte(value));
 }
-inline B32 look_up(B32 index, const int8_t* table) {
+inline B32 flip_top_bit(B32 a) { return _mm256_xor_si256(a, splat_byte(128)); }
+inline B32 look_up(B32 index, const uint8_t* table) {
   const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(row), index);
 }
 
-// Lane j = sum over i of w[4 j + i] * x[4 j + i]; x int8 in [-127, 127]. The 16-bit sums of
-// neighbours stay below 2 * 128 * 127 < 2^15 for the signed form and the unsigned one (w <= 128).
-inline I8 dot_unsigned(B32 w, B32 x) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  return _mm256_dpbusd_epi32(_mm256_setzero_si256(), w, x);
-#else
-  return _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
-#endif
-}
-inline I8 dot_signed(B32 w, B32 x) {
-  return dot_unsigned(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-}
 // the 8 int8 of a little-endian word as floats
 inline F8 from_int8(uint64_t word) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(word))));

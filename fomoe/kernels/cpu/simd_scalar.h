@@ -141,6 +141,14 @@ inline void store_f16(uint16_t* p, F8 a) {
   for (int i = 0; i < 8; ++i) p[i] = half_from_float(a.v[i]);
 }
 inline float half_scalar(uint16_t h) { return float_from_half(h); }
+// 8 half floats, `stride` bytes apart
+inline F8 load_f16_apart(const uint8_t* p, int stride) {
+  return floats([&](int i) {
+    uint16_t h;
+    std::memcpy(&h, p + i * stride, 2);
+    return float_from_half(h);
+  });
+}
 
 // 32 bytes; shifts are of each byte, without the bits of its neighbour only after and_().
 inline B32 bytes(const void* p) {
@@ -177,30 +185,13 @@ inline B32 nibbles(const uint8_t* p) {
 inline B32 spread_bits(const uint8_t* p, int value) {
   return byte_lanes([&](int i) { return (p[i / 8] >> (i % 8)) & 1 ? value : 0; });
 }
-inline B32 look_up(B32 index, const int8_t* table) {
+inline B32 flip_top_bit(B32 a) {
+  return byte_lanes([&](int i) { return a.v[i] ^ 128; });
+}
+inline B32 look_up(B32 index, const uint8_t* table) {
   return byte_lanes([&](int i) { return table[index.v[i] & 15]; });
 }
 
-// Lane j = sum over i of w[4 j + i] * x[4 j + i]; x int8 in [-127, 127].
-inline I8 dot_unsigned(B32 w, B32 x) {
-  I8 r;
-  for (int j = 0; j < 8; ++j) {
-    int32_t s = 0;
-    for (int i = 0; i < 4; ++i) s += w.v[4 * j + i] * static_cast<int8_t>(x.v[4 * j + i]);
-    r.v[j] = s;
-  }
-  return r;
-}
-inline I8 dot_signed(B32 w, B32 x) {
-  I8 r;
-  for (int j = 0; j < 8; ++j) {
-    int32_t s = 0;
-    for (int i = 0; i < 4; ++i)
-      s += static_cast<int8_t>(w.v[4 * j + i]) * static_cast<int8_t>(x.v[4 * j + i]);
-    r.v[j] = s;
-  }
-  return r;
-}
 // the 8 int8 of a little-endian word as floats
 inline F8 from_int8(uint64_t word) {
   return floats([&](int i) { return static_cast<float>(static_cast<int8_t>(word >> (8 * i))); });

@@ -1,9 +1,9 @@
 // The kernels of one instruction set as a table of function pointers. Everything here runs on one
 // thread over the rows, tokens or heads that the caller (drive.cpp) hands it; nothing allocates.
 //
-// Numerics: every output is accumulated over its inputs in one fixed order, in eight float32 lanes
-// with explicit fma, whatever the number of tokens or rows in the call. All instruction sets
-// execute the same operations on the same lanes, so that their results are equal bit for bit.
+// Numerics: every output is accumulated over its inputs in one fixed order, in float32 with explicit
+// fma, whatever the number of tokens or rows in the call. All instruction sets execute the same
+// operations on the same numbers, so that their results are equal bit for bit.
 #pragma once
 
 #include <cstddef>
@@ -13,26 +13,26 @@
 
 namespace fomoe::cpu {
 
-// Activations of T tokens for the integer kernels: int8 per 32 values with a float32 scale.
-// `sums` holds scale * (sum of the 16 or 32 int8 of a group), the factor of a block's offset.
-// Rows of `sums` are padded with zeros to whole chunks of 256 values.
+// Activations of tokens for the integer kernels: int8 per 32 values with a float32 scale.
 struct QuantizedRows {
   const int8_t* q;     // [T, cols]
-  const float* scale;  // [T, scale_stride]
-  const float* sums;   // [T, sums_stride], null where the weight type has no offset
+  const float* scale;  // [T, cols / 32]
   int64_t cols;
-  int64_t scale_stride;
-  int64_t sums_stride;
 
   QuantizedRows from(int64_t token) const {
-    return {q + token * cols,
-            scale + token * scale_stride,
-            sums + token * sums_stride,
-            cols,
-            scale_stride,
-            sums_stride};
+    return {q + token * cols, scale + token * (cols / 32), cols};
   }
 };
+
+// 256 activations of a token as the products of a few tokens want them, zeros past the end of a
+// row: a scale per group of the weight type, and the sum of a group's int8, times their scale where
+// the type has offsets. In groups of 32 only the first 8 of each count.
+struct RowChunk {
+  alignas(64) int8_t q[256];
+  float scale[16];
+  float sums[16];
+};
+constexpr int64_t row_chunks(int64_t cols) { return (cols + 255) / 256; }
 
 // A slice of a matrix product: rows [begin, end) of the weights against `count` tokens.
 // Token j of the slice is row `tokens[j]` of the activations (row j where `tokens` is null) and its
@@ -47,11 +47,22 @@ struct Slice {
   int64_t out_stride;
 };
 
+constexpr int64_t kTokenAlign = 8;  // tiles begin at multiples of it
+
+// Bytes of a token in tiles (panel.h) for weights with groups of `group` values.
+constexpr int64_t tiled_bytes(int64_t cols, int group) {
+  return (cols + 255) / 256 * (256 / group) * (group + 8);
+}
+
 // Working memory of one thread: `bytes` at a 64-byte boundary.
-constexpr int64_t scratch_bytes(int64_t cols) { return 8 * cols + 4096; }
+constexpr int64_t scratch_bytes(int64_t cols) { return 24 * ((cols + 255) / 256 * 256) + 65536; }
 
 using DequantizeRow = void (*)(const uint8_t* row, int64_t cols, float* out);
-using DotQ8 = void (*)(const Slice&, const QuantizedRows&, void* scratch);
+// Rows first .. first + count of x as RowChunks, row_chunks(cols) for each.
+using FillRows = void (*)(const QuantizedRows& x, int64_t first, int64_t count, RowChunk* out);
+using DotRows = void (*)(const Slice&, const RowChunk* x, int64_t cols);
+// Tokens in tiles; the slice's `tokens` are not looked at.
+using DotPanels = void (*)(const Slice&, const uint8_t* tiles, int64_t cols, void* scratch);
 // `x` float32 [T, cols]
 using DotF32 = void (*)(const Slice&, const float* x, int64_t cols, void* scratch);
 
@@ -86,13 +97,17 @@ struct CacheHead {
 struct Kernels {
   const char* name;
   DequantizeRow dequantize[kTypeCount];
-  DotQ8 dot_q8[kTypeCount];
+  FillRows fill_rows[kTypeCount];
+  DotRows dot_rows[kTypeCount];
+  DotPanels dot_panels[kTypeCount];
   DotF32 dot_f32[kTypeCount];
 
   // x [n] -> int8 q [n], scale [n / 32]; n % 32 == 0
   void (*quantize)(const float* x, int64_t n, int8_t* q, float* scale);
-  // sums[g] = scale[g * group / 32] * sum(q[g * group ..]), n / group of them
-  void (*group_sums)(const int8_t* q, const float* scale, int64_t n, int group, float* sums);
+  // Tiles of the rows tokens[0 .. count) of x (rows 0 .. count where `tokens` is null), each token
+  // tiled_bytes(cols, shape.group) long.
+  void (*tile_tokens)(const QuantizedRows& x, const int32_t* tokens, int64_t count,
+                      QuantShape shape, uint8_t* out);
 
   // out = x / sqrt(mean(x^2) + eps) * weight, n values; with z also times silu(z)
   void (*rms_norm)(const float* x, const float* z, const float* weight, int64_t n, float eps,
@@ -106,6 +121,8 @@ struct Kernels {
   // out = fma chain from 0 over k rows pairs[order[j]] * weights[j]
   void (*weighted_sum)(const float* pairs, const int32_t* order, const float* weights, int64_t k,
                        int64_t n, float* out);
+  // out[i] = fma(x[i], factor, out[i])
+  void (*add_scaled)(const float* x, float factor, int64_t n, float* out);
   // rotates the pairs (x[i], x[i + half]) by cosine[i], sine[i]
   void (*rotate)(float* x, const float* cosine, const float* sine, int64_t half);
 

@@ -61,14 +61,6 @@ inline void quantize(const float* x, int64_t n, int8_t* q, float* scale) {
   }
 }
 
-inline void group_sums(const int8_t* q, const float* scale, int64_t n, int group, float* sums) {
-  for (int64_t g = 0; g < n / group; ++g) {
-    int32_t total = 0;
-    for (int i = 0; i < group; ++i) total += q[g * group + i];
-    sums[g] = scale[g * group / 32] * static_cast<float>(total);
-  }
-}
-
 inline float sum_of_squares(const float* x, int64_t n) {
   F8 acc[2] = {zero(), zero()};
   by_eights(n, [&](int64_t i, int lanes) {
@@ -136,6 +128,13 @@ inline void weighted_sum(const float* pairs, const int32_t* order, const float* 
     for (int64_t j = 0; j < k; ++j)
       acc = fma(load_upto(pairs + order[j] * n + i, lanes), splat(weights[j]), acc);
     store_upto(out + i, acc, lanes);
+  });
+}
+
+inline void add_scaled(const float* x, float factor, int64_t n, float* out) {
+  by_eights(n, [&](int64_t i, int lanes) {
+    store_upto(out + i, fma(load_upto(x + i, lanes), splat(factor), load_upto(out + i, lanes)),
+               lanes);
   });
 }
 

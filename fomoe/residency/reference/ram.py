@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from fomoe.residency.counters import Counters
 from fomoe.residency.policy import EvictionPolicy, History
-from fomoe.residency.slots import SlotTable, VictimQueue
+from fomoe.residency.reference.victims import VictimQueue
+from fomoe.residency.slots import SlotTable
 from fomoe.types import ExpertKey
 
 Victim = tuple[float, ExpertKey] | None
@@ -98,11 +99,12 @@ class InclusiveRam(RamTier):
     here, as in a page cache below an application's cache.
     """
 
-    def __init__(self, table: SlotTable, counters: Counters, policy: EvictionPolicy) -> None:
+    def __init__(
+        self, table: SlotTable, counters: Counters, policy: EvictionPolicy, history: History
+    ) -> None:
         super().__init__(table, counters)
-        self._history = History(*table.slot_of.shape)
+        self._history = history
         self._policy = policy
-        self._steps = [0] * len(table.slot_of)
 
     def queue(
         self,
@@ -129,8 +131,9 @@ class InclusiveRam(RamTier):
 
     def _touch(self, key: ExpertKey, step: int) -> None:
         self._history.touch(key.layer, key.expert, step)
-        self._steps[key.layer] = step
+        self._history.steps[key.layer] = step
 
     def _values(self, layer: int) -> npt.NDArray[np.float64]:
         history = self._history
-        return self._policy.values(history.uses[layer], history.last[layer], self._steps[layer])
+        step = int(history.steps[layer])
+        return self._policy.values(history.uses[layer], history.last[layer], step)

@@ -1,0 +1,1 @@
+"""Parts of `synth.py`: model files with true shapes, random weights and realistic routing."""

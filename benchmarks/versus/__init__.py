@@ -1,0 +1,1 @@
+"""Parts of `vs_llama_cpp.py`: two engines as child processes, memory limits, settings, results."""

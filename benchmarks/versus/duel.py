@@ -1,0 +1,143 @@
+"""Runs both engines on one item, alternately, on the same ids."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fomoe.gguf.extents import ExpertTable
+from fomoe.gguf.reader import open_gguf
+from fomoe.model.archs import read_spec
+from versus.cgroup import MemoryLimit, drop_caches
+from versus.disk import direct_rates, read_ahead
+from versus.engine import Engine, Launch, fomoe_launch, llama_launch
+from versus.items import Item
+from versus.settings import Settings, Trial, knobs, search
+
+_REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What holds for a whole session; `fomoe` are arguments of `LLM`."""
+
+    venv: Path
+    threads: int
+    pairs: int
+    fomoe: dict[str, Any]
+    overhead_bytes: int
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Everything measured of one item; a run is what an engine's runner answered."""
+
+    fomoe: list[dict[str, Any]]
+    llama: list[dict[str, Any]]
+    best: Settings
+    trials: list[Trial]
+    llama_info: dict[str, Any]
+    fomoe_info: dict[str, Any]
+    limits: dict[str, Any]
+
+
+class Duel:
+    """Both engines on one item."""
+
+    def __init__(self, item: Item, model: Path, ids: int, setup: Setup) -> None:
+        self._item, self._model, self._ids, self._setup = item, model, ids, setup
+        self._llama_info: dict[str, Any] = {}
+        self._fomoe_info: dict[str, Any] = {}
+        self._limit_bytes: int | None = setup.memory_bytes
+        if self._limit_bytes is None and item.memory_share is not None:
+            self._limit_bytes = int(model.stat().st_size * item.memory_share)
+
+    def run(self) -> Outcome:
+        """Search llama.cpp's settings, then run the pairs."""
+        item, limited = self._item, self._limit_bytes is not None
+        start = Settings(repack=not limited)
+        best, trials = search(start, knobs(prefill=not item.decode, limited=limited), self._trial)
+        pairs = self._pairs(best)
+        limits: dict[str, Any] = {}
+        if self._limit_bytes is not None:
+            limits = {"memory_bytes": self._limit_bytes, "direct": direct_rates(self._model)}
+        fomoe, llama = ([pair[i] for pair in pairs] for i in (0, 1))
+        return Outcome(fomoe, llama, best, trials, self._llama_info, self._fomoe_info, limits)
+
+    def _trial(self, settings: Settings) -> float:
+        return self._timed(self._once(settings, 1))
+
+    def _pairs(self, best: Settings) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        pairs = []
+        for n in range(1, self._setup.pairs + 1):
+            runs: dict[str, dict[str, Any]] = {}
+            for name in ("fomoe", "llama") if n % 2 else ("llama", "fomoe"):
+                runs[name] = self._once(best if name == "llama" else None, n)
+            pairs.append((runs["fomoe"], runs["llama"]))
+            ours, theirs = self._timed(runs["fomoe"]), self._timed(runs["llama"])
+            print(f"  pair {n}: fomoe {ours:,.1f} ms, llama.cpp {theirs:,.1f} ms, "
+                  f"{theirs / ours:.3f}", flush=True)  # fmt: skip
+        return pairs
+
+    def _once(self, settings: Settings | None, n: int) -> dict[str, Any]:
+        """Start an engine that has the machine to itself and time it; None means fomoe.
+
+        In memory: the median of a few texts after one to warm up. With a memory limit: one text,
+        from a cold page cache.
+        """
+        with ExitStack() as stack:
+            limit = None
+            if self._limit_bytes is not None:
+                drop_caches()
+                limit = stack.enter_context(MemoryLimit(self._limit_bytes))
+                ahead = None if settings is None else settings.read_ahead_kib
+                stack.enter_context(read_ahead(self._model, ahead))
+            engine = stack.enter_context(Engine(self._launch(settings, limit)))
+            self._load(engine, settings)
+            if limit is None:
+                first = n * (_REPEATS + 1)
+                runs = [engine.call("run", **self._text(first + i)) for i in range(_REPEATS + 1)]
+                return sorted(runs[1:], key=self._timed)[_REPEATS // 2]
+            return engine.call("run", **self._text(n)) | {"peak_bytes": limit.peak_bytes()}
+
+    def _launch(self, settings: Settings | None, limit: MemoryLimit | None) -> Launch:
+        if settings is None:
+            return fomoe_launch(limit)
+        return llama_launch(self._setup.venv, settings.environment(), limit)
+
+    def _budget(self) -> dict[str, int]:
+        """Give fomoe's expert slots what the limit leaves after dense weights and processes."""
+        if self._limit_bytes is None:
+            return {}
+        file = open_gguf(self._model)
+        spec = read_spec(file)
+        table = ExpertTable.from_gguf(file, spec.n_layers)
+        experts = sum(table.expert_bytes(i) for i in range(spec.n_layers)) * spec.moe.n_experts
+        dense = self._model.stat().st_size - experts
+        return {"vram_budget": self._limit_bytes - dense - self._setup.overhead_bytes}
+
+    def _load(self, engine: Engine, settings: Settings | None) -> None:
+        arguments = {
+            "path": str(self._model),
+            "threads": self._setup.threads,
+            "ctx": self._item.ctx,
+        }
+        if settings is not None:
+            self._llama_info = engine.call("load", settings=settings.runner(), **arguments)
+            return
+        options = self._setup.fomoe | self._budget()
+        info = engine.call("load", settings=options, **arguments)
+        self._fomoe_info = info | {"settings": options}
+
+    def _text(self, n: int) -> dict[str, int]:
+        """The n-th text: another stretch of the recipe's ids, so that no prompt is known."""
+        item = self._item
+        length = item.prompt + item.decode + 1
+        first = n * length % max(1, self._ids - length)
+        return {"first": first, "prompt": item.prompt, "decode": item.decode}
+
+    def _timed(self, run: dict[str, Any]) -> float:
+        return float(run["decode_ms" if self._item.decode else "prompt_ms"])

@@ -1,0 +1,186 @@
+// Python bindings of the wave planner; it works on the residency of fomoe.residency._residency.
+#include <nanobind/nanobind.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fomoe/native/array.h"
+#include "waves.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace fomoe::engine {
+namespace {
+
+template <class T, int N>
+Array<T, N> field(nb::handle owner, const char* name) {
+  return nb::cast<Array<T, N>>(owner.attr(name));
+}
+
+Segment segment_of(nb::handle s) {
+  return {field<int32_t, 2>(s, "slot_of").view(),     field<int64_t, 1>(s, "holder").data(),
+          field<int32_t, 1>(s, "layer_class").data(), field<int32_t, 1>(s, "class_first").data(),
+          field<int32_t, 1>(s, "free_count").data(),  field<int32_t, 1>(s, "free_slots").data(),
+          field<uint64_t, 1>(s, "generation").data(), field<int64_t, 1>(s, "address").data()};
+}
+
+WaveArrays arrays_of(nb::handle a) {
+  return {field<int32_t, 1>(a, "layer_node").data(),
+          field<int32_t, 1>(a, "layer_device").data(),
+          field<int64_t, 1>(a, "expert_bytes").data(),
+          field<int8_t, 2>(a, "unproven").view(),
+          field<int32_t, 2>(a, "ids").data(),
+          field<float, 2>(a, "weights").data(),
+          field<int32_t, 1>(a, "experts").data(),
+          field<int64_t, 1>(a, "pairs").data(),
+          nb::cast<Records<Read>>(a.attr("reads")).data(),
+          reinterpret_cast<Counts*>(field<int64_t, 1>(a, "counts").data())};
+}
+
+void init_planner(WavePlanner* self, residency::Planner& planner, nb::list segments,
+                  nb::object arrays, int32_t demand, int32_t prefetch) {
+  std::vector<Segment> all;
+  for (const nb::handle s : segments) all.push_back(segment_of(s));
+  const auto ids = field<int32_t, 2>(arrays, "ids");
+  const int64_t n = planner.state().n_experts;
+  same("counts", field<int64_t, 1>(arrays, "counts").size() * 8, int64_t(sizeof(Counts)));
+  same("room for reads", nb::cast<Records<Read>>(arrays.attr("reads")).size(), 2 * n);
+  same("room for experts", field<int32_t, 1>(arrays, "experts").size(), n);
+  same("room for pairs", field<int64_t, 1>(arrays, "pairs").size(), n);
+  new (self) WavePlanner(planner, std::move(all), arrays_of(arrays),
+                         {ids.shape(0), ids.shape(1), demand, prefetch});
+}
+
+void init_arrays(StepArrays* self, Array<int32_t, 2> order, Array<float, 2> weights,
+                 Array<int32_t, 1> pair_token, Array<int32_t, 1> pair_start,
+                 Records<Entry> entries) {
+  const int64_t tokens = order.shape(0), k = order.shape(1);
+  same("rows of weights", weights.shape(0), tokens);
+  same("columns of weights", weights.shape(1), k);
+  same("length of pair_token", pair_token.size(), tokens * k);
+  same("length of pair_start", pair_start.size(), entries.size() + 1);
+  new (self) StepArrays{order.data(),
+                        weights.data(),
+                        pair_token.data(),
+                        pair_start.data(),
+                        entries.data(),
+                        tokens,
+                        k,
+                        entries.size()};
+}
+
+void check(const WavePlanner& w, int32_t layer, int64_t tokens, int64_t n_experts) {
+  const residency::State& s = w.state();
+  if (layer < 0 || layer >= s.n_layers) throw nb::index_error("no such layer");
+  if (tokens > w.shape().max_tokens)
+    throw nb::index_error(("a step of " + std::to_string(tokens) + " tokens, at most " +
+                           std::to_string(w.shape().max_tokens) + " fit")
+                              .c_str());
+  same("experts of a layer", n_experts, s.n_experts);
+}
+
+void check_room(const WavePlanner& w, int64_t tokens, const StepArrays& out) {
+  const int64_t n = std::min<int64_t>(tokens * w.shape().top_k, w.state().n_experts);
+  same("experts per token of the step's arrays", out.k, w.shape().top_k);
+  if (tokens > out.max_tokens || n > out.max_experts)
+    throw nb::index_error("the step does not fit its arrays");
+}
+
+int64_t py_decide(WavePlanner& w, int32_t layer, Array<const float, 2> scores,
+                  Array<int64_t, 1> tokens, Array<uint64_t, 1> hash, const StepArrays& out) {
+  check(w, layer, scores.shape(0), scores.shape(1));
+  check_room(w, scores.shape(0), out);
+  same("layers of a token count", tokens.size(), w.state().n_layers);
+  same("words of a hash", hash.size(), 1);
+  const int64_t broken = w.route(scores.data(), scores.shape(0));
+  if (broken >= 0) return -1 - broken;
+  w.observe(layer, scores.shape(0), {tokens.data(), hash.data()});
+  w.begin(layer, scores.shape(0), nullptr, out);
+  return w.wave();
+}
+
+int64_t py_place(WavePlanner& w, int32_t layer, Array<const int32_t, 2> ids,
+                 Array<const float, 2> weights, Array<const bool, 2> substituted,
+                 const StepArrays& out) {
+  const int64_t tokens = ids.shape(0), pairs = ids.size();
+  check(w, layer, tokens, w.state().n_experts);
+  check_room(w, tokens, out);
+  same("experts per token", ids.shape(1), w.shape().top_k);
+  same("size of weights", weights.size(), pairs);
+  same("size of substituted", substituted.size(), pairs);
+  for (int64_t p = 0; p < pairs; ++p)
+    if (ids.data()[p] < 0 || ids.data()[p] >= w.state().n_experts)
+      throw nb::index_error("no such expert");
+  w.take(ids.data(), weights.data(), pairs);
+  w.begin(layer, tokens, substituted.data(), out);
+  return w.wave();
+}
+
+int64_t py_look_ahead(WavePlanner& w, int32_t layer, Array<const float, 2> scores) {
+  check(w, layer, 0, scores.shape(1));
+  return w.look_ahead(layer, scores.data(), scores.shape(0));
+}
+
+void check_slot(int32_t slot, int64_t n_slots) {
+  if (slot < 0 || slot >= n_slots)
+    throw nb::index_error(("slot " + std::to_string(slot) + " of " + std::to_string(n_slots) +
+                           " is not there").c_str());
+}
+
+int64_t py_landed(Array<const uint64_t, 1> words, Records<Entry> entries,
+                  Array<uint8_t, 1> ready) {
+  same("length of ready", ready.size(), entries.size());
+  int64_t count = 0;
+  for (int64_t i = 0; i < entries.size(); ++i) {
+    const Entry& e = entries.data()[i];
+    check_slot(e.slot, words.size());
+    ready.data()[i] = __atomic_load_n(words.data() + e.slot, __ATOMIC_ACQUIRE) >= e.generation;
+    count += ready.data()[i];
+  }
+  return count;
+}
+
+void py_part_addresses(Array<const uint64_t, 2> parts, Records<Entry> entries,
+                       Array<uint64_t, 2> out) {
+  const int64_t n = entries.size(), kinds = parts.shape(0), all = parts.shape(1);
+  same("rows of out", out.shape(0), kinds);
+  same("columns of out", out.shape(1), n);
+  for (int64_t i = 0; i < n; ++i) {
+    const Entry& e = entries.data()[i];
+    if (e.expert < 0 || e.expert >= all) throw nb::index_error("no such expert");
+    for (int64_t k = 0; k < kinds; ++k)
+      out.data()[k * n + i] =
+          parts.data()[k * all + e.expert] + static_cast<uint64_t>(e.address);
+  }
+}
+
+}  // namespace
+}  // namespace fomoe::engine
+
+NB_MODULE(_engine, m) {
+  using namespace fomoe::engine;
+  if (_import_array() < 0) throw nb::python_error();
+  nb::set_leak_warnings(false);  // actors freeze the garbage collector
+
+  m.def("landed", &py_landed, "words"_a, "entries"_a, "ready"_a);
+  m.def("part_addresses", &py_part_addresses, "parts"_a, "entries"_a, "out"_a);
+
+  nb::class_<StepArrays>(m, "StepArrays")
+      .def("__init__", &init_arrays, "order"_a, "weights"_a, "pair_token"_a, "pair_start"_a,
+           "entries"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(),
+           nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>());
+  nb::class_<WavePlanner>(m, "WavePlanner")
+      .def("__init__", &init_planner, "planner"_a, "segments"_a, "arrays"_a, "demand"_a,
+           "prefetch"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
+      .def("decide", &py_decide, "layer"_a, "scores"_a, "tokens"_a, "decision_hash"_a, "out"_a)
+      .def("place", &py_place, "layer"_a, "ids"_a, "weights"_a, "substituted"_a, "out"_a)
+      .def("wave", &WavePlanner::wave)
+      .def("look_ahead", &py_look_ahead, "layer"_a, "scores"_a)
+      .def_prop_ro("first", &WavePlanner::first)
+      .def_prop_ro("end", &WavePlanner::end)
+      .def_prop_ro("n_experts", &WavePlanner::n_experts);
+}

@@ -1,0 +1,172 @@
+"""A layer step's decisions in one call: experts and weights, what is read, what the device gets.
+
+A step runs in waves, because a pool may hold fewer experts than a long prompt wants: each wave
+brings as many as fit, and the device computes them before the next takes their slots. A token has
+one wave. Decode spends one native call per layer here, `decide`, and one in `look_ahead`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.engine import _engine
+from fomoe.engine._engine import StepArrays
+from fomoe.engine.meter import HostCounters
+from fomoe.engine.transfers import READ, SegmentSlots
+from fomoe.residency import LogicalCache, Residency
+from fomoe.routing import Route
+from fomoe.routing.router import refuse_broken
+from fomoe.types import ExpertKey, Tier
+
+__all__ = ["Priorities", "StepArrays", "WaveArrays", "WaveLayout", "WavePlanner"]
+
+_COUNTS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WaveLayout:
+    """Where layers live: node and device of each (int32 [L]), and an expert's bytes (int64 [L])."""
+
+    layer_node: npt.NDArray[np.int32]
+    layer_device: npt.NDArray[np.int32]
+    expert_bytes: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Priorities:
+    """What the `priority` of demand reads and of prefetches is."""
+
+    demand: int
+    prefetch: int
+
+
+class WaveArrays:
+    """The arrays that a wave planner shares with its native part; none is ever replaced.
+
+    Attributes:
+        layer_node: int32 [L].
+        layer_device: int32 [L].
+        expert_bytes: int64 [L].
+        unproven: int8 [L, E], the `Tier` that a prefetched expert came from until it is wanted;
+            Tier.DEVICE for all others.
+        ids: int32 [T, k], the route, best rank first.
+        weights: float32 [T, k], its weights.
+        experts: int32 [E], a step's experts in the order they are served.
+        pairs: int64 [E], pairs of each of them, substitutes left out.
+        reads: records of `READ` [2 E], what the last call asks storage for.
+        counts: int64 [8] of the last call: activations whose bytes came from device, RAM, NVMe;
+            prefetches used; issued; bytes read; promoted; demoted.
+    """
+
+    def __init__(self, layout: WaveLayout, n_experts: int, max_tokens: int, top_k: int) -> None:
+        self.layer_node = np.ascontiguousarray(layout.layer_node, dtype=np.int32)
+        self.layer_device = np.ascontiguousarray(layout.layer_device, dtype=np.int32)
+        self.expert_bytes = np.ascontiguousarray(layout.expert_bytes, dtype=np.int64)
+        self.unproven = np.full((len(self.layer_node), n_experts), Tier.DEVICE, np.int8)
+        self.ids = np.zeros((max_tokens, top_k), np.int32)
+        self.weights = np.zeros((max_tokens, top_k), np.float32)
+        self.experts = np.zeros(n_experts, np.int32)
+        self.pairs = np.zeros(n_experts, np.int64)
+        self.reads = np.zeros(2 * n_experts, READ)
+        self.counts = np.zeros(_COUNTS, np.int64)
+
+
+class WavePlanner:
+    """Plans layer steps on a residency and the segments of its nodes; waits for nothing.
+
+    The results of a call stand in `arrays` until the next call. Prefetched experts are asked for
+    again, as demand, when they are wanted: storage may have dropped a prefetch that never got its
+    turn.
+    """
+
+    def __init__(
+        self, residency: Residency, segments: Sequence[SegmentSlots], layout: WaveLayout,
+        priorities: Priorities, *, max_tokens: int, top_k: int,
+    ) -> None:  # fmt: skip
+        n_experts = segments[0].slot_of.shape[1]
+        self.arrays = WaveArrays(layout, n_experts, max_tokens, top_k)
+        self._residency = residency
+        self._segments = list(segments)
+        self._native = _engine.WavePlanner(
+            residency.native, self._segments, self.arrays, priorities.demand, priorities.prefetch
+        )
+
+    def decide(
+        self, layer: int, scores: npt.NDArray[np.float32], logical: LogicalCache, out: StepArrays
+    ) -> int:
+        """Route one sequence's tokens exactly, tell its logical cache, start the step.
+
+        Args:
+            layer: index of the layer.
+            scores: float32 [T, E], router scores.
+            logical: the sequence's; it only observes.
+            out: where the step is written.
+
+        Returns:
+            The number of reads that storage must be asked for; 0 if all experts are at hand.
+
+        Raises:
+            EngineError: a row of scores is not finite.
+        """
+        n = self._native.decide(layer, scores, logical.tokens, logical.hash_word, out)
+        if n < 0:
+            refuse_broken(-1 - n, len(scores))
+        return n
+
+    def place(self, layer: int, route: Route, out: StepArrays) -> int:
+        """Start the step of a route that was made elsewhere; returns the number of reads."""
+        return self._native.place(layer, route.ids, route.weights, route.substituted, out)
+
+    def wave(self) -> int:
+        """Plan the next wave, once the last one is computed and released; returns its reads."""
+        return self._native.wave()
+
+    def look_ahead(self, layer: int, scores: npt.NDArray[np.float32]) -> int:
+        """Prefetch what the layer will probably want; returns the number of reads.
+
+        Scores that are not finite give none: between the start and the end of a step nothing may
+        fail, least of all a guess.
+        """
+        return self._native.look_ahead(layer, scores)
+
+    @property
+    def first(self) -> int:
+        """Return where the last wave begins in the step's experts and entries."""
+        return self._native.first
+
+    @property
+    def end(self) -> int:
+        """Return where the last wave ends."""
+        return self._native.end
+
+    @property
+    def n_experts(self) -> int:
+        """Return how many experts the step has."""
+        return self._native.n_experts
+
+    def charge(self, totals: HostCounters, *, decoding: bool) -> None:
+        """Add what the last call cost to the totals."""
+        device, ram, nvme, used, issued, read, promoted, demoted = self.arrays.counts.tolist()
+        if decoding:
+            totals.hits_device += device
+            totals.hits_ram += ram
+            totals.reads_nvme += nvme
+        else:
+            totals.prompt_hits_device += device
+            totals.prompt_hits_ram += ram
+            totals.prompt_reads_nvme += nvme
+        totals.prefetch_used += used
+        totals.prefetch_issued += issued
+        totals.nvme_bytes += read
+        totals.ram_bytes += promoted
+        totals.demoted_bytes += demoted
+
+    def forget(self, key: ExpertKey) -> None:
+        """Drop an expert whose read failed from both tiers and from its segment."""
+        self._residency.forget(key.layer, np.array([key.expert], np.int32))
+        self._segments[self.arrays.layer_node[key.layer]].forget(key)
+        self.arrays.unproven[key.layer, key.expert] = Tier.DEVICE

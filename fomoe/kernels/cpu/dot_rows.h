@@ -1,0 +1,82 @@
+// Integer products of a few tokens, row by row: lanes are the groups of a chunk.
+//
+// One order for each output, here and in panel.h: the dot of a group is exact, group g of every
+// chunk adds to partial g, fma(dot, weight scale * activation scale, partial) and then, for types
+// with offsets, fma(offset, scaled sum of activations, partial); chunks in turn. At the end
+// partials i and i + 8 are added where there are 16, and sum() adds the 8.
+#pragma once
+
+#include "row_form.h"
+
+namespace fomoe::cpu::FOMOE_ISA {
+
+inline float total(F8 partials) { return sum(partials); }
+inline float total(W16 partials) { return sum(add(low_half(partials), high_half(partials))); }
+
+template <class T, int N>
+FOMOE_INLINE void take_chunk(const typename T::C& c, const RowChunk* const* x,
+                             Lanes<T::group>* partial) {
+  constexpr int bias = kBiasLeft<T::shape.bias>;
+  for (int t = 0; t < N; ++t) {
+    auto dots = RowForm<T>::dots(c.q, x[t]->q);
+    if constexpr (bias != 0)
+      dots = fma(splat_lanes<T::group>(-bias), load_lanes<T::group>(x[t]->sums), dots);
+    const auto scale = mul(c.scale, load_lanes<T::group>(x[t]->scale));
+    partial[t] = fma(dots, scale, partial[t]);
+    if constexpr (T::shape.has_offset)
+      partial[t] = fma(c.offset, load_lanes<T::group>(x[t]->sums), partial[t]);
+  }
+}
+
+// Tokens [j, j + N) of the slice against one row.
+template <class T, int N>
+inline void dot_row(const Slice& s, const RowChunk* x, int64_t cols, int64_t row, int64_t j) {
+  const int64_t chunks = row_chunks(cols);
+  const RowChunk* at[N];
+  Lanes<T::group> partial[N];
+  for (int t = 0; t < N; ++t) {
+    at[t] = x + token_of(s, j + t) * chunks;
+    partial[t] = splat_lanes<T::group>(0.0f);
+  }
+  const uint8_t* w = s.weights + row * s.row_bytes;
+  const auto take = [&](const uint8_t* block) __attribute__((always_inline)) {
+    typename T::C c;
+    RowForm<T>::unpack(block, c);
+    take_chunk<T, N>(c, at, partial);
+    for (const RowChunk*& a : at) ++a;
+  };
+  for (int64_t i = 0; i < cols / kChunk; ++i, w += T::chunk_bytes) {
+    fetch_ahead(w, T::chunk_bytes);
+    take(w);
+  }
+  if (cols % kChunk) {
+    uint8_t padded[T::chunk_bytes];
+    pad_blocks<T>(w, cols % kChunk, padded);
+    take(padded);
+  }
+  for (int t = 0; t < N; ++t)
+    s.out[(j + t) * s.out_stride + row] = total(RowForm<T>::natural(partial[t]));
+}
+
+template <class T>
+void dot_rows(const Slice& s, const RowChunk* x, int64_t cols) {
+  for (int64_t row = s.begin; row < s.end; ++row) {
+    int64_t j = 0;
+    for (; j + 4 <= s.count; j += 4) dot_row<T, 4>(s, x, cols, row, j);
+    if (s.count - j == 3) dot_row<T, 3>(s, x, cols, row, j);
+    if (s.count - j == 2) dot_row<T, 2>(s, x, cols, row, j);
+    if (s.count - j == 1) dot_row<T, 1>(s, x, cols, row, j);
+  }
+}
+
+template <class T>
+void fill_rows(const QuantizedRows& x, int64_t first, int64_t count, RowChunk* out) {
+  const int64_t chunks = row_chunks(x.cols);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < chunks; ++c, ++out) {
+      copy_chunk<T::group>(x, first + i, c, T::shape.has_offset, *out);
+      RowForm<T>::arrange(*out);
+    }
+}
+
+}  // namespace fomoe::cpu::FOMOE_ISA

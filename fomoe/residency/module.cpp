@@ -1,0 +1,190 @@
+// Python bindings of the residency's rules over the arrays of state.py, and of the logical cache.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "fomoe/native/array.h"
+#include "logical.h"
+#include "planner.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace fomoe::residency {
+namespace {
+
+// A policy written in Python: asked for the worth of a whole row.
+class PythonWorth : public Worth {
+ public:
+  explicit PythonWorth(nb::object policy) : policy_(std::move(policy)) {}
+
+  void values(const History& history, int32_t layer, const int32_t* experts, int64_t n,
+              double* out) override {
+    const nb::handle owner(static_cast<PyObject*>(history.owner));
+    const nb::object row = policy_.attr("values")(owner.attr("uses")[layer],
+                                                  owner.attr("last")[layer], history.steps[layer]);
+    const auto worth = nb::cast<Array<const double, 1>>(row);
+    same("length of a policy's values", worth.size(), history.uses.width);
+    for (int64_t i = 0; i < n; ++i) out[i] = worth.data()[experts[i]];
+  }
+
+ private:
+  const nb::object policy_;
+};
+
+std::unique_ptr<Worth> worth_of(const nb::object& policy) {
+  const nb::object rule = policy.attr("native_rule");
+  if (rule.is_none()) return std::make_unique<PythonWorth>(policy);
+  const std::string name = nb::cast<std::string>(rule);
+  if (name == "lru") return std::make_unique<LruWorth>();
+  if (name == "lfru") return std::make_unique<LfruWorth>();
+  throw std::invalid_argument("no native eviction rule is called " + name);
+}
+
+template <class T, int N>
+View<T> field(nb::handle owner, const char* name) {
+  return nb::cast<Array<T, N>>(owner.attr(name)).view();
+}
+
+Table table_of(nb::handle t) {
+  return {field<int32_t, 2>(t, "slot_of"),           field<int32_t, 1>(t, "held").data,
+          field<int32_t, 1>(t, "quota").data,        field<int32_t, 1>(t, "size").data,
+          field<int32_t, 1>(t, "pool").data,         field<int32_t, 1>(t, "members").data,
+          field<int32_t, 1>(t, "member_start").data, field<int32_t, 1>(t, "free_slots").data,
+          field<int32_t, 1>(t, "free_count").data,   field<int32_t, 1>(t, "free_start").data};
+}
+
+History history_of(nb::handle h) {
+  return {field<int64_t, 2>(h, "uses"), field<int64_t, 2>(h, "last"),
+          field<int64_t, 1>(h, "steps").data, h.ptr()};
+}
+
+Flags flags_of(nb::handle f) {
+  return {field<bool, 2>(f, "pinned"),           field<bool, 2>(f, "awaited"),
+          field<bool, 2>(f, "unused"),           field<bool, 2>(f, "last_wanted"),
+          field<int32_t, 1>(f, "n_pinned").data, field<int32_t, 1>(f, "n_awaited").data};
+}
+
+Counters counters_of(nb::handle c) {
+  const auto by_layer = [&](const char* name) { return field<int64_t, 1>(c, name).data; };
+  return {field<int64_t, 2>(c, "lookups"),
+          field<int64_t, 2>(c, "prefetches"),
+          by_layer("prefetch_used"),
+          by_layer("prefetch_wasted"),
+          by_layer("evictions"),
+          by_layer("demotions"),
+          by_layer("ram_drops")};
+}
+
+void init_planner(Planner* self, nb::object state, nb::object plan, nb::object policy,
+                  bool is_exclusive) {
+  const nb::object device = state.attr("device");
+  const auto slots = nb::cast<Array<int32_t, 2>>(device.attr("slot_of"));
+  const State s{int32_t(slots.shape(0)),
+                int32_t(slots.shape(1)),
+                table_of(device),
+                table_of(state.attr("ram")),
+                history_of(state.attr("history")),
+                history_of(state.attr("ram_history")),
+                flags_of(state.attr("flags")),
+                counters_of(state.attr("counters"))};
+  const PlanArrays out{field<int32_t, 1>(plan, "hits").data,
+                       field<int32_t, 1>(plan, "hit_slots").data,
+                       nb::cast<Records<Fetch>>(plan.attr("fetches")).data()};
+  new (self) Planner(s, out, worth_of(policy), is_exclusive);
+}
+
+using Ids = Array<const int32_t, 1>;
+
+// Layers and experts come from inside the program; one out of range would write past the tables.
+void check_layer(const Planner& p, int64_t layer) {
+  if (layer < 0 || layer >= p.state().n_layers)
+    throw nb::index_error(
+        ("layer " + std::to_string(layer) + " of " + std::to_string(p.state().n_layers)).c_str());
+}
+
+void check_experts(const Planner& p, const Ids& experts) {
+  for (int64_t i = 0; i < experts.size(); ++i)
+    if (experts.data()[i] < 0 || experts.data()[i] >= p.state().n_experts)
+      throw nb::index_error(("expert " + std::to_string(experts.data()[i]) + " of " +
+                             std::to_string(p.state().n_experts))
+                                .c_str());
+}
+
+int64_t py_plan(Planner& p, int32_t layer, Ids wanted) {
+  check_layer(p, layer);
+  return p.plan(layer, wanted.data(), wanted.size());
+}
+
+int64_t py_prefetch(Planner& p, int32_t layer, Ids candidates, int64_t limit, bool eager) {
+  check_layer(p, layer);
+  check_experts(p, candidates);
+  return p.prefetch(layer, candidates.data(), candidates.size(), limit, eager);
+}
+
+void py_release(Planner& p, int32_t layer) {
+  check_layer(p, layer);
+  p.release(layer);
+}
+
+void py_release_some(Planner& p, int32_t layer, Ids experts) {
+  check_layer(p, layer);
+  check_experts(p, experts);
+  p.release(layer, experts.data(), experts.size());
+}
+
+void py_forget(Planner& p, int32_t layer, Ids experts) {
+  check_layer(p, layer);
+  check_experts(p, experts);
+  p.forget(layer, experts.data(), experts.size());
+}
+
+int64_t py_capacity(const Planner& p, int32_t layer) {
+  check_layer(p, layer);
+  return p.capacity(layer);
+}
+
+int64_t py_observe(int32_t layer, Array<const int32_t, 2> ids, Array<int64_t, 1> tokens,
+                   Array<uint64_t, 1> hash) {
+  if (layer < 0 || layer >= tokens.size()) throw nb::index_error("no such layer");
+  return observe(layer, ids.data(), ids.shape(0), ids.shape(1), {tokens.data(), hash.data()});
+}
+
+void py_commit(int64_t first, Array<const int32_t, 2> ids, Array<int64_t, 2> keys, int32_t layer) {
+  if (layer < 0 || layer >= keys.shape(0)) throw nb::index_error("no such layer");
+  const int64_t n_experts = keys.shape(1);
+  for (int64_t i = 0; i < ids.size(); ++i)
+    if (ids.data()[i] < 0 || ids.data()[i] >= n_experts) throw nb::index_error("no such expert");
+  commit(first, ids.data(), ids.shape(0), ids.shape(1), keys.view().row(layer), n_experts);
+}
+
+}  // namespace
+}  // namespace fomoe::residency
+
+NB_MODULE(_residency, m) {
+  using namespace fomoe::residency;
+  if (_import_array() < 0) throw nb::python_error();
+  nb::set_leak_warnings(false);  // actors freeze the garbage collector
+  nb::register_exception_translator([](const std::exception_ptr& p, void*) {
+    try {
+      std::rethrow_exception(p);
+    } catch (const fomoe::Bug& e) {
+      PyErr_SetString(PyExc_AssertionError, e.what());
+    }
+  });
+
+  nb::class_<Planner>(m, "Planner")
+      .def("__init__", &init_planner, "state"_a, "plan"_a, "policy"_a, "is_exclusive"_a,
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+      .def("plan", &py_plan, "layer"_a, "wanted"_a)
+      .def("prefetch", &py_prefetch, "layer"_a, "candidates"_a, "limit"_a, "eager"_a)
+      .def("release", &py_release, "layer"_a)
+      .def("release_some", &py_release_some, "layer"_a, "experts"_a)
+      .def("forget", &py_forget, "layer"_a, "experts"_a)
+      .def("capacity", &py_capacity, "layer"_a);
+  m.def("observe", &py_observe, "layer"_a, "ids"_a, "tokens"_a, "decision_hash"_a);
+  m.def("commit", &py_commit, "first"_a, "ids"_a, "keys"_a, "layer"_a);
+}

@@ -1,0 +1,5 @@
+"""The residency's rules in Python, for tests of the native ones."""
+
+from fomoe.residency.reference.residency import ReferenceResidency
+
+__all__ = ["ReferenceResidency"]

@@ -1,0 +1,128 @@
+"""The steps of `WavePlanner` in Python: one object per decision, as they were first written."""
+
+import numpy as np
+
+from fomoe.engine.transfers import READ, Read
+from fomoe.routing import group_by_expert, predict_experts, route_exact
+from fomoe.types import ExpertKey, Tier
+
+
+class ReferenceWaves:
+    """Works on a residency and segments of its own; `priorities` are (demand, prefetch)."""
+
+    def __init__(self, residency, segments, layout, priorities, max_tokens, top_k):
+        self.residency, self.segments, self.layout = residency, segments, layout
+        self.demand, self.prefetch = priorities
+        self.top_k = top_k
+        n_experts = residency.mask(0).size
+        pairs = max_tokens * top_k
+        self.order = np.zeros((max_tokens, top_k), np.int32)
+        self.weights = np.zeros((max_tokens, top_k), np.float32)
+        self.pair_token = np.zeros(pairs, np.int32)
+        self.pair_start = np.zeros(min(pairs, n_experts) + 1, np.int32)
+        self.unproven = np.full((len(layout.layer_node), n_experts), Tier.DEVICE, np.int8)
+
+    def decide(self, layer, scores, logical):
+        route = route_exact(scores, self.top_k)
+        logical.observe(layer, route.ids)
+        self.place(layer, route)
+
+    def place(self, layer, route):
+        groups = group_by_expert(route.ids)
+        tiers = self.residency.tier_of(layer)[groups.experts]
+        by_tier = np.argsort(tiers, kind="stable")
+        counts = np.diff(groups.pair_start)[by_tier]
+        n, pairs, tokens = len(by_tier), len(groups.pair_token), len(route.ids)
+        self.pair_start[0] = 0
+        np.cumsum(counts, out=self.pair_start[1 : n + 1])
+        moved = np.empty(n, np.int32)
+        moved[by_tier] = self.pair_start[:n] - groups.pair_start[by_tier]
+        new_of_old = np.arange(pairs, dtype=np.int32) + np.repeat(moved, np.diff(groups.pair_start))
+        self.pair_token[new_of_old] = groups.pair_token
+        self.order[:tokens] = new_of_old[groups.order]
+        self.weights[:tokens] = groups.arrange(route.weights)
+        replaced = np.bincount(route.ids[route.substituted], minlength=int(groups.experts[-1]) + 1)[
+            groups.experts
+        ]
+        self.layer, self.route = layer, route
+        self.experts = groups.experts[by_tier]
+        self.pairs = counts - replaced[by_tier]
+        self.first = self.end = 0
+        self.wave()
+
+    def wave(self):
+        layer = self.layer
+        room = min(max(self.residency.quota(layer), self.top_k), self.residency.capacity(layer))
+        self.first = self.end
+        self.end = min(self.first + room, len(self.experts))
+        experts = self.experts[self.first : self.end]
+        plan = self.residency.plan(layer, np.sort(experts))
+        for fetch in plan.fetches:
+            if fetch.source == Tier.NVME:
+                self.unproven[layer, fetch.expert] = Tier.DEVICE
+        self.counts = self._by_tier(plan, experts)
+        reads = self._fetch(plan)
+        reads += self._prove(experts)
+        self.reads = self._records(reads, self.demand)
+        slots, addresses, generations = self._segment(layer).locate(layer, experts)
+        rows = zip(addresses, generations, slots, experts, strict=True)
+        self.entries = [tuple(int(x) for x in row) for row in rows]
+
+    def look_ahead(self, layer, scores):
+        self.counts = np.zeros(8, np.int64)
+        if not np.isfinite(scores.max(axis=1)).all():
+            self.reads = self._records([], self.prefetch)
+            return
+        expected = predict_experts(scores, self.top_k)
+        plan = self.residency.prefetch(layer, expected, self.top_k, eager=True)
+        self.reads = self._records(self._fetch(plan), self.prefetch)
+        for fetch in plan.fetches:
+            self.unproven[layer, fetch.expert] = fetch.source
+        self.counts[4] = len(plan.fetches)
+
+    def forget(self, key):
+        self.residency.forget(key.layer, np.array([key.expert], np.int32))
+        self._segment(key.layer).forget(key)
+        self.unproven[key.layer, key.expert] = Tier.DEVICE
+
+    def _segment(self, layer):
+        return self.segments[self.layout.layer_node[layer]]
+
+    def _by_tier(self, plan, experts):
+        source = self.unproven[self.layer].copy()
+        counts = np.zeros(8, np.int64)
+        counts[3] = np.count_nonzero(source[experts] != Tier.DEVICE)
+        for fetch in plan.fetches:
+            if source[fetch.expert] != Tier.NVME:
+                source[fetch.expert] = fetch.source
+        pairs = self.pairs[self.first : self.end]
+        counts[:3] = np.bincount(source[experts], weights=pairs, minlength=3)
+        return counts
+
+    def _fetch(self, plan):
+        reads = self._segment(plan.layer).apply(
+            plan, lambda key: bool(self.residency.mask(key.layer)[key.expert])
+        )
+        nbytes = self.layout.expert_bytes
+        self.counts[5] = len(reads) * nbytes[plan.layer]
+        self.counts[6] = sum(nbytes[plan.layer] for f in plan.fetches if f.source == Tier.RAM)
+        self.counts[7] = sum(nbytes[f.victim.layer] for f in plan.fetches if f.demoted_to >= 0)
+        return reads
+
+    def _prove(self, experts):
+        layer = self.layer
+        unproven = experts[self.unproven[layer, experts] != Tier.DEVICE]
+        self.unproven[layer, unproven] = Tier.DEVICE
+        columns = self._segment(layer).locate(layer, unproven)
+        return [
+            Read(ExpertKey(layer, e), s, a, g)
+            for e, s, a, g in zip(unproven.tolist(), *(c.tolist() for c in columns), strict=True)
+        ]
+
+    def _records(self, reads, priority):
+        rows = [
+            (r.address, r.generation, r.slot, r.expert.layer, r.expert.expert, priority,
+             self.layout.layer_device[r.expert.layer], 0)
+            for r in reads
+        ]  # fmt: skip
+        return np.array(rows, READ)
