@@ -14,7 +14,7 @@ from fomoe.actors.channel import Fabric, Receiver, Sender
 from fomoe.actors.layout import StepViews
 from fomoe.actors.messages import DONE, STEP, STEP_ID, STEP_LAST, Tag
 from fomoe.engine._engine import landed, part_addresses
-from fomoe.kernels.device import Device, ExpertShape
+from fomoe.kernels.device import Device, ExpertShape, WeightedPairs
 
 MOST_EXPERTS = 32  # of a call: what its work buffers are sized for
 LEAST_EXPERTS = 8  # of a call that could wait for more: the thread pool has work for all
@@ -136,10 +136,11 @@ class DeviceSweep:
         """Add entries a..b, whose pairs lie one behind the other, to the result."""
         pair_start = views.pair_start[a : b + 1]
         first, end = int(pair_start[0]), int(pair_start[-1])
+        pairs = WeightedPairs(pair_start - first, views.pair_token[first:end],
+                              views.weights.reshape(-1)[first:end])  # fmt: skip
         self._device.experts_sum(
             self._slots.shapes[wave.layer], self._slots.addresses(wave.layer, views.entries[a:b]),
-            views.x[: wave.tokens], pair_start - first, views.pair_token[first:end],
-            views.weights.reshape(-1)[first:end], views.out[: wave.tokens],
+            views.x[: wave.tokens], pairs, views.out[: wave.tokens],
         )  # fmt: skip
 
     def _given_up(self, wave: _Wave) -> bool:

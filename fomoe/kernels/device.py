@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,17 @@ class ExpertShape:
     width: int
 
 
+class WeightedPairs(NamedTuple):
+    """(Expert, token) pairs, sorted by expert: those of expert i are start[i] to start[i + 1].
+
+    `start` int32 [n + 1], `token` int32 [P] and the router's `weight` float32 [P].
+    """
+
+    start: I32
+    token: I32
+    weight: F32
+
+
 class Device(Protocol):
     """Computes routed experts where their blocks lie."""
 
@@ -38,13 +49,12 @@ class Device(Protocol):
         """
 
     def experts_sum(
-        self, shape: ExpertShape, addresses: U64, x: F32, pair_start: I32, pair_token: I32,
-        pair_weight: F32, out: F32,
-    ) -> None:  # fmt: skip
-        """Add experts to out [T, D], in the order given: out[t] = fma(weight, output, out[t]).
+        self, shape: ExpertShape, addresses: U64, x: F32, pairs: WeightedPairs, out: F32
+    ) -> None:
+        """Add the weighted outputs of `experts` to out [T, D], for prompts.
 
-        As `experts`, but each pair p is weighted by `pair_weight[p]` and added to its token's row;
-        calls with ascending experts over a zeroed `out` give the bits of `experts` and `reduce`.
+        Each output is a chain of float32 fma over its token's pairs in their order; from zero, and
+        with experts in ascending id, the bits are those of `experts` and `reduce`.
         """
 
     def reduce(self, pairs: F32, order: I32, weights: F32, out: F32) -> None:

@@ -209,6 +209,15 @@ def experts(pool: Sequence[Expert], x: F32, pair_start: I32, pair_token: I32) ->
     return out
 
 
+def experts_sum(
+    pool: Sequence[Expert], x: F32, pair_start: I32, pair_token: I32, weights: F32
+) -> F64:
+    """Return the weighted sums [T, hidden] of the rows of `experts`."""
+    out = np.zeros(x.shape)
+    np.add.at(out, pair_token, experts(pool, x, pair_start, pair_token) * weights[:, None])
+    return out
+
+
 def reduce_pairs(pairs: F32, order: I32, weights: F32) -> F32:
     """Return the weighted sums [T, D], each a chain of float32 fma from 0 in the order given.
 

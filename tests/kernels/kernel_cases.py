@@ -179,14 +179,16 @@ def _matmul_sizes(kinds: tuple[Kind, ...], cols: tuple[int, int, int]) -> tuple[
         (2, 3, cols[0]),
         (5, 33, cols[1]),
         (17, 3, cols[0]),
-        (39, 2, cols[0]),  # more tokens than one pass takes
+        (39, 2, cols[0]),  # panels, tiles of every size
+        (12, 35, cols[1]),
+        (100, 3, cols[2]),  # more tokens than one block takes
         (3, 1, cols[1]),
     )
     return tuple((kind, *shape) for kind in kinds for shape in shapes)
 
 
 ROUNDING = (
-    "float32 sums in eight lanes over K values round with a relative error near sqrt(K) 2^-24"
+    "float32 sums in 8 to 32 lanes over K values round with a relative error near sqrt(K) 2^-24"
 )
 EXP = "exp is good to 2 ulp and is followed by two or three roundings"
 EXACT = "the same roundings in the same order"

@@ -192,6 +192,20 @@ def test_callers_at_the_same_time() -> None:
     assert not failures
 
 
+def test_the_report_names_the_set_in_use_and_no_problem() -> None:
+    assert ops.isa_report() == ops.isa() == available_isas()[-1]
+
+
+def test_reading_reads_every_byte() -> None:
+    for n in (0, 1, 255, 256, 1000, 200_000):
+        data = np.zeros(n, np.uint8)
+        assert ops.stream_read(data) == 0
+        for i in {0, n // 2, n - 1} if n else ():
+            data[:] = 0
+            data[i] = 9
+            assert ops.stream_read(data) == 9
+
+
 def test_scalar_kernels_exist_everywhere() -> None:
     assert available_isas()[0] == "scalar"
     assert ops.isa() == available_isas()[-1]

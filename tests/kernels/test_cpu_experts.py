@@ -65,6 +65,14 @@ class Layer:
         assert out.intact()
         return out.array
 
+    def run_sum(self, x: Array, start: Array, token: Array, weights: Array, exact: bool) -> Array:
+        out = Guarded.of(np.zeros((len(x), self.d), np.float32))
+        ops.experts_sum(
+            *self.addresses, self.types, self.d, self.f, x, start, token, weights, out.array, exact
+        )  # fmt: skip
+        assert out.intact()
+        return out.array
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -104,7 +112,7 @@ def product(qtype: int, w: Array, x: Array, out: Array, exact: bool) -> None:
 
 @pytest.mark.parametrize("mix", MIXES, ids=lambda m: "-".join(k.name for k in m))
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("tokens", [1, 7, 39])
 def test_equals_the_single_operations(mix: tuple[Kind, ...], exact: bool, tokens: int) -> None:
     rng = np.random.default_rng(1)
     width = 288 if mix[2] in (Kind.IQ4_NL, Kind.Q4_1, Kind.Q4_0) else 256
@@ -127,6 +135,53 @@ def test_threads_and_grouping_keep_the_bits(exact: bool) -> None:
         start = np.searchsorted(np.arange(p, p + 2), pairs.start, side="left").clip(0, 1)
         alone = layer.run(x, start.astype(np.int32), pairs.token[p : p + 1], exact)
         assert np.array_equal(alone[0], found[p])
+
+
+def reduced(layer: Layer, x: Array, pairs: Pairs, weights: Array, exact: bool) -> Array:
+    """The decode path: all rows, then each token's weighted sum of them, experts ascending."""
+    rows = layer.run(x, pairs.start, pairs.token, exact)
+    out = np.zeros_like(x)
+    for t in range(len(x)):
+        order = np.flatnonzero(pairs.token == t).astype(np.int32)
+        ops.reduce_pairs(rows, order[None], weights[order][None], out[t : t + 1])
+    return out
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=lambda m: "-".join(k.name for k in m))
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("tokens", [1, 7, 39])
+def test_sums_are_those_of_reduced_rows(mix: tuple[Kind, ...], exact: bool, tokens: int) -> None:
+    rng = np.random.default_rng(6)
+    width = 288 if mix[2] in (Kind.IQ4_NL, Kind.Q4_1, Kind.Q4_0) else 256
+    layer, x = Layer(rng, mix, 4, 768, width), floats(rng, tokens, 768)
+    pairs = pairs_of(rng, 4, tokens)
+    weights = floats(rng, len(pairs.token))
+    expected = reduced(layer, x, pairs, weights, exact)
+    for threads in (1, 3):
+        ops.set_threads(threads)
+        found = layer.run_sum(x, pairs.start, pairs.token, weights, exact)
+        assert np.array_equal(found, expected)
+    half = len(x) // 2  # a call of the first experts and a call of the rest add up alike
+    if half:
+        out = np.zeros_like(x)
+        middle = int(pairs.start[2])
+        for cut, experts in ((slice(0, middle), slice(0, 2)), (slice(middle, None), slice(2, 4))):
+            start = pairs.start[experts.start : experts.stop + 1] - pairs.start[experts.start]
+            ops.experts_sum(
+                *layer.addresses[:, experts].copy(), layer.types, 768, width, x,
+                np.ascontiguousarray(start), pairs.token[cut], weights[cut], out, exact,
+            )  # fmt: skip
+        assert np.array_equal(out, expected)
+
+
+def test_sums_agree_with_float64() -> None:
+    rng = np.random.default_rng(7)
+    layer, x = Layer(rng, (Kind.F16, Kind.BF16, Kind.F32), 3, 96, 50), floats(rng, 19, 96)
+    pairs = pairs_of(rng, 3, 19)
+    weights = floats(rng, len(pairs.token))
+    found = layer.run_sum(x, pairs.start, pairs.token, weights, exact=True)
+    expected = reference.experts_sum(layer.experts, x, pairs.start, pairs.token, weights)
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
 def test_float_weights_and_float64() -> None:

@@ -8,17 +8,6 @@
 namespace fomoe::cpu {
 namespace {
 
-const Kernels* best() {
-  if (const Kernels* k = avx512vnni_kernels()) return k;
-  if (const Kernels* k = avx2_kernels()) return k;
-  return scalar_kernels();
-}
-
-std::atomic<const Kernels*>& current() {
-  static std::atomic<const Kernels*> table{best()};
-  return table;
-}
-
 // Bytes of a fixed sequence in which every half float is of the form 0x2cxx (about 0.07): d, m and
 // dmin then are sane wherever a format puts them, and the quants still vary.
 std::vector<uint8_t> test_bytes(size_t n) {
@@ -58,18 +47,46 @@ std::vector<float> products(const Kernels& k, int type, const std::vector<uint8_
   return out;
 }
 
+// The best set whose results are those of the scalar set, and what was found wrong with better ones.
+struct Choice {
+  std::atomic<const Kernels*> kernels{scalar_kernels()};
+  std::string problems;
+
+  Choice() {
+    for (const Kernels* k : {avx512vnni_kernels(), avx2_kernels()}) {
+      if (!k) continue;
+      const std::string problem = self_test(*k);
+      if (problem.empty()) {
+        kernels = k;
+        return;
+      }
+      problems += (problems.empty() ? "" : "; ") + problem;
+    }
+  }
+};
+
+Choice& choice() {
+  static Choice only;
+  return only;
+}
+
 }  // namespace
 
-const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+const Kernels& kernels() { return *choice().kernels.load(std::memory_order_relaxed); }
 
 void use_isa(const std::string& name) {
   for (const Kernels* k : {scalar_kernels(), avx2_kernels(), avx512vnni_kernels()})
     if (k && name == k->name) {
-      current().store(k);
+      choice().kernels.store(k);
       return;
     }
   throw std::invalid_argument("instruction set '" + name +
                               "' is not one of scalar, avx2, avx512vnni, or this machine lacks it");
+}
+
+std::string isa_report() {
+  const std::string name = kernels().name;
+  return choice().problems.empty() ? name : name + " (" + choice().problems + ")";
 }
 
 std::string self_test(const Kernels& chosen) {

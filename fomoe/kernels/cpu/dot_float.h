@@ -15,7 +15,7 @@ class BlockRow {
   BlockRow(const uint8_t* row, int64_t cols) : row_(row), cols_(cols) {}
   FOMOE_INLINE void open(int64_t i) {
     typename T::C chunk;
-    fetch_ahead(row_ + i * T::chunk_bytes, T::chunk_bytes);
+    fetch_ahead<T>(row_ + i * T::chunk_bytes);
     unpack_at<T>(row_, cols_, i, chunk);
     for (B64& q : chunk.q) q = subtract(q, splat_64(T::shape.bias));
     store_chunk<T>(chunk, chunk_);
@@ -54,10 +54,7 @@ template <class T>
 class FloatRow {
  public:
   FloatRow(const uint8_t* row, int64_t) : row_(row), at_(row) {}
-  void open(int64_t i) {
-    at_ = row_ + i * kChunk * T::size;
-    fetch_ahead(at_, kChunk * T::size);
-  }
+  void open(int64_t i) { at_ = row_ + i * kChunk * T::size; }
   void group(int g, F8* out) const {
     for (int i = 0; i < 4; ++i) out[i] = T::eight(at_ + (32 * g + 8 * i) * T::size);
   }

@@ -46,10 +46,10 @@ inline void dot_row(const Slice& s, const RowChunk* x, int64_t cols, int64_t row
     for (const RowChunk*& a : at) ++a;
   };
   for (int64_t i = 0; i < cols / kChunk; ++i, w += T::chunk_bytes) {
-    fetch_ahead(w, T::chunk_bytes);
+    fetch_ahead<T>(w);
     take(w);
   }
-  if (cols % kChunk) {
+  if (T::elements < kChunk && cols % kChunk) {
     uint8_t padded[T::chunk_bytes];
     pad_blocks<T>(w, cols % kChunk, padded);
     take(padded);

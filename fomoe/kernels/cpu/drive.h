@@ -18,6 +18,8 @@ struct Matrix {
   int64_t bytes() const { return rows * row_bytes(); }
 };
 
+// Reads n bytes with all threads and returns them or-ed together.
+uint64_t stream_read(const uint8_t* p, int64_t n);
 void dequantize_rows(const Matrix& w, float* out);
 void embed(const Matrix& w, const int32_t* ids, int64_t tokens, float* out);
 void quantize_rows(const float* x, int64_t tokens, int64_t cols, int8_t* q, float* scale);

@@ -1,5 +1,6 @@
 // Products with weights in GGUF blocks.
 #include <algorithm>
+#include <atomic>
 
 #include "product.h"
 
@@ -29,6 +30,15 @@ void product_tiles(int type, const Slice& s, const uint8_t* tiles, int64_t cols)
 
 void product_f32(int type, const Slice& s, const float* x, int64_t cols) {
   kernels().dot_f32[type](s, x, cols, work_memory(Work::Row, scratch_bytes(cols)));
+}
+
+uint64_t stream_read(const uint8_t* p, int64_t n) {
+  constexpr int64_t piece = 64 * 1024;
+  std::atomic<uint64_t> all{0};
+  parallel(ceil_div(n, piece), n, [&](int64_t i) {
+    all |= kernels().stream_read(p + i * piece, std::min(piece, n - i * piece));
+  });
+  return all;
 }
 
 void dequantize_rows(const Matrix& w, float* out) {

@@ -24,6 +24,11 @@ void release(int64_t bytes, const Body& body) {
   body();
 }
 
+uint64_t py_stream_read(Array<const uint8_t, 1> data) {
+  nb::gil_scoped_release unlocked;
+  return stream_read(data.data(), dim(data, 0));
+}
+
 void py_dequantize(int type, Bytes w, Out<2> out) {
   same("rows of out", dim(out, 0), dim(w, 0));
   const Matrix m = matrix(type, w, dim(out, 1));
@@ -82,10 +87,13 @@ void check_experts(const ExpertCall& c) {
            " of " + std::to_string(c.tokens));
 }
 
-void py_experts(Array<const uint64_t, 1> gate, Array<const uint64_t, 1> up,
-                Array<const uint64_t, 1> down, std::tuple<int, int, int> types, int64_t hidden,
-                int64_t width, In<2> x, Ints<1> pair_start, Ints<1> pair_token, Out<2> out,
-                bool exact) {
+using Addresses = Array<const uint64_t, 1>;
+using ExpertTypes = std::tuple<int, int, int>;
+
+// Everything but the size of out is checked here.
+ExpertCall expert_call(const Addresses& gate, const Addresses& up, const Addresses& down,
+                       const ExpertTypes& types, int64_t hidden, int64_t width, const In<2>& x,
+                       const Ints<1>& pair_start, const Ints<1>& pair_token, const Out<2>& out) {
   same("addresses of up", dim(up, 0), dim(gate, 0));
   same("addresses of down", dim(down, 0), dim(gate, 0));
   same("entries of pair_start", dim(pair_start, 0), dim(gate, 0) + 1);
@@ -106,9 +114,27 @@ void py_experts(Array<const uint64_t, 1> gate, Array<const uint64_t, 1> up,
                      pair_token.data(),
                      out.data()};
   same("entries of pair_token", dim(pair_token, 0), c.pairs());
-  same("rows of out", dim(out, 0), c.pairs());
   check_experts(c);
+  return c;
+}
+
+void py_experts(Addresses gate, Addresses up, Addresses down, ExpertTypes types, int64_t hidden,
+                int64_t width, In<2> x, Ints<1> pair_start, Ints<1> pair_token, Out<2> out,
+                bool exact) {
+  const ExpertCall c =
+      expert_call(gate, up, down, types, hidden, width, x, pair_start, pair_token, out);
+  same("rows of out", dim(out, 0), c.pairs());
   release(c.count * hidden * width, [&] { experts(c, exact); });
+}
+
+void py_experts_sum(Addresses gate, Addresses up, Addresses down, ExpertTypes types,
+                    int64_t hidden, int64_t width, In<2> x, Ints<1> pair_start, Ints<1> pair_token,
+                    In<1> weights, Out<2> out, bool exact) {
+  const ExpertCall c =
+      expert_call(gate, up, down, types, hidden, width, x, pair_start, pair_token, out);
+  same("rows of out", dim(out, 0), c.tokens);
+  same("weights", dim(weights, 0), c.pairs());
+  release(c.count * hidden * width, [&] { experts_sum(c, weights.data(), exact); });
 }
 
 void py_reduce_pairs(In<2> pairs, Ints<2> order, In<2> weights, Out<2> out) {
@@ -264,12 +290,12 @@ void py_set_threads(int count) {
 NB_MODULE(_cpu, m) {
   using namespace fomoe::cpu;
   if (_import_array() < 0) throw nb::python_error();
-  const std::string problem = self_test(kernels());
-  if (!problem.empty()) throw std::runtime_error("kernel self-test failed: " + problem);
 
   m.def("set_threads", &py_set_threads, "count"_a);
   m.def("isa", [] { return std::string(kernels().name); });
+  m.def("isa_report", &isa_report);
   m.def("use_isa", &use_isa, "name"_a);
+  m.def("stream_read", &py_stream_read, "data"_a);
   m.def("dequantize", &py_dequantize, "qtype"_a, "weights"_a, "out"_a);
   m.def("embed", &py_embed, "qtype"_a, "weights"_a, "ids"_a, "out"_a);
   m.def("quantize_activations", &py_quantize, "x"_a, "q"_a, "scale"_a);
@@ -277,6 +303,9 @@ NB_MODULE(_cpu, m) {
   m.def("matmul_f32", &py_matmul_f32, "qtype"_a, "weights"_a, "x"_a, "out"_a);
   m.def("experts", &py_experts, "gate"_a, "up"_a, "down"_a, "qtypes"_a, "hidden"_a, "width"_a,
         "x"_a, "pair_start"_a, "pair_token"_a, "out"_a, "exact_activations"_a);
+  m.def("experts_sum", &py_experts_sum, "gate"_a, "up"_a, "down"_a, "qtypes"_a, "hidden"_a,
+        "width"_a, "x"_a, "pair_start"_a, "pair_token"_a, "weights"_a, "out"_a,
+        "exact_activations"_a);
   m.def("reduce_pairs", &py_reduce_pairs, "pairs"_a, "order"_a, "weights"_a, "out"_a);
   m.def("rms_norm", &py_rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a);
   m.def("gated_rms_norm", &py_gated_rms_norm, "x"_a, "z"_a, "weight"_a, "eps"_a, "out"_a);

@@ -32,9 +32,23 @@ def isa() -> str:
     return _cpu.isa()
 
 
+def isa_report() -> str:
+    """Return the set in use and, in brackets, why a better one is not: at start each set is tried.
+
+    Every weight type is multiplied on fixed data; a set whose bits differ from the scalar set's
+    is passed over.
+    """
+    return _cpu.isa_report()
+
+
 def use_isa(name: str) -> None:
     """Switch to another instruction set of this machine; ValueError where it has none such."""
     _cpu.use_isa(name)
+
+
+def stream_read(data: U8) -> int:
+    """Read `data` [n] once on all threads, to measure what memory gives; return its bytes or-ed."""
+    return _cpu.stream_read(data)
 
 
 def dequantize(qtype: int, weights: U8, out: F32) -> None:
@@ -91,6 +105,32 @@ def experts(  # noqa: PLR0913 - the operands of one fused operation
     _cpu.experts(
         gate, up, down, qtypes, hidden, width, x, pair_start, pair_token, out, exact_activations
     )
+
+
+def experts_sum(  # noqa: PLR0913 - the operands of one fused operation
+    gate: U64,
+    up: U64,
+    down: U64,
+    qtypes: tuple[int, int, int],
+    hidden: int,
+    width: int,
+    x: F32,
+    pair_start: I32,
+    pair_token: I32,
+    weights: F32,
+    out: F32,
+    exact_activations: bool,
+) -> None:
+    """Add the weighted rows of `experts` to `out` [T, hidden] without keeping them.
+
+    For each pair p in turn: out[t] = fma(weights[p], row of pair p, out[t]) in float32, where
+    t = pair_token[p]. From a zeroed `out`, and with experts in ascending id, the bits are those of
+    `experts` and `reduce_pairs`. `weights` is float32 [P]; the rest is as in `experts`.
+    """
+    _cpu.experts_sum(
+        gate, up, down, qtypes, hidden, width, x, pair_start, pair_token, weights, out,
+        exact_activations,
+    )  # fmt: skip
 
 
 def reduce_pairs(pairs: F32, order: I32, weights: F32, out: F32) -> None:

@@ -51,15 +51,17 @@ struct PairedRows {
   }
   static void arrange(RowChunk& chunk) { arrange_pairs(chunk); }
 
-  static FOMOE_INLINE void unpack_nibbles(const uint8_t* packed, B64* q) {
-    const __m512i first = load_64(packed).v, second = load_64(packed + 64).v;
+  // Nibbles at the lower end of their bytes; the other bits are not cleared.
+  static FOMOE_INLINE void split_nibbles(const uint8_t* packed, B64* q) {
+    const __m512i first = load_64(packed).v;
+    __m512i second = load_64(packed + 64).v;
+    asm("" : "+v"(second));  // as an operand in memory it would cross a cache line twice
     const B64 even{_mm512_unpacklo_epi64(first, second)};
     const B64 odd{_mm512_unpackhi_epi64(first, second)};
-    const B64 mask = splat_64(15);
-    q[0] = and_(even, mask);
-    q[1] = and_(odd, mask);
-    q[2] = and_(shift_halves<4, 4>(even), mask);
-    q[3] = and_(shift_halves<4, 4>(odd), mask);
+    q[0] = even;
+    q[1] = odd;
+    q[2] = shift_halves<4, 4>(even);
+    q[3] = shift_halves<4, 4>(odd);
   }
 
   // Scales and mins as in scale_4k; `header` are the first 16 bytes of a block: d, dmin, scale[12].
@@ -89,7 +91,8 @@ struct PairedRows {
 template <>
 struct RowForm<Q4_K> : PairedRows {
   static FOMOE_INLINE void unpack(const uint8_t* p, Q4_K::C& c) {
-    unpack_nibbles(p + offsetof(BlockQ4_K, q), c.q);
+    split_nibbles(p + offsetof(BlockQ4_K, q), c.q);
+    for (B64& q : c.q) q = and_(q, splat_64(15));
     unpack_scales(p, &c.scale, &c.offset);
   }
 };
@@ -97,17 +100,21 @@ struct RowForm<Q4_K> : PairedRows {
 template <>
 struct RowForm<Q5_K> : PairedRows {
   static FOMOE_INLINE void unpack(const uint8_t* p, Q5_K::C& c) {
-    unpack_nibbles(p + offsetof(BlockQ5_K, q), c.q);
     const __m512i high = load_twice(p + offsetof(BlockQ5_K, high)).v;
     const __m512i even = _mm512_unpacklo_epi64(high, high);
     const __m512i odd = _mm512_unpackhi_epi64(high, high);
-    // Bit g of a byte moves to bit 4.
-    const __m512i first = _mm512_setr_epi64(4, 0, 4, 0, 2, 62, 2, 62);
-    const __m512i second = _mm512_setr_epi64(3, 63, 3, 63, 1, 61, 1, 61);
-    const __m512i turned[4] = {_mm512_rolv_epi64(even, first), _mm512_rolv_epi64(odd, first),
-                               _mm512_rolv_epi64(even, second), _mm512_rolv_epi64(odd, second)};
-    for (int i = 0; i < 4; ++i)  // q | turned & 16
-      c.q[i].v = _mm512_ternarylogic_epi64(c.q[i].v, turned[i], splat_64(16).v, 0xf8);
+    // Bit g of a byte moves to bit 4, the others vanish: row 4 of a matrix has bit g set.
+    const auto bit = [](int g) { return int64_t{1} << (24 + g); };
+    const __m512i low = _mm512_setr_epi64(bit(0), bit(4), bit(0), bit(4), bit(2), bit(6), bit(2),
+                                          bit(6));
+    const __m512i top = _mm512_slli_epi64(low, 1);
+    const __m512i fifth[4] = {
+        _mm512_gf2p8affine_epi64_epi8(even, low, 0), _mm512_gf2p8affine_epi64_epi8(odd, low, 0),
+        _mm512_gf2p8affine_epi64_epi8(even, top, 0), _mm512_gf2p8affine_epi64_epi8(odd, top, 0)};
+    B64 nibbles[4];
+    split_nibbles(p + offsetof(BlockQ5_K, q), nibbles);
+    for (int i = 0; i < 4; ++i)  // nibble & 15 | fifth
+      c.q[i].v = _mm512_ternarylogic_epi64(nibbles[i].v, splat_64(15).v, fifth[i], 0xea);
     unpack_scales(p, &c.scale, &c.offset);
   }
 };

@@ -96,6 +96,8 @@ struct CacheHead {
 
 struct Kernels {
   const char* name;
+  // All n bytes or-ed together, as fast as they can be read.
+  uint64_t (*stream_read)(const uint8_t* p, int64_t n);
   DequantizeRow dequantize[kTypeCount];
   FillRows fill_rows[kTypeCount];
   DotRows dot_rows[kTypeCount];

@@ -47,8 +47,8 @@ constexpr uint64_t every_byte(uint64_t b) { return b * 0x0101010101010101; }
 template <QType Q, class B>
 struct Blocks {
   static constexpr QuantShape shape = quant_shape(static_cast<int>(Q));
-  static constexpr int group = shape.group;
-  static constexpr int chunk_bytes = kChunk / type_shape(static_cast<int>(Q)).elements * sizeof(B);
+  static constexpr int group = shape.group, elements = type_shape(static_cast<int>(Q)).elements;
+  static constexpr int chunk_bytes = kChunk / elements * sizeof(B);
   using C = Chunk<shape.group>;
 };
 
@@ -59,8 +59,8 @@ struct SmallBlocks : Blocks<Q, B> {
   static FOMOE_INLINE void unpack(const uint8_t* p, C& c) {
     const B* const b = reinterpret_cast<const B*>(p);
     for (int i = 0; i < 4; ++i) c.q[i] = T::two(b[2 * i], b[2 * i + 1]);
-    c.scale = load_f16_apart(p, sizeof(B));
-    if constexpr (Blocks<Q, B>::shape.has_offset) c.offset = load_f16_apart(p + 2, sizeof(B));
+    c.scale = load_f16_of_blocks<sizeof(B), 0>(p);
+    if constexpr (Blocks<Q, B>::shape.has_offset) c.offset = load_f16_of_blocks<sizeof(B), 2>(p);
   }
 };
 

@@ -35,9 +35,7 @@ inline B64 shift_halves(B64 a) {
 inline B64 nibbles(const uint8_t* a, const uint8_t* b) {
   const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
   const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
-  const B32 two = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
-  const __m512i wide = _mm512_castsi256_si512(two);
-  const __m512i twice = _mm512_shuffle_i64x2(wide, wide, 0x50);
+  const __m512i twice = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(first), 0xff00, second);
   const __m512i shifts = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0, 0,
                                           0x0004000400040004, 0x0004000400040004, 0, 0);
   return and_({_mm512_srlv_epi16(twice, shifts)}, splat_64(15));
@@ -77,6 +75,26 @@ inline W16 from_int8(uint64_t low, uint64_t high) {
 inline W16 twice_each(F8 a) {
   const __m512i pick = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
   return _mm512_permutexvar_ps(pick, _mm512_castps256_ps512(a));
+}
+// The half floats at byte Offset of each of 8 blocks of Stride bytes at p
+template <int Stride, int Offset>
+FOMOE_INLINE F8 load_f16_of_blocks(const uint8_t* p) {
+  if constexpr (Stride > 24) {
+    return load_f16_apart(p + Offset, Stride);
+  } else {
+    constexpr auto word = [](int i) { return static_cast<short>((i * Stride + Offset) / 2); };
+    constexpr short last = 4 * Stride - 32;  // the first word of the last 64 bytes
+    const __m512i at = _mm512_castsi128_si512(_mm_setr_epi16(
+        word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7)));
+    __m512i all = _mm512_permutex2var_epi16(load_64(p).v, at, load_64(p + 64).v);
+    if constexpr (word(7) >= 64) {
+      static_assert(word(5) < 64 && word(6) >= last);
+      const __mmask32 beyond = word(6) >= 64 ? 0xc0 : 0x80;
+      all = _mm512_mask_permutexvar_epi16(all, beyond, _mm512_sub_epi16(at, _mm512_set1_epi16(last)),
+                                          load_64(p + 2 * last).v);
+    }
+    return _mm256_cvtph_ps(_mm512_castsi512_si128(all));
+  }
 }
 inline W16 wide_load(const float* p) { return _mm512_loadu_ps(p); }
 inline W16 wide_splat(float x) { return _mm512_set1_ps(x); }

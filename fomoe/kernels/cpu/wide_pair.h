@@ -68,6 +68,11 @@ inline F8 high_half(W16 a) { return a.half[1]; }
 inline W16 from_int8(uint64_t low, uint64_t high) { return join(from_int8(low), from_int8(high)); }
 // (a0, a0, a1, a1, ...)
 inline W16 twice_each(F8 a) { return join(low_twice(a), high_twice(a)); }
+// The half floats at byte Offset of each of 8 blocks of Stride bytes at p
+template <int Stride, int Offset>
+inline F8 load_f16_of_blocks(const uint8_t* p) {
+  return load_f16_apart(p + Offset, Stride);
+}
 inline W16 wide_load(const float* p) { return join(load(p), load(p + 8)); }
 inline W16 wide_splat(float x) { return join(splat(x), splat(x)); }
 
