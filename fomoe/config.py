@@ -243,7 +243,7 @@ class EngineConfig:
         eviction: Which resident expert makes room.
         prefetch: Read the experts that the next layer is expected to need.
         overlap: False runs the serial twin of the loop, which gives the same bits.
-        prefill_chunk: Prompt tokens that go through a layer together.
+        prefill_chunk: Prompt tokens that go through a layer together; 0 lets the budgets fix it.
         read_threads: File reads in flight per node.
         transport: How actors talk: shared memory, TCP, or by handshake.
         seed: Seed of everything that draws random numbers outside a request.
@@ -262,7 +262,7 @@ class EngineConfig:
     eviction: Eviction = "lfru"
     prefetch: bool = True
     overlap: bool = True
-    prefill_chunk: int = 128
+    prefill_chunk: int = 0
     read_threads: int = 4
     transport: Transport = "auto"
     seed: int = 0
@@ -278,7 +278,7 @@ class EngineConfig:
         _require_choice("transport", self.transport, Transport)
         _require_range("ctx_size", self.ctx_size, 1, 1 << 20)
         _require_range("sequences", self.sequences, 1, 256)
-        _require_range("prefill_chunk", self.prefill_chunk, 1, 4096)
+        _require_range("prefill_chunk", self.prefill_chunk, 0, 4096)
         _require_range("read_threads", self.read_threads, 1, 64)
         _require_range("seed", self.seed, 0, (1 << 64) - 1)
         if self.threads is not None:

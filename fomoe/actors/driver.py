@@ -249,6 +249,7 @@ class DriverActor(FabricMember):
         assert self._loop is not None
         if self._loop.stopping:
             raise EngineError("the engine is stopping; ask again when it is up")
+        self._loop.report()
 
     def _fail(self, request_id: str, error: FomoeError) -> None:
         """End a request with an error; one that the engine cannot survive ends the loop."""
@@ -294,6 +295,9 @@ class DriverActor(FabricMember):
         """Return one line for the log."""
         c = self._meter.host
         total = max(1, c.hits_device + c.hits_ram + c.reads_nvme)
+        if self._running is not None and self._running.in_prompt:
+            done, of = self._running.prompt_tokens
+            return f"prompt {done:,} of {of:,} tokens  queued {len(self._queue)}"
         return (
             f"{self._meter.rate():.1f} tok/s  device {c.hits_device / total:.0%}  "
             f"ram {c.hits_ram / total:.0%}  nvme {c.reads_nvme / total:.0%}  "

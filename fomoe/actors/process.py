@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import sys
 import threading
@@ -128,6 +129,7 @@ class LoopThread:
         self._spin_us = spin_us
         self._name = name = member.name
         self._stopping = threading.Event()
+        self._report_at = math.inf
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -154,8 +156,14 @@ class LoopThread:
         """Whether the loop runs."""
         return self._thread.is_alive()
 
+    def report(self) -> None:
+        """Log the status if it is due; `poll` calls this where it takes long."""
+        if time.monotonic() >= self._report_at:
+            self._report_at = time.monotonic() + _STATUS_PERIOD_S
+            log.info("%s: %s", self._name, self._status())
+
     def _run(self) -> None:
-        report_at = time.monotonic() + _STATUS_PERIOD_S
+        self._report_at = time.monotonic() + _STATUS_PERIOD_S
         spin_us = 0.0
         try:
             while not self._stopping.is_set():
@@ -165,9 +173,7 @@ class LoopThread:
                 else:
                     self._fabric.wait(bell, spin_us, _IDLE_WAIT_MS)
                     spin_us = 0.0
-                if time.monotonic() >= report_at:
-                    report_at = time.monotonic() + _STATUS_PERIOD_S
-                    log.info("%s: %s", self._name, self._status())
+                self.report()
         except BaseException as error:
             self.error = error
             log.error("%s: loop ended: %s", self._name, error, exc_info=_is_surprise(error))

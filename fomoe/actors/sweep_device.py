@@ -136,9 +136,8 @@ class DeviceSweep:
         """Add entries a..b, whose pairs lie one behind the other, to the result."""
         pair_start = views.pair_start[a : b + 1]
         first, end = int(pair_start[0]), int(pair_start[-1])
-        pairs = WeightedPairs(
-            pair_start - first, views.pair_token[first:end], views.weights.reshape(-1)[first:end]
-        )
+        pairs = WeightedPairs(pair_start - first, views.pair_token[first:end],
+                              views.weights.reshape(-1)[first:end])  # fmt: skip
         self._device.experts_sum(
             self._slots.shapes[wave.layer], self._slots.addresses(wave.layer, views.entries[a:b]),
             views.x[: wave.tokens], pairs, views.out[: wave.tokens],

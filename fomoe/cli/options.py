@@ -164,7 +164,11 @@ class EngineOptions:
         bool, typer.Option("--overlap/--serial", help="Compute and read at the same time.")
     ] = True
     prefill_chunk: Annotated[
-        int, typer.Option(metavar="TOKENS", help="Prompt tokens that pass a layer together.")
+        int,
+        typer.Option(
+            metavar="TOKENS",
+            help="Prompt tokens that pass a layer together; 0 is as many as the budgets allow.",
+        ),
     ] = _DEFAULTS.prefill_chunk
     transport: Annotated[Transport, typer.Option(help="How the actors talk; auto finds out.")] = (
         "auto"

@@ -15,7 +15,7 @@ from fomoe.cli.opening import opened, progress_bar
 from fomoe.cli.options import EngineOptions, ModelOptions
 from fomoe.engine.requests import PromptProgress, SamplingParams
 from fomoe.errors import RequestError
-from fomoe.server.receipts import tier_line
+from fomoe.server.receipts import prompt_line, tier_line
 
 if TYPE_CHECKING:
     from fomoe.llm import LLM
@@ -80,7 +80,7 @@ class Session:
                 out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
             def advance(progress: PromptProgress) -> None:
-                bar.update(task, completed=progress.processed)
+                bar.update(task, completed=progress.processed, description=prompt_line(progress))
 
             return asyncio.run(
                 answer(

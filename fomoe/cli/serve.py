@@ -8,6 +8,7 @@ import shlex
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -27,11 +28,12 @@ from fomoe.config import (
     notify_socket,
     runtime_dir,
 )
+from fomoe.engine.requests import PromptProgress
 from fomoe.errors import ConfigError
 from fomoe.gguf.reader import GGUFFile
 from fomoe.model.archs import read_spec
 from fomoe.server.info import ServerInfo
-from fomoe.server.receipts import tier_line
+from fomoe.server.receipts import prompt_line, tier_line
 
 if TYPE_CHECKING:
     from fomoe.llm import LLM
@@ -90,6 +92,25 @@ def banner(model: ModelOptions) -> str:
     return f"{model.path.name}: {format_bytes(size)}"
 
 
+class LongPrompts:
+    """Says every few seconds how far a prompt is that takes longer than that."""
+
+    PERIOD_MS = 5000.0
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._said: tuple[str, float] = ("", 0.0)  # of which request, and at what time in it
+
+    def __call__(self, progress: PromptProgress) -> None:
+        """Take news of a prompt."""
+        request, at = self._said
+        before = at if request == progress.request_id else 0.0
+        is_over = progress.processed == progress.total
+        if progress.time_ms - before >= self.PERIOD_MS and not is_over:
+            self._said = progress.request_id, progress.time_ms
+            self._say(prompt_line(progress))
+
+
 def server_info(file: GGUFFile, config: ServerConfig) -> ServerInfo:
     """Return what the HTTP server says about the model; each answer's tier line is printed."""
     return ServerInfo(
@@ -100,6 +121,7 @@ def server_info(file: GGUFFile, config: ServerConfig) -> ServerInfo:
         api_key=config.api_key,
         allowed_hosts=() if is_loopback(config.host) else None,
         on_answer=lambda receipt: typer.echo(tier_line(receipt)),
+        on_progress=LongPrompts(typer.echo),
     )
 
 

@@ -75,6 +75,7 @@ class Generation:
             sequence.reset()
         sequence.car, sequence.decoding = car, False
         meter.start(car=car, cached=self._cached)
+        self._processed = self._cached
         self._started = self._reported = time.monotonic()
 
     def watch(self, on_event: Callable[[Event], None], checkpoint: Callable[[], None]) -> None:
@@ -93,6 +94,16 @@ class Generation:
         self._sequence.decoding = True
         hidden = self._run([token])
         return self._choose(self._forward.logits(hidden, _LAST)[0])
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether the prompt has not gone through the layers yet."""
+        return self._generated == 0 and not self.finished
+
+    @property
+    def prompt_tokens(self) -> tuple[int, int]:
+        """How many tokens of the prompt have gone through the layers, layers counted, of all."""
+        return self._processed, len(self.request.prompt)
 
     def cancel(self) -> Finished:
         """End the request early."""
@@ -125,11 +136,12 @@ class Generation:
         self._checkpoint()
         now = time.monotonic()
         done, n_layers = len(self._sequence.tokens), self._forward.model.spec.n_layers
+        part = min(self._chunk, len(self.request.prompt) - done)
+        self._processed = done + part * (layer + 1) // n_layers
         if now - self._reported < PROGRESS_S or layer + 1 == n_layers:
             return  # the pass itself reports its end
         self._reported = now
-        part = min(self._chunk, len(self.request.prompt) - done)
-        self._on_event(self._progress(done + part * (layer + 1) // n_layers))
+        self._on_event(self._progress(self._processed))
 
     def _progress(self, processed: int) -> PromptProgress:
         return PromptProgress(

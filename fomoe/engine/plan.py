@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fomoe.config import Budgets, EngineConfig, format_bytes
+from fomoe.engine.chunk import auto_chunk
 from fomoe.engine.transfers import SegmentSlots
 from fomoe.errors import ConfigError
 from fomoe.gguf.extents import ExpertTable
@@ -130,7 +131,21 @@ def _logical_capacity(topology: Topology, spec: ModelSpec, config: EngineConfig)
 def resolve(
     config: EngineConfig, table: ExpertTable, spec: ModelSpec, free_bytes: int
 ) -> EngineConfig:
-    """Return `config` with every budget explicit; missing ones come from measured free memory."""
+    """Return `config` with every budget and the prompt chunk explicit.
+
+    Missing budgets come from measured free memory.
+    """
+    config = _resolve_budgets(config, table, spec, free_bytes)
+    if config.prefill_chunk:
+        return config
+    n_devices = len(config.devices)
+    given = n_devices * (config.budgets.vram_bytes or 0) + (config.budgets.ram_bytes or 0)
+    return replace(config, prefill_chunk=auto_chunk(spec, config.ctx_size, n_devices, given))
+
+
+def _resolve_budgets(
+    config: EngineConfig, table: ExpertTable, spec: ModelSpec, free_bytes: int
+) -> EngineConfig:
     budgets, routing = config.budgets, config.routing
     if budgets.vram_bytes is not None and budgets.ram_bytes is not None:
         return config

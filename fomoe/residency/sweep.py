@@ -22,6 +22,7 @@ from fomoe.types import ExpertKey, Tier
 
 RING_SHARE = 4  # a ring takes a quarter of its pool: what is read while the dense part computes
 RING_LEAST = 16  # but two waves, where half of the pool is that many
+RESERVE_SHARE = 8  # guesses leave an eighth of a ring free: the first reads can go out at once
 
 Mask = npt.NDArray[np.bool_]
 
@@ -128,7 +129,7 @@ class Sweep:
         self.layer = layer
         self.experts = use.experts
         self._residency = residency
-        tiers = residency.tier_of(layer)
+        tiers, guessed = residency.tier_of(layer), residency.unused(layer)[use.experts]
         residency.observe(layer, use)
         wanted = np.zeros(residency.n_experts, np.bool_)
         wanted[use.experts] = True
@@ -138,7 +139,7 @@ class Sweep:
         self._placed = self._computed = 0
         self._room = Room(residency, layer, keep | wanted)
         self._vacated: list[ExpertKey] = []
-        self._vacate()
+        self._vacate(int(np.count_nonzero(guessed)))
 
     @property
     def is_placed(self) -> bool:
@@ -195,9 +196,10 @@ class Sweep:
                               share_slots(residency, layer))  # fmt: skip
             room = Room(residency, layer, kept | expected)
         absent = expected & (residency.tier_of(layer) == Tier.NVME)
+        least = ring_slots(residency, layer) // RESERVE_SHARE
         placed, dropped = [], []
         for expert in absent.nonzero()[0].tolist():
-            taken = room.take(layer, expert, guess=True)
+            taken = room.take(layer, expert, guess=True) if room.size > least else None
             if taken is None:
                 break
             placed.append(taken[0])
@@ -212,19 +214,25 @@ class Sweep:
         share = share_slots(self._residency, self.layer)
         return _worthiest(self._residency.worth(self.layer), candidates, share)
 
-    def _vacate(self) -> None:
-        """Give up resident experts whose turn comes late if the ring were too small without."""
-        reads = self.sources == Tier.NVME
-        staying = int(np.count_nonzero(reads & self.kept))  # their slots do not come back
-        need = min(ring_slots(self._residency, self.layer) + staying, int(np.count_nonzero(reads)))
-        passing = (self.sources == Tier.DEVICE) & ~self.kept
-        for at in passing.nonzero()[0][::-1].tolist():
-            if self._room.size >= need:
-                break
-            key = ExpertKey(self.layer, int(self.experts[at]))
+    def _vacate(self, n_guessed: int) -> None:
+        """Give up resident experts whose turn comes late where reads were to wait without.
+
+        Slots that reads pass through: what can be had at first, and what earlier experts leave
+        behind, less what earlier reads stay in. Guesses that came true pass through already.
+        """
+        ring = min(ring_slots(self._residency, self.layer), RING_LEAST) - n_guessed
+        while True:
+            reads = self.sources == Tier.NVME
+            passing = (self.sources == Tier.DEVICE) & ~self.kept
+            slots = self._room.size + np.cumsum(passing) - np.cumsum(reads & self.kept)
+            short = np.flatnonzero(reads & (slots < max(ring, 1)))
+            late = passing.nonzero()[0][-1:]
+            if not len(short) or not len(late) or late[0] < short[0]:
+                return
+            key = ExpertKey(self.layer, int(self.experts[late[0]]))
             if not self._residency.evict(key):
                 self._vacated.append(key)
-            self.sources[at] = self._residency.tier_of(self.layer)[key.expert]
+            self.sources[late[0]] = self._residency.tier_of(self.layer)[key.expert]
 
 
 def _worthiest(worth: npt.NDArray[np.float64], candidates: Mask, most: int) -> Mask:

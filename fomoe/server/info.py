@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fomoe.engine.requests import Receipt, SamplingParams
+from fomoe.engine.requests import PromptProgress, Receipt, SamplingParams
 
 
-def _ignore(_receipt: Receipt) -> None:
-    """Take a receipt and do nothing with it."""
+def _ignore(_what: Receipt | PromptProgress) -> None:
+    """Take a receipt or a progress and do nothing with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,7 @@ class ServerInfo:
         ping_s: Longest silence of a stream.
         stall_s: Seconds after which a client that does not read is given up.
         on_answer: Called with the receipt of every finished answer.
+        on_progress: Called with each news of a prompt.
     """
 
     model_id: str
@@ -49,3 +50,4 @@ class ServerInfo:
     ping_s: float = 4.0
     stall_s: float = 30.0
     on_answer: Callable[[Receipt], None] = _ignore
+    on_progress: Callable[[PromptProgress], None] = _ignore

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fomoe.engine.requests import Receipt
+from fomoe.engine.requests import PromptProgress, Receipt
 
 UNMEASURED = "not measured"  # mode of an answer that was cut short without the engine's receipt
 
@@ -50,6 +50,26 @@ def tier_line(receipt: Receipt) -> str:
     lossy = receipt.mode != "exact" or receipt.substituted > 0
     mode = f"{receipt.mode}, {substituted} % substituted" if lossy else receipt.mode
     return f"{speed} | {tiers} | {mode}"
+
+
+def prompt_line(progress: PromptProgress) -> str:
+    """Return one line on a prompt under way: how far, how fast, and how long it still takes.
+
+    For example `prompt 320 of 1,024 tokens | 12 tok/s | 59 s left`; the rate is that of the layers
+    done so far, tokens taken over from an earlier request left out.
+    """
+    done = progress.processed - progress.cached
+    far = f"prompt {progress.processed:,} of {progress.total:,} tokens"
+    if done <= 0 or progress.time_ms <= 0:
+        return far
+    left = (progress.total - progress.processed) * progress.time_ms / 1e3 / done
+    return f"{far} | {_speed(done, progress.time_ms)} | {_duration(left)} left"
+
+
+def _duration(seconds: float) -> str:
+    """Return whole seconds, or minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def percentages(counts: Sequence[int]) -> list[int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from fomoe.engine.requests import (
     Engine,
@@ -49,6 +50,7 @@ class Indexed:
 
 
 Item = Delta | Done | Indexed
+_What = TypeVar("_What", Receipt, PromptProgress)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,6 +106,8 @@ class Run:
         job = self.jobs[index]
         if index not in self._open:
             return []
+        if isinstance(event, PromptProgress):
+            self._tell(self._info.on_progress, event)
         if isinstance(event, (PromptProgress, PromptLogprobs)):
             return [Indexed(index=index, event=event)]
         if isinstance(event, Finished):
@@ -130,11 +134,15 @@ class Run:
         job.receipt = event.receipt
         reason = "length" if event.reason == "length" and not job.text.stopped else "stop"
         self._metrics.answered(reason, event.receipt)
-        try:
-            self._info.on_answer(event.receipt)
-        except Exception:
-            log.exception("the receipt of %s could not be reported", event.request_id)
+        self._tell(self._info.on_answer, event.receipt)
         return Done(index=index, reason=reason, receipt=event.receipt)
+
+    def _tell(self, who: Callable[[_What], None], what: _What) -> None:
+        """Report something; what goes wrong there ends no answer."""
+        try:
+            who(what)
+        except Exception:
+            log.exception("%s could not be reported", what)
 
     def _time_token(self, job: Job) -> None:
         now = time.monotonic()

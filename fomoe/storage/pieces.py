@@ -1,4 +1,4 @@
-"""How an expert lies in its files and its slot, and how a read of it is cut into pieces."""
+"""How parts of an expert lie in files and slots, and how a read of them is cut into pieces."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from fomoe.cli.notify import notify
 from fomoe.cli.options import ModelOptions
 from fomoe.cli.runfile import announced, running_servers, start_ticks, stop_server
 from fomoe.cli.serve import banner, curl_line, listen, server_info, url_of
-from fomoe.engine.requests import Receipt
+from fomoe.engine.requests import PromptProgress, Receipt
 from fomoe.errors import ConfigError
 from fomoe.gguf.reader import open_gguf
 
@@ -86,6 +86,13 @@ def test_the_server_knows_the_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert info.allowed_hosts == ()
     info.on_answer(Receipt(generated_tokens=10, generated_ms=1000.0, hits_device=1))
     assert capsys.readouterr().out == "10 tok/s | device 100 %  ram 0 %  nvme 0 % | exact\n"
+    fields = {"request_id": "a", "total": 9, "cached": 0}
+    for processed, time_ms in ((1, 4900.0), (2, 5000.0), (3, 9900.0), (4, 10_000.0), (9, 2e4)):
+        info.on_progress(PromptProgress(processed=processed, time_ms=time_ms, **fields))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in said] == [
+        "prompt 2 of 9 tokens", "prompt 4 of 9 tokens",
+    ]  # fmt: skip
     public = config.ServerConfig(host="0.0.0.0", api_key="k", model_name="mine")
     info = server_info(open_gguf(path), public)
     assert (info.model_id, info.api_key, info.allowed_hosts) == ("mine", "k", None)

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from support.tiny_gguf import write_tiny
 
+from fomoe.actors.layout import StepArena
 from fomoe.config import Budgets, EngineConfig, RoutingConfig
+from fomoe.engine.chunk import CHUNK_SHARE, LEAST_CHUNK, MOST_CHUNK, auto_chunk, token_bytes
 from fomoe.engine.fill import fill_order
 from fomoe.engine.plan import DEFAULT_SHARE, default_budgets, make_plan, resolve
 from fomoe.errors import BudgetError, ConfigError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
+from fomoe.model.layers import DenseModel
 from fomoe.residency import LFRU, Residency
 from fomoe.types import ExpertKey
 
@@ -155,7 +158,7 @@ class TestLogicalCapacity:
 
 class TestResolve:
     def test_explicit_budgets_stay(self, read):
-        given = config(123, 456)
+        given = replace(config(123, 456), prefill_chunk=77)
         assert resolve(given, *read, free_bytes=1) is given
 
     def test_missing_ones_come_from_free_memory(self, read):
@@ -185,6 +188,55 @@ class TestResolve:
         assert got == {max(spec.moe.top_k, spec.moe.n_experts // 6)}
         asked = replace(config(None, None), routing=RoutingConfig(car_capacity=9))
         assert resolve(asked, table, spec, total).routing.car_capacity == 9
+
+
+class TestChunk:
+    def test_a_given_one_stays_and_a_missing_one_is_resolved(self, read):
+        assert resolve(config(123, 456), *read, free_bytes=1).prefill_chunk == LEAST_CHUNK
+        given = replace(config(123, 456), prefill_chunk=77)
+        assert resolve(given, *read, free_bytes=1).prefill_chunk == 77
+
+    def test_its_buffers_fit_the_share(self, read):
+        _, spec = read
+        for budget in (1 << 27, 1 << 28, 1 << 29):
+            chunk = auto_chunk(spec, 1 << 20, 1, budget)
+            assert LEAST_CHUNK < chunk < MOST_CHUNK
+            assert chunk * token_bytes(spec, 1) <= budget // CHUNK_SHARE
+            assert (chunk + 32) * token_bytes(spec, 1) > budget // CHUNK_SHARE
+            assert auto_chunk(spec, 1 << 20, 2, budget) < chunk
+
+    def test_its_bounds(self, read):
+        _, spec = read
+        assert auto_chunk(spec, 1 << 20, 1, 0) == LEAST_CHUNK
+        assert auto_chunk(spec, 1 << 20, 1, 1 << 50) == MOST_CHUNK
+        assert auto_chunk(spec, 100, 1, 1 << 50) == 100
+
+    def test_what_the_model_allocates_is_counted(self, read, tmp_path):
+        """The arrays of driver and device; the kernels' own buffers come on top of them."""
+        _, spec = read
+        file = open_gguf(write_tiny(tmp_path / "m.gguf", layers=4, experts=16, top_k=3))
+        sizes = []
+        for tokens in (256, 512):
+            model = DenseModel(file, read_spec(file), tokens, int8=True)
+            sizes.append(buffer_bytes(model))
+        arena = StepArena(256, spec.hidden, 3, 16).nbytes / 256
+        real = (sizes[1] - sizes[0]) / 256 + arena
+        assert real < token_bytes(read_spec(file), 1) < real * 4
+
+
+def buffer_bytes(thing, seen=None):
+    """Bytes of all arrays that an object holds, however deep."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen:
+        return 0
+    seen.add(id(thing))
+    if isinstance(thing, np.ndarray):
+        return thing.nbytes if thing.base is None else buffer_bytes(thing.base, seen)
+    inner = list(thing.values()) if isinstance(thing, dict) else []
+    inner += list(thing) if isinstance(thing, (list, tuple)) else []
+    inner += list(getattr(thing, "__dict__", {}).values())
+    inner += [getattr(thing, name, None) for name in getattr(thing, "__slots__", ())]
+    return sum(buffer_bytes(each, seen) for each in inner)
 
 
 def test_filling_follows_the_file(read):

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fomoe.engine.requests import Receipt
-from fomoe.server.receipts import combined, percentages, tier_line, timings
+from fomoe.engine.requests import PromptProgress, Receipt
+from fomoe.server.receipts import combined, percentages, prompt_line, tier_line, timings
 
 
 @pytest.mark.parametrize(
@@ -110,3 +110,22 @@ def test_timings_hold_the_fields_of_llama_cpp_and_ours() -> None:
     assert (ours["substituted"], ours["router_mass_lost"], ours["stall_ms"]) == (4, 0.5, 12.0)
     assert (ours["logical_capacity"], ours["decision_hash"]) == (64, "0f")
     assert timings(Receipt())["predicted_per_token_ms"] == 0.0
+
+
+def news(**changes):
+    fields = {"request_id": "a", "total": 1024, "processed": 320, "cached": 0, "time_ms": 26_000.0}
+    return PromptProgress(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "prompt 320 of 1,024 tokens | 12 tok/s | 57 s left"),
+        ({"cached": 256}, "prompt 320 of 1,024 tokens | 2.5 tok/s | 4 min 46 s left"),
+        ({"processed": 1024}, "prompt 1,024 of 1,024 tokens | 39 tok/s | 0 s left"),
+        ({"processed": 64, "cached": 64}, "prompt 64 of 1,024 tokens"),
+        ({"processed": 0, "time_ms": 0.0}, "prompt 0 of 1,024 tokens"),
+    ],
+)
+def test_a_prompt_under_way(changes, line):
+    assert prompt_line(news(**changes)) == line
