@@ -30,7 +30,7 @@ int64_t panel_rows_per_item(int64_t rows, int64_t matrices);
 // Tokens whose tiles stay in L2 while the panels go by.
 int64_t tokens_per_block(int64_t cols, int group);
 
-constexpr int64_t kRowTokens = 8;  // from more tokens on, panels are faster than rows
+constexpr int64_t kRowTokens = 4;  // from more tokens on, panels are faster than rows
 
 // Activations for the products of a few tokens.
 const RowChunk* fill_rows(Work purpose, int type, const QuantizedRows& x, int64_t tokens);

@@ -150,8 +150,9 @@ inline void transpose_rows(const uint8_t* p, int64_t stride, uint8_t* out, int64
     const auto quad = [&](int i) {
       return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + (r + 4 * i) * stride));
     };
-    a[r] = _mm512_inserti32x4(_mm512_castsi128_si512(quad(0)), quad(1), 1);
-    a[r] = _mm512_inserti32x4(_mm512_inserti32x4(a[r], quad(2), 2), quad(3), 3);
+    a[r] = _mm512_mask_broadcast_i32x4(_mm512_castsi128_si512(quad(0)), 0x00f0, quad(1));
+    a[r] = _mm512_mask_broadcast_i32x4(a[r], 0x0f00, quad(2));
+    a[r] = _mm512_mask_broadcast_i32x4(a[r], 0xf000, quad(3));
   }
   const __m512i low01 = _mm512_unpacklo_epi32(a[0], a[1]), low23 = _mm512_unpacklo_epi32(a[2], a[3]);
   const __m512i top01 = _mm512_unpackhi_epi32(a[0], a[1]), top23 = _mm512_unpackhi_epi32(a[2], a[3]);
