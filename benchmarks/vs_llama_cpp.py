@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,8 @@ def main() -> None:
     names = args.items.split(",")
     if unknown := set(names) - set(ITEMS):
         parser.error(f"unknown items {sorted(unknown)}; there are {', '.join(ITEMS)}")
+    # So that a stop from outside ends the engines and gives the drive its read-ahead back.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ensure_llama(args.venv)
     setup = Setup(args.venv, args.threads, args.pairs, args.fomoe, args.overhead, args.memory_limit)
     results = [compare(name, args.models, setup, args.out) for name in names]

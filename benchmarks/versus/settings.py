@@ -68,12 +68,15 @@ Knob = tuple[str, tuple[Any, ...]]
 
 def knobs(*, prefill: bool, limited: bool) -> list[Knob]:
     """Return what to vary, the most telling first."""
-    found: list[Knob] = [("repack", (True, False)), ("flash", (True, False))]
+    found: list[Knob] = [("repack", (True, False))]
+    if limited:
+        found.append(("read_ahead_kib", (None, 1024, 8192)))
+    found.append(("flash", (True, False)))
     if prefill:
         found.append(("ubatch", (512, 1024, 2048)))
     found += [("load", ("mmap", "read", "direct")), ("passive", (False, True))]
     if limited:
-        found += [("lazy", (False, True)), ("read_ahead_kib", (None, 1024, 8192))]
+        found.append(("lazy", (False, True)))
     return found
 
 
