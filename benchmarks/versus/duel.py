@@ -102,15 +102,11 @@ class Duel:
             engine = stack.enter_context(Engine(self._launch(settings, limit)))
             self._load(engine, settings)
             if limit is None:
-                first = n * (_REPEATS + 1)
-                runs = [
-                    engine.call("run", **_text(item, first + i, self._ids))
-                    for i in range(_REPEATS + 1)
-                ]
+                texts = range(n * (_REPEATS + 1), (n + 1) * (_REPEATS + 1))
+                runs = [engine.call("run", **_text(item, each, self._ids)) for each in texts]
                 return sorted(runs[1:], key=self._timed)[_REPEATS // 2]
-            return engine.call("run", **_text(item, n, self._ids)) | {
-                "peak_bytes": limit.peak_bytes()
-            }
+            run = engine.call("run", **_text(item, n, self._ids))
+            return run | {"peak_bytes": limit.peak_bytes(), "held_bytes": limit.held_bytes()}
 
     def _launch(self, settings: Settings | None, limit: MemoryLimit | None) -> Launch:
         if settings is None:
