@@ -14,6 +14,7 @@ from versus.cgroup import MemoryLimit, drop_caches
 from versus.disk import direct_rates, read_ahead
 from versus.engine import Engine, Launch, fomoe_launch, llama_launch
 from versus.items import Item
+from versus.quiet import Others
 from versus.settings import Settings, Trial, knobs, search
 
 _REPEATS = 3
@@ -55,11 +56,14 @@ class Duel:
         if self._limit_bytes is None and item.memory_share is not None:
             self._limit_bytes = int(model.stat().st_size * item.memory_share)
 
-    def run(self) -> Outcome:
-        """Search llama.cpp's settings, then run the pairs."""
+    def search(self) -> tuple[Settings, list[Trial]]:
+        """Return llama.cpp's best settings and all that were tried."""
         item, limited = self._item, self._limit_bytes is not None
-        start = Settings(repack=not limited)
-        best, trials = search(start, knobs(prefill=not item.decode, limited=limited), self._trial)
+        varied = knobs(0 if item.decode else item.prompt, limited=limited)
+        return search(Settings(repack=not limited), varied, self._trial)
+
+    def run(self, best: Settings, trials: list[Trial]) -> Outcome:
+        """Run the pairs; llama.cpp with the settings that `search` found."""
         pairs = self._pairs(best)
         limits: dict[str, Any] = {}
         if self._limit_bytes is not None:
@@ -82,8 +86,12 @@ class Duel:
                 runs[name] = self._once(self._item, best if name == "llama" else None, n)
             pairs.append((runs["fomoe"], runs["llama"]))
             ours, theirs = self._timed(runs["fomoe"]), self._timed(runs["llama"])
-            print(f"  pair {n}: fomoe {ours:,.1f} ms, llama.cpp {theirs:,.1f} ms, "
-                  f"{theirs / ours:.3f}", flush=True)  # fmt: skip
+            company = " and ".join(str(run["others_cores"]) for run in pairs[-1])
+            print(
+                f"  pair {n}: fomoe {ours:,.1f} ms, llama.cpp {theirs:,.1f} ms, "
+                f"{theirs / ours:.3f} (others used {company} cores)",
+                flush=True,
+            )
         return pairs
 
     def _once(self, item: Item, settings: Settings | None, n: int) -> dict[str, Any]:
@@ -103,9 +111,9 @@ class Duel:
             self._load(engine, settings)
             if limit is None:
                 texts = range(n * (_REPEATS + 1), (n + 1) * (_REPEATS + 1))
-                runs = [engine.call("run", **_text(item, each, self._ids)) for each in texts]
+                runs = [_run(engine, item, each, self._ids) for each in texts]
                 return sorted(runs[1:], key=self._timed)[_REPEATS // 2]
-            run = engine.call("run", **_text(item, n, self._ids))
+            run = _run(engine, item, n, self._ids)
             return run | {"peak_bytes": limit.peak_bytes(), "held_bytes": limit.held_bytes()}
 
     def _launch(self, settings: Settings | None, limit: MemoryLimit | None) -> Launch:
@@ -141,8 +149,10 @@ class Duel:
         return float(run["decode_ms" if self._item.decode else "prompt_ms"])
 
 
-def _text(item: Item, n: int, ids: int) -> dict[str, int]:
-    """Return the n-th text: another stretch of the recipe's ids, so that no prompt is known."""
+def _run(engine: Engine, item: Item, n: int, ids: int) -> dict[str, Any]:
+    """Time the n-th text: another stretch of the recipe's ids, so that no prompt is known."""
     length = item.prompt + item.decode + 1
     first = n * length % max(1, ids - length)
-    return {"first": first, "prompt": item.prompt, "decode": item.decode}
+    others = Others(engine.pid)
+    run = engine.call("run", first=first, prompt=item.prompt, decode=item.decode)
+    return run | {"others_cores": others.cores()}
