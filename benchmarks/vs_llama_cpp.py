@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 from versus.duel import Duel, Setup
 from versus.items import ITEMS
 from versus.report import result, text
-from versus.settings import ensure_llama
+from versus.settings import Settings, Trial, ensure_llama
 
 from fomoe.config import default_model, parse_bytes
 from fomoe.gguf.reader import open_gguf
@@ -37,15 +39,28 @@ def text_ids(model: Path) -> tuple[int, dict[str, Any]]:
     return open_gguf(model).tensor("token_embd.weight").shape[0], {}
 
 
-def compare(name: str, models: Path, setup: Setup, out: Path) -> dict[str, Any]:
+def found_before(path: Path) -> tuple[Settings, list[Trial]]:
+    """Return the settings and trials of an earlier result."""
+    data = json.loads(path.read_text())
+    trials = [
+        Trial(Settings(**trial["settings"]), trial["ms"], trial["failure"])
+        for trial in data["llama_trials"]
+    ]
+    return Settings(**data["llama_settings"]), trials
+
+
+def compare(name: str, setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
     """Run one item and write its result."""
-    item = ITEMS[name]
-    model = default_model() if item.model is None else models / item.model
+    item, path = ITEMS[name], args.out / f"{name}.json"
+    model = default_model() if item.model is None else args.models / item.model
     ids, recipe = text_ids(model)
+    duel = Duel(item, model, ids, setup)
     print(f"{item.title}: settings of llama.cpp", flush=True)
-    data = result(item, Duel(item, model, ids, setup).run(), recipe, setup.threads)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    best, trials = found_before(path) if args.reuse and path.exists() else duel.search()
+    print(f"  best: {best.text()}", flush=True)
+    data = result(item, duel.run(best, trials), recipe, setup.threads)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
     print(text(data), flush=True)
     return data
 
@@ -61,17 +76,22 @@ def main() -> None:
     parser.add_argument("--fomoe", type=json.loads, default={}, help="arguments of LLM, JSON")
     parser.add_argument("--memory-limit", type=parse_bytes, help="in place of the items' shares")
     parser.add_argument(
-        "--overhead", type=parse_bytes, default=parse_bytes("1.6GiB"),
+        "--overhead", type=parse_bytes, default=parse_bytes("1.4GiB"),
         help="of the limit, what fomoe's processes take beside weights",
     )  # fmt: skip
+    parser.add_argument(
+        "--reuse", action="store_true", help="the settings of an earlier result, where there is one"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     names = args.items.split(",")
     if unknown := set(names) - set(ITEMS):
         parser.error(f"unknown items {sorted(unknown)}; there are {', '.join(ITEMS)}")
+    # So that a stop from outside ends the engines and gives the drive its read-ahead back.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ensure_llama(args.venv)
     setup = Setup(args.venv, args.threads, args.pairs, args.fomoe, args.overhead, args.memory_limit)
-    results = [compare(name, args.models, setup, args.out) for name in names]
+    results = [compare(name, setup, args) for name in names]
     print(json.dumps({data["item"]["name"]: data["ratio"] for data in results}))
 
 

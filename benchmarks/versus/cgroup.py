@@ -39,6 +39,14 @@ class MemoryLimit:
         """Return the most that was in use at a time, page cache included."""
         return int((self._path / self._peak_name).read_text())
 
+    def held_bytes(self) -> int:
+        """Return what is in use now and cannot be dropped: private and shared memory."""
+        lines = (self._path / "memory.stat").read_text().splitlines()
+        stat = {name: int(value) for name, value in (line.split() for line in lines)}
+        if "anon" in stat:
+            return stat["anon"] + stat["shmem"]
+        return stat["total_rss"] + stat.get("total_shmem", 0)
+
     def processes(self) -> list[int]:
         """Return the process ids in the group."""
         return [int(line) for line in (self._path / "cgroup.procs").read_text().split()]

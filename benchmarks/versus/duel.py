@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from versus.cgroup import MemoryLimit, drop_caches
 from versus.disk import direct_rates, read_ahead
 from versus.engine import Engine, Launch, fomoe_launch, llama_launch
 from versus.items import Item
+from versus.quiet import Others
 from versus.settings import Settings, Trial, knobs, search
 
 _REPEATS = 3
@@ -55,11 +56,14 @@ class Duel:
         if self._limit_bytes is None and item.memory_share is not None:
             self._limit_bytes = int(model.stat().st_size * item.memory_share)
 
-    def run(self) -> Outcome:
-        """Search llama.cpp's settings, then run the pairs."""
+    def search(self) -> tuple[Settings, list[Trial]]:
+        """Return llama.cpp's best settings and all that were tried."""
         item, limited = self._item, self._limit_bytes is not None
-        start = Settings(repack=not limited)
-        best, trials = search(start, knobs(prefill=not item.decode, limited=limited), self._trial)
+        varied = knobs(0 if item.decode else item.prompt, limited=limited)
+        return search(Settings(repack=not limited), varied, self._trial)
+
+    def run(self, best: Settings, trials: list[Trial]) -> Outcome:
+        """Run the pairs; llama.cpp with the settings that `search` found."""
         pairs = self._pairs(best)
         limits: dict[str, Any] = {}
         if self._limit_bytes is not None:
@@ -68,21 +72,29 @@ class Duel:
         return Outcome(fomoe, llama, best, trials, self._llama_info, self._fomoe_info, limits)
 
     def _trial(self, settings: Settings) -> float:
-        return self._timed(self._once(settings, 1))
+        """Milliseconds of one setting; under a limit a shorter text, for it may be very slow."""
+        item = self._item
+        if self._limit_bytes is not None:
+            item = replace(item, prompt=max(1, item.prompt // 2), decode=item.decode // 4)
+        return self._timed(self._once(item, settings, 1))
 
     def _pairs(self, best: Settings) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         pairs = []
         for n in range(1, self._setup.pairs + 1):
             runs: dict[str, dict[str, Any]] = {}
             for name in ("fomoe", "llama") if n % 2 else ("llama", "fomoe"):
-                runs[name] = self._once(best if name == "llama" else None, n)
+                runs[name] = self._once(self._item, best if name == "llama" else None, n)
             pairs.append((runs["fomoe"], runs["llama"]))
             ours, theirs = self._timed(runs["fomoe"]), self._timed(runs["llama"])
-            print(f"  pair {n}: fomoe {ours:,.1f} ms, llama.cpp {theirs:,.1f} ms, "
-                  f"{theirs / ours:.3f}", flush=True)  # fmt: skip
+            company = " and ".join(str(run["others_cores"]) for run in pairs[-1])
+            print(
+                f"  pair {n}: fomoe {ours:,.1f} ms, llama.cpp {theirs:,.1f} ms, "
+                f"{theirs / ours:.3f} (others used {company} cores)",
+                flush=True,
+            )
         return pairs
 
-    def _once(self, settings: Settings | None, n: int) -> dict[str, Any]:
+    def _once(self, item: Item, settings: Settings | None, n: int) -> dict[str, Any]:
         """Start an engine that has the machine to itself and time it; None means fomoe.
 
         In memory: the median of a few texts after one to warm up. With a memory limit: one text,
@@ -98,10 +110,11 @@ class Duel:
             engine = stack.enter_context(Engine(self._launch(settings, limit)))
             self._load(engine, settings)
             if limit is None:
-                first = n * (_REPEATS + 1)
-                runs = [engine.call("run", **self._text(first + i)) for i in range(_REPEATS + 1)]
+                texts = range(n * (_REPEATS + 1), (n + 1) * (_REPEATS + 1))
+                runs = [_run(engine, item, each, self._ids) for each in texts]
                 return sorted(runs[1:], key=self._timed)[_REPEATS // 2]
-            return engine.call("run", **self._text(n)) | {"peak_bytes": limit.peak_bytes()}
+            run = _run(engine, item, n, self._ids)
+            return run | {"peak_bytes": limit.peak_bytes(), "held_bytes": limit.held_bytes()}
 
     def _launch(self, settings: Settings | None, limit: MemoryLimit | None) -> Launch:
         if settings is None:
@@ -132,12 +145,14 @@ class Duel:
         info = engine.call("load", settings=options, **arguments)
         self._fomoe_info = info | {"settings": options}
 
-    def _text(self, n: int) -> dict[str, int]:
-        """The n-th text: another stretch of the recipe's ids, so that no prompt is known."""
-        item = self._item
-        length = item.prompt + item.decode + 1
-        first = n * length % max(1, self._ids - length)
-        return {"first": first, "prompt": item.prompt, "decode": item.decode}
-
     def _timed(self, run: dict[str, Any]) -> float:
         return float(run["decode_ms" if self._item.decode else "prompt_ms"])
+
+
+def _run(engine: Engine, item: Item, n: int, ids: int) -> dict[str, Any]:
+    """Time the n-th text: another stretch of the recipe's ids, so that no prompt is known."""
+    length = item.prompt + item.decode + 1
+    first = n * length % max(1, ids - length)
+    others = Others(engine.pid)
+    run = engine.call("run", first=first, prompt=item.prompt, decode=item.decode)
+    return run | {"others_cores": others.cores()}

@@ -61,6 +61,11 @@ class Engine:
             text=True, start_new_session=True,
         )  # fmt: skip
 
+    @property
+    def pid(self) -> int:
+        """The root of the engine's process tree."""
+        return self._process.pid
+
     def call(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and return its answer; EngineError where there is none."""
         process = self._process

@@ -26,6 +26,7 @@ def result(item: Item, outcome: Outcome, recipe: dict[str, Any], threads: int) -
         "fomoe": _summary(ours),
         "llama": _summary(theirs),
         "pair_ratios": [round(b / a, 4) for a, b in zip(ours, theirs, strict=True)],
+        "others_cores": max(run["others_cores"] for run in outcome.fomoe + outcome.llama),
         "drive": _drive(outcome),
         "llama_settings": asdict(outcome.best),
         "llama_trials": [asdict(trial) for trial in outcome.trials],
@@ -86,7 +87,8 @@ def text(data: dict[str, Any]) -> str:
         f"({ours['least']:.2f} to {ours['most']:.2f})",
         f"  llama.cpp {theirs['tokens_per_s']:9.2f} tok/s, {theirs['ms_per_token']:.2f} ms per "
         f"token ({theirs['least']:.2f} to {theirs['most']:.2f})",
-        f"  pairs {', '.join(f'{r:.2f}' for r in data['pair_ratios'])}; {data['threads']} threads",
+        f"  pairs {', '.join(f'{r:.2f}' for r in data['pair_ratios'])}; {data['threads']} threads; "
+        f"others used up to {data['others_cores']} cores",
         f"  llama-cpp-python {data['llama_info']['version']}: {data['llama_info']['system']}",
     ]
     if drive := data["drive"]:

@@ -15,6 +15,9 @@ LLAMA = "llama-cpp-python==0.3.36"
 CMAKE_ARGS = "-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release"
 
 
+_WORTH = 0.98  # a knob is turned for two percent and up; less is noise
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What may be set; `read_ahead_kib` is the kernel's, None leaves it as it is.
@@ -66,14 +69,17 @@ class Trial:
 Knob = tuple[str, tuple[Any, ...]]
 
 
-def knobs(*, prefill: bool, limited: bool) -> list[Knob]:
-    """Return what to vary, the most telling first."""
-    found: list[Knob] = [("repack", (True, False)), ("flash", (True, False))]
-    if prefill:
-        found.append(("ubatch", (512, 1024, 2048)))
+def knobs(prompt: int, *, limited: bool) -> list[Knob]:
+    """Return what to vary, the most telling first; `prompt` is 0 where decoding is timed."""
+    found: list[Knob] = [("repack", (True, False))]
+    if limited:
+        found.append(("read_ahead_kib", (None, 1024, 8192)))
+    found.append(("flash", (True, False)))
+    if prompt > 512:
+        found.append(("ubatch", tuple(n for n in (512, 1024, 2048) if n <= prompt)))
     found += [("load", ("mmap", "read", "direct")), ("passive", (False, True))]
     if limited:
-        found += [("lazy", (False, True)), ("read_ahead_kib", (None, 1024, 8192))]
+        found.append(("lazy", (False, True)))
     return found
 
 
@@ -95,7 +101,9 @@ def search(
 
     best = start
     for name, values in varied:
-        best = min((replace(best, **{name: value}) for value in values), key=tried)
+        for other in (replace(best, **{name: value}) for value in values):
+            if tried(other) < tried(best) * _WORTH:
+                best = other
     if trials[best].ms is None:
         raise EngineError(f"no setting of llama.cpp works: {trials[best].failure}")
     return best, list(trials.values())
