@@ -91,53 +91,93 @@ void dequantize(const uint8_t* data, int64_t cols, float* out) {
   }
 }
 
-// N tokens against one row: lane j of sum i takes the values 32 g + 8 i + j.
-template <int N, class Row>
-inline void dot_floats(const Slice& s, Row& w, const float* x, int64_t cols, int64_t row,
-                       int64_t j) {
-  const float* at[N];
-  F8 acc[N][4];
-  for (int t = 0; t < N; ++t) {
-    at[t] = x + token_of(s, j + t) * cols;
-    for (F8& a : acc[t]) a = zero();
-  }
-  for (int64_t begin = 0; begin < cols; begin += kChunk) {
+// The four sums of an output: lane j of sum i takes the values 32 g + 8 i + j.
+struct FourSums {
+  F8 of[4] = {zero(), zero(), zero(), zero()};
+  float total() const { return sum(add(add(of[0], of[1]), add(of[2], of[3]))); }
+};
+
+// One token against a row that is unpacked on the way.
+template <class Row>
+inline float dot_alone(Row& w, const float* x, int64_t cols) {
+  FourSums sums;
+  for (int64_t begin = 0; begin < cols; begin += kChunk, x += kChunk) {
     w.open(begin / kChunk);
     const int n = chunk_size(cols, begin);
     for (int g = 0; g < n / 32; ++g) {
       F8 value[4];
       w.group(g, value);
-      for (int i = 0; i < 4; ++i)
-        for (int t = 0; t < N; ++t)
-          acc[t][i] = fma(value[i], load(at[t] + begin + 32 * g + 8 * i), acc[t][i]);
+      for (int i = 0; i < 4; ++i) sums.of[i] = fma(value[i], load(x + 32 * g + 8 * i), sums.of[i]);
     }
     for (int v = n / 32 * 4; 8 * v < n; ++v) {
       const int lanes = n - 8 * v < 8 ? n - 8 * v : 8;
-      const F8 value = w.part(v, lanes);
-      for (int t = 0; t < N; ++t)
-        acc[t][v % 4] = fma(value, load_n(at[t] + begin + 8 * v, lanes), acc[t][v % 4]);
+      sums.of[v % 4] = fma(w.part(v, lanes), load_n(x + 8 * v, lanes), sums.of[v % 4]);
     }
   }
-  for (int t = 0; t < N; ++t)
-    s.out[(j + t) * s.out_stride + row] =
-        sum(add(add(acc[t][0], acc[t][1]), add(acc[t][2], acc[t][3])));
+  return sums.total();
+}
+
+// R rows in float32, `cols` apart, against N tokens: the sums of all stay in registers.
+template <int R, int N>
+inline void dot_tile(const Slice& s, const float* w, const float* x, int64_t cols, int64_t row,
+                     int64_t j) {
+  const float* at[N];
+  for (int t = 0; t < N; ++t) at[t] = x + token_of(s, j + t) * cols;
+  W16 acc[R][N][2];
+  for (auto& of_row : acc)
+    for (auto& of_token : of_row) of_token[0] = of_token[1] = wide_splat(0.0f);
+  const int64_t whole = cols / 32 * 32;
+  for (int64_t k = 0; k < whole; k += 32)
+    for (int half = 0; half < 2; ++half) {
+      W16 value[R];
+      for (int r = 0; r < R; ++r) value[r] = wide_load(w + r * cols + k + 16 * half);
+      for (int t = 0; t < N; ++t) {
+        const W16 activation = wide_load(at[t] + k + 16 * half);
+        for (int r = 0; r < R; ++r)
+          acc[r][t][half] = fma(value[r], activation, acc[r][t][half]);
+      }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < N; ++t) {
+      FourSums sums{{low_half(acc[r][t][0]), high_half(acc[r][t][0]), low_half(acc[r][t][1]),
+                     high_half(acc[r][t][1])}};
+      for (int64_t k = whole; k < cols; k += 8) {
+        const int lanes = cols - k < 8 ? static_cast<int>(cols - k) : 8;
+        F8& sum = sums.of[(k - whole) / 8];
+        sum = fma(load_n(w + r * cols + k, lanes), load_n(at[t] + k, lanes), sum);
+      }
+      s.out[(j + t) * s.out_stride + row + r] = sums.total();
+    }
+}
+
+template <int R>
+inline void dot_tiles(const Slice& s, const float* w, const float* x, int64_t cols, int64_t row) {
+  int64_t j = 0;
+  for (; j + 3 <= s.count; j += 3) dot_tile<R, 3>(s, w, x, cols, row, j);
+  if (s.count - j == 2) dot_tile<R, 2>(s, w, x, cols, row, j);
+  if (s.count - j == 1) dot_tile<R, 1>(s, w, x, cols, row, j);
 }
 
 template <class Row>
 void dot_f32(const Slice& s, const float* x, int64_t cols, void* scratch) {
+  if (s.count == 1) {
+    const float* const token = x + token_of(s, 0) * cols;
+    for (int64_t row = s.begin; row < s.end; ++row) {
+      Row alone(s.weights + row * s.row_bytes, cols);
+      s.out[row] = dot_alone(alone, token, cols);
+    }
+    return;
+  }
   float* const values = static_cast<float*>(scratch);
-  FloatRow<F32> stored(static_cast<const uint8_t*>(scratch), cols);
-  for (int64_t row = s.begin; row < s.end; ++row) {
-    const uint8_t* const w = s.weights + row * s.row_bytes;
-    if (s.count == 1) {
-      Row alone(w, cols);
-      dot_floats<1>(s, alone, x, cols, row, 0);
+  for (int64_t row = s.begin; row < s.end; row += kFloatRows) {
+    const int64_t rows = s.end - row < kFloatRows ? s.end - row : kFloatRows;
+    for (int64_t r = 0; r < rows; ++r)
+      dequantize<Row>(s.weights + (row + r) * s.row_bytes, cols, values + r * cols);
+    if (rows == kFloatRows) {
+      dot_tiles<kFloatRows>(s, values, x, cols, row);
       continue;
     }
-    dequantize<Row>(w, cols, values);
-    int64_t j = 0;
-    for (; j + 3 <= s.count; j += 3) dot_floats<3>(s, stored, x, cols, row, j);
-    for (; j < s.count; ++j) dot_floats<1>(s, stored, x, cols, row, j);
+    for (int64_t r = 0; r < rows; ++r) dot_tiles<1>(s, values + r * cols, x, cols, row + r);
   }
 }
 

@@ -20,6 +20,8 @@ struct Matrix {
 
 // Reads n bytes with all threads and returns them or-ed together.
 uint64_t stream_read(const uint8_t* p, int64_t n);
+// Mean seconds of n calls of the threads with two empty items each.
+double call_seconds(int64_t n);
 void dequantize_rows(const Matrix& w, float* out);
 void embed(const Matrix& w, const int32_t* ids, int64_t tokens, float* out);
 void quantize_rows(const float* x, int64_t tokens, int64_t cols, int8_t* q, float* scale);

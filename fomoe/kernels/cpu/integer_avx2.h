@@ -36,6 +36,7 @@ FOMOE_INLINE I8 half_sums_of_4(const I8* v) {
 }
 
 constexpr int kRows = 8;
+constexpr int kFloatRows = 1;  // that share a pass over float32 activations
 constexpr int kTileTokens = 4;
 constexpr bool kBitsMatter = true;  // to row_dots
 using RowFloats = __m256;

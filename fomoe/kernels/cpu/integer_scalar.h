@@ -39,6 +39,7 @@ inline I8 half_sums_of_4(const I8* v) {
 }
 
 constexpr int kRows = 8;
+constexpr int kFloatRows = 1;  // that share a pass over float32 activations
 constexpr int kTileTokens = 4;
 constexpr bool kBitsMatter = false;
 using RowFloats = F8;

@@ -1,6 +1,7 @@
 // Products with weights in GGUF blocks.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 
 #include "product.h"
 
@@ -9,6 +10,11 @@ namespace fomoe::cpu {
 int64_t panel_rows_per_item(int64_t rows, int64_t matrices) {
   const int64_t parts = ceil_div(int64_t{4} * thread_count(), matrices);
   return round_up(std::max(ceil_div(rows, parts), int64_t{2} * kPanelRows), kPanelRows);
+}
+
+int64_t float_rows_per_item(int64_t rows, int64_t cols) {
+  const int64_t fit = std::max<int64_t>(4, kFloatBytes / (4 * cols) / 4 * 4);
+  return std::min(fit, panel_rows_per_item(rows, 1));
 }
 
 int64_t tokens_per_block(int64_t cols, int group) {
@@ -28,8 +34,16 @@ void product_tiles(int type, const Slice& s, const uint8_t* tiles, int64_t cols)
   kernels().dot_panels[type](s, tiles, cols, work_memory(Work::Row, scratch_bytes(cols)));
 }
 
-void product_f32(int type, const Slice& s, const float* x, int64_t cols) {
-  kernels().dot_f32[type](s, x, cols, work_memory(Work::Row, scratch_bytes(cols)));
+void product_f32(int type, const Slice& slice, const float* x, int64_t cols) {
+  void* const scratch = work_memory(Work::Row, scratch_bytes(cols));
+  const int64_t block = std::max<int64_t>(12, kFloatBytes / (4 * cols) / 12 * 12);
+  for (int64_t first = 0; first < slice.count; first += block) {
+    Slice s = slice;
+    s.count = std::min(block, slice.count - first);
+    s.out += first * s.out_stride;
+    if (s.tokens) s.tokens += first;
+    kernels().dot_f32[type](s, slice.tokens ? x : x + first * cols, cols, scratch);
+  }
 }
 
 uint64_t stream_read(const uint8_t* p, int64_t n) {
@@ -39,6 +53,13 @@ uint64_t stream_read(const uint8_t* p, int64_t n) {
     all |= kernels().stream_read(p + i * piece, std::min(piece, n - i * piece));
   });
   return all;
+}
+
+double call_seconds(int64_t n) {
+  const auto start = std::chrono::steady_clock::now();
+  for (int64_t i = 0; i < n; ++i) parallel(2, kInlineBytes, [](int64_t) {});
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() /
+         static_cast<double>(n);
 }
 
 void dequantize_rows(const Matrix& w, float* out) {
@@ -101,7 +122,8 @@ void matmul_q8(const Matrix& w, const int8_t* q, const float* scale, int64_t tok
 }
 
 void matmul_f32(const Matrix& w, const float* x, int64_t tokens, float* out) {
-  const int64_t per_item = rows_per_item(w.row_bytes(), tokens);
+  const int64_t per_item =
+      tokens == 1 ? rows_per_item(w.row_bytes(), 1) : float_rows_per_item(w.rows, w.cols);
   parallel(ceil_div(w.rows, per_item), work_bytes(w.bytes(), tokens), [&](int64_t i) {
     const int64_t end = std::min(w.rows, (i + 1) * per_item);
     product_f32(w.type, {w.data, w.row_bytes(), i * per_item, end, nullptr, tokens, out, w.rows}, x,

@@ -296,6 +296,13 @@ NB_MODULE(_cpu, m) {
   m.def("isa_report", &isa_report);
   m.def("use_isa", &use_isa, "name"_a);
   m.def("stream_read", &py_stream_read, "data"_a);
+  m.def(
+      "call_seconds",
+      [](int64_t n) {
+        nb::gil_scoped_release unlocked;
+        return call_seconds(n);
+      },
+      "n"_a);
   m.def("dequantize", &py_dequantize, "qtype"_a, "weights"_a, "out"_a);
   m.def("embed", &py_embed, "qtype"_a, "weights"_a, "ids"_a, "out"_a);
   m.def("quantize_activations", &py_quantize, "x"_a, "q"_a, "scale"_a);

@@ -51,6 +51,11 @@ def stream_read(data: U8) -> int:
     return _cpu.stream_read(data)
 
 
+def call_seconds(n: int) -> float:
+    """Return the mean seconds of `n` calls of the threads with two empty items each."""
+    return _cpu.call_seconds(n)
+
+
 def dequantize(qtype: int, weights: U8, out: F32) -> None:
     """Write the values of `weights` into `out` [rows, cols]."""
     _cpu.dequantize(qtype, weights, out)

@@ -27,6 +27,10 @@ constexpr int64_t kPanelRows = 16;  // items of panels are multiples of the larg
 // each item reads all tiles.
 int64_t panel_rows_per_item(int64_t rows, int64_t matrices);
 
+// In float32 a block of tokens and the rows of an item share L2: this much for each.
+constexpr int64_t kFloatBytes = 256 * 1024;
+int64_t float_rows_per_item(int64_t rows, int64_t cols);
+
 // Tokens whose tiles stay in L2 while the panels go by.
 int64_t tokens_per_block(int64_t cols, int group);
 

@@ -130,6 +130,7 @@ FOMOE_INLINE W16 dots_16(const B64* q, const int8_t* x) {
 }
 
 constexpr int kRows = 16;
+constexpr int kFloatRows = 4;  // that share a pass over float32 activations
 constexpr int kTileTokens = 8;
 constexpr bool kBitsMatter = false;
 using RowFloats = __m512;
