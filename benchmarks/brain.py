@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     logits = scores(WARMUP + args.tokens, args.layers)
     steps = Steps(args.layers, args.device_slots, args.ram_slots)
     before, whole = steps.residency.counters.copy(), []
-    gc.disable()  # as the driver's loop does not collect in the middle of a token either
+    gc.disable()
     for token in range(WARMUP + args.tokens):
         if token == WARMUP:
             before, whole = steps.residency.counters.copy(), []
