@@ -67,6 +67,10 @@ class TieredExperts:
         }
         self._step = self._steps[devices[0].name][0]
         self._step_id = 0
+        # The step for a device that computes on this process's own cores: it goes out when the
+        # driver has nothing more to compute meanwhile, else both would lose their turns to each
+        # other; its reads are under way already.
+        self._held: bytes | None = None
         self.unproven = self._planner.arrays.unproven
         self.sweeps = PromptSweeps(self, arena.top_k)
 
@@ -111,6 +115,9 @@ class TieredExperts:
         if self.sweeps.active:
             return self.sweeps.finish()
         step, planner = self._step, self._planner
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._send_step(step, held)
         while True:
             self._await_done(step)
             self.residency.release(step.layer)
@@ -180,6 +187,7 @@ class TieredExperts:
         if self._step.under_way:
             self.residency.release(self._step.layer)
             self._step.under_way = False
+            self._held = None
 
     def _open(self, layer: int, h: F32, decoding: bool) -> Step:
         self.sweeps.abandon()  # a pass that failed between begin and finish
@@ -203,8 +211,15 @@ class TieredExperts:
         flags = (STEP_FIRST if first == 0 else 0) | (STEP_LAST if end == count else 0)
         payload = STEP.pack(step.id, step.layer, step.tokens, self._top_k, first, end - first,
                             flags, step.buffer.number)  # fmt: skip
-        regions = step.buffer.regions(step.tokens, count, first, end)
-        device.sender.send(Tag.STEP, payload, regions, SEND_BOUND_S)
+        if device.shares_cores and first == 0:
+            self._held = payload
+            return
+        self._send_step(step, payload)
+
+    def _send_step(self, step: Step, payload: bytes) -> None:
+        planner = self._planner
+        regions = step.buffer.regions(step.tokens, planner.n_experts, planner.first, planner.end)
+        step.device.sender.send(Tag.STEP, payload, regions, SEND_BOUND_S)
 
     def _send_reads(self, node: int, reads: npt.NDArray[np.void]) -> None:
         sender = self._nodes[node].sender

@@ -117,7 +117,8 @@ class DriverActor(FabricMember):
             name, arena = device_name(i), arena_name(i)
             views = layout.views(fabric.arena(arena))
             buffers = tuple(StepBuffer(arena, n, view) for n, view in enumerate(views))
-            devices.append(DeviceLink(name, node, fabric.sender(name),
+            shares_cores = node == 0 and self._config.devices[i].startswith("cpu")
+            devices.append(DeviceLink(name, node, shares_cores, fabric.sender(name),
                                       fabric.receiver(name), buffers))  # fmt: skip
         nodes = []
         for i in range(max(topology.device_node) + 1):

@@ -60,10 +60,14 @@ class StepBuffer:
 
 @dataclass(frozen=True, slots=True)
 class DeviceLink:
-    """The driver's ends of one device's rings and the buffers of its step arena."""
+    """The driver's ends of one device's rings and the buffers of its step arena.
+
+    `shares_cores` says that it computes on the cores that the driver runs on.
+    """
 
     name: str
     node: int
+    shares_cores: bool
     sender: Sender
     receiver: Receiver
     buffers: tuple[StepBuffer, ...]
