@@ -20,8 +20,10 @@ from fomoe.residency.plans import Placement
 from fomoe.residency.residency import ChunkUse, Residency
 from fomoe.types import ExpertKey, Tier
 
-RING_SHARE = 4  # a ring takes a quarter of its pool: what is read while the dense part computes
-RING_LEAST = 16  # but two waves, where half of the pool is that many
+# A ring takes half of its pool, but no more than a drive reads while the dense part of a layer
+# computes: a slot of it hides a read in every layer of the pool, a kept expert saves one a chunk.
+RING_MOST = 128
+RING_LEAST = 16  # two waves: what reads must find to pass through, where the ring is that large
 RESERVE_SHARE = 8  # guesses leave an eighth of a ring free: the first reads can go out at once
 
 Mask = npt.NDArray[np.bool_]
@@ -54,7 +56,7 @@ def ring_slots(residency: Residency, layer: int) -> int:
     absent = residency.n_experts - size // n_members
     if absent <= 0:
         return 0
-    return max(1, min(absent, max(size // RING_SHARE, min(RING_LEAST, size // 2))))
+    return max(1, min(absent, size // 2, RING_MOST))
 
 
 def share_slots(residency: Residency, layer: int) -> int:
