@@ -107,8 +107,8 @@ class TieredExperts:
             self._planner.charge(self.counters, decoding=True)
 
     def may_guess(self, layer: int) -> bool:
-        """Whether an expert of the layer lies in no tier."""
-        return not self.residency.mask(layer).all()
+        """Whether an expert of the layer lies in no tier, and there are slots to read it into."""
+        return self.sweeps.may_guess(layer) and not self.residency.mask(layer).all()
 
     def finish(self) -> F32:
         """Wait for the step begun last and return the routed sum float32 [T, D]."""

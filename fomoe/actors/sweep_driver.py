@@ -80,8 +80,7 @@ class _Running:
     buffer: int
     pairs: npt.NDArray[np.int64]
     in_flight: deque[int] = field(default_factory=deque)
-    next_layer: int = -1
-    expected: npt.NDArray[np.bool_] | None = None
+    ahead: dict[int, npt.NDArray[np.bool_]] = field(default_factory=dict)  # expected, by layer
 
 
 class PromptSweeps:
@@ -110,8 +109,6 @@ class PromptSweeps:
         groups = group_by_expert(route.ids)
         use = _use(groups, len(route.ids))
         host.failures(layer, use.experts)  # an expert whose read failed must be read again
-        wrong = host.residency.unused(layer)
-        wrong[use.experts] = False
         sweep = Sweep(host.residency, layer, use)
         device, step_id = host.device_of(layer), host.next_step()
         running = _Running(sweep, layer, len(route.ids), step_id, device, host.node_of(layer),
@@ -120,9 +117,13 @@ class PromptSweeps:
         self._running = running
         self._count_sources(running)
         host.prove(layer, use.experts[sweep.sources != Tier.NVME])
-        if wrong.any():  # what of them is not being read yet need not be
-            running.node.sender.send(Tag.DROP, b"", (), _SEND_BOUND_S)
         self._advance(running)
+
+    def may_guess(self, layer: int) -> bool:
+        """Whether a look-ahead at the layer finds slots: one layer of each pool can have them."""
+        running = self._running
+        members = self._host.residency.members(layer)
+        return running is not None and not any(other in members for other in running.ahead)
 
     def look_ahead(self, layer: int, expected: npt.NDArray[np.bool_]) -> None:
         """Read what `layer` will probably want, bool [E], when the disk has nothing better to do.
@@ -131,10 +132,8 @@ class PromptSweeps:
         """
         running = self._running
         assert running is not None
-        running.next_layer, running.expected = layer, expected
-        self._guess(running)
-        if layer not in self._host.residency.members(running.layer):
-            running.expected = None  # its pool gets no more room from this sweep
+        running.ahead[layer] = expected
+        self._guess(running, layer)
 
     def finish(self) -> F32:
         """Wait for the sweep begun last; returns the routed sum float32 [T, D].
@@ -210,7 +209,9 @@ class PromptSweeps:
             if wave is None:
                 break
             self._send(running, wave)
-        self._guess(running)
+        for layer in running.ahead:
+            if layer in self._host.residency.members(running.layer):
+                self._guess(running, layer)  # other pools get no more room from this sweep
 
     def _send(self, running: _Running, wave: Wave) -> None:
         self._read(running.layer, wave.dropped, wave.placed, Priority.DEMAND)
@@ -228,11 +229,9 @@ class PromptSweeps:
         running.device.sender.send(Tag.SWEEP, payload, _regions(running, wave), _SEND_BOUND_S)
         running.in_flight.append(wave.end)
 
-    def _guess(self, running: _Running) -> None:
-        if running.expected is None:
-            return
-        host, layer = self._host, running.next_layer
-        guess = running.sweep.guess(layer, running.expected)
+    def _guess(self, running: _Running, layer: int) -> None:
+        host = self._host
+        guess = running.sweep.guess(layer, running.ahead[layer])
         self._read(layer, guess.dropped, guess.placed, Priority.PREFETCH)
         for place in guess.placed:
             host.unproven[layer, place.key.expert] = Tier.NVME

@@ -31,7 +31,7 @@ class ExpertHost(Protocol):
         """Load what `layer` will probably want, behind all demand reads; never waits."""
 
     def may_guess(self, layer: int) -> bool:
-        """Whether a look-ahead at the layer can save time: not all of its experts are resident."""
+        """Whether a look-ahead at the layer in the prompt step begun last can save time."""
 
     def finish(self) -> F32:
         """Wait for the step begun last and return the routed sum float32 [T, D]."""

@@ -12,7 +12,8 @@ from fomoe.engine.waterfall import Lap
 from fomoe.model.buffers import F32
 from fomoe.model.state import Batch
 
-GUESS_ROWS = 256  # tokens of a chunk that tell what the next layer will want
+GUESS_ROWS = 256  # tokens of a chunk that tell what the next layers will want
+LAYERS_AHEAD = 2  # where layers alternate between two sizes of slots, both kinds are read ahead
 
 
 def prefill(
@@ -22,7 +23,7 @@ def prefill(
     """Return the last residual stream [T, D]; sequences have advanced by their tokens.
 
     While the devices stream a layer's experts, the shared expert runs here, and the experts that
-    the next layer will probably want are asked for: they are read while its dense part computes.
+    the next layers will probably want are asked for: they are read while dense parts compute.
     `on_layer` is called after each layer; what it raises ends the pass, whose sequences are then
     to be reset.
     """
@@ -30,14 +31,13 @@ def prefill(
     watch.start()
     x = model.embed(batch)
     for layer in range(model.spec.n_layers):
-        following = layer + 1
         model.mix(layer, x, batch)
         h, scores = model.scores(layer, x)
         watch.lap(Lap.DENSE)
         route = forward.brain.route(layer, scores, batch, sequences)
         experts.begin(layer, h, route, decoding=False)
-        if following < model.spec.n_layers and forward.prefetch and experts.may_guess(following):
-            experts.look_ahead(following, model.look_ahead(following, _sample(x)))
+        if forward.prefetch:
+            _look_ahead(forward, layer, x)
         watch.lap(Lap.BRAIN)
         shared = model.shared(layer, h)
         watch.lap(Lap.DENSE)
@@ -47,6 +47,15 @@ def prefill(
         on_layer(layer)
     batch.advance()
     return x
+
+
+def _look_ahead(forward: Forward, layer: int, x: F32) -> None:
+    """Ask for what the next layers will want, as far as there are slots to read it into."""
+    sample = None
+    for following in range(layer + 1, min(layer + 1 + LAYERS_AHEAD, forward.model.spec.n_layers)):
+        if forward.experts.may_guess(following):
+            sample = _sample(x) if sample is None else sample
+            forward.experts.look_ahead(following, forward.model.look_ahead(following, sample))
 
 
 def _sample(x: F32) -> F32:

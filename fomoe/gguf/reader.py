@@ -20,8 +20,7 @@ from fomoe.gguf.shards import check_split, shard_paths
 
 __all__ = ["GGUFFile", "TensorInfo", "open_gguf"]
 
-# One pread moves at most 0x7ffff000 bytes on Linux.
-_MAX_READ_BYTES = 1 << 30
+_READ_BYTES = 64 << 20  # of a read, after which the page cache is told to forget it
 
 
 class GGUFFile:
@@ -103,10 +102,12 @@ class GGUFFile:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 while done < info.nbytes:
-                    piece = out[done : done + _MAX_READ_BYTES]
+                    piece = out[done : done + _READ_BYTES]
                     got = os.preadv(fd, [piece], info.offset + done)
                     if got == 0:
                         break
+                    # A second copy of what is in memory now would count against a control group.
+                    os.posix_fadvise(fd, info.offset + done, got, os.POSIX_FADV_DONTNEED)
                     done += got
                 size = os.fstat(fd).st_size
             finally:

@@ -20,8 +20,12 @@ from fomoe.residency.plans import Placement
 from fomoe.residency.residency import ChunkUse, Residency
 from fomoe.types import ExpertKey, Tier
 
-RING_SHARE = 4  # a ring takes a quarter of its pool: what is read while the dense part computes
-RING_LEAST = 16  # but two waves, where half of the pool is that many
+# A ring takes half of its pool, but no more than a drive reads while the dense part of a layer
+# computes, which is about one expert in the time of 8 tokens for the models at hand: a slot of the
+# ring hides a read in every layer of the pool, a kept expert saves one in a chunk.
+RING_TOKENS = 8
+RING_MOST = 128
+RING_LEAST = 16  # two waves: what reads must find to pass through, where the ring is that large
 RESERVE_SHARE = 8  # guesses leave an eighth of a ring free: the first reads can go out at once
 
 Mask = npt.NDArray[np.bool_]
@@ -48,18 +52,19 @@ class Guess:
     placed: tuple[Placement, ...]
 
 
-def ring_slots(residency: Residency, layer: int) -> int:
-    """Return how many slots of the layer's pool a sweep may stream through; 0 if all fits."""
+def ring_slots(residency: Residency, layer: int, tokens: int) -> int:
+    """Return how many slots of the layer's pool a chunk may stream through; 0 if all fits."""
     size, n_members = residency.pool_size(layer), len(residency.members(layer))
     absent = residency.n_experts - size // n_members
     if absent <= 0:
         return 0
-    return max(1, min(absent, max(size // RING_SHARE, min(RING_LEAST, size // 2))))
+    useful = max(RING_LEAST, min(RING_MOST, tokens // RING_TOKENS))
+    return max(1, min(absent, size // 2, useful))
 
 
-def share_slots(residency: Residency, layer: int) -> int:
-    """Return how many experts the layer keeps on the device after a sweep."""
-    kept = residency.pool_size(layer) - ring_slots(residency, layer)
+def share_slots(residency: Residency, layer: int, tokens: int) -> int:
+    """Return how many experts the layer keeps on the device after a chunk's sweep."""
+    kept = residency.pool_size(layer) - ring_slots(residency, layer, tokens)
     return min(residency.n_experts, kept // len(residency.members(layer)))
 
 
@@ -70,9 +75,10 @@ class Room:
         residency: the tables.
         layer: for whom the slots are.
         keep: bool [E], the layer's experts that stay whatever happens.
+        tokens: of the chunk.
     """
 
-    def __init__(self, residency: Residency, layer: int, keep: Mask) -> None:
+    def __init__(self, residency: Residency, layer: int, keep: Mask, tokens: int) -> None:
         self._residency = residency
         self._layer = layer
         own = (residency.tier_of(layer) == Tier.DEVICE) & ~keep
@@ -80,7 +86,7 @@ class Room:
         self._leaving = deque(_rising(residency, layer, wrong))
         self._leaving.extend(_rising(residency, layer, own & ~wrong))
         for member in _farthest_first(residency.members(layer), layer):
-            self._leaving.extend(_surplus(residency, member))
+            self._leaving.extend(_surplus(residency, member, tokens))
 
     @property
     def size(self) -> int:
@@ -128,6 +134,7 @@ class Sweep:
     def __init__(self, residency: Residency, layer: int, use: ChunkUse) -> None:
         self.layer = layer
         self.experts = use.experts
+        self._tokens = use.tokens
         self._residency = residency
         tiers, guessed = residency.tier_of(layer), residency.unused(layer)[use.experts]
         residency.observe(layer, use)
@@ -137,7 +144,7 @@ class Sweep:
         self.sources = tiers[use.experts]
         self.kept = keep[use.experts]
         self._placed = self._computed = 0
-        self._room = Room(residency, layer, keep | wanted)
+        self._room = Room(residency, layer, keep | wanted, use.tokens)
         self._vacated: list[ExpertKey] = []
         self._vacate(int(np.count_nonzero(guessed)))
 
@@ -193,10 +200,10 @@ class Sweep:
             room.spare(layer, expected)
         else:
             kept = _worthiest(residency.worth(layer), residency.tier_of(layer) == Tier.DEVICE,
-                              share_slots(residency, layer))  # fmt: skip
-            room = Room(residency, layer, kept | expected)
+                              share_slots(residency, layer, self._tokens))  # fmt: skip
+            room = Room(residency, layer, kept | expected, self._tokens)
         absent = expected & (residency.tier_of(layer) == Tier.NVME)
-        least = ring_slots(residency, layer) // RESERVE_SHARE
+        least = ring_slots(residency, layer, self._tokens) // RESERVE_SHARE
         placed, dropped = [], []
         for expert in absent.nonzero()[0].tolist():
             taken = room.take(layer, expert, guess=True) if room.size > least else None
@@ -211,7 +218,7 @@ class Sweep:
         """Choose what the layer holds on its device after the sweep, bool [E]."""
         candidates = (tiers == Tier.DEVICE) & ~self._residency.unused(self.layer)
         candidates |= wanted & (tiers != Tier.RAM)
-        share = share_slots(self._residency, self.layer)
+        share = share_slots(self._residency, self.layer, self._tokens)
         return _worthiest(self._residency.worth(self.layer), candidates, share)
 
     def _vacate(self, n_guessed: int) -> None:
@@ -220,7 +227,7 @@ class Sweep:
         Slots that reads pass through: what can be had at first, and what earlier experts leave
         behind, less what earlier reads stay in. Guesses that came true pass through already.
         """
-        ring = min(ring_slots(self._residency, self.layer), RING_LEAST) - n_guessed
+        ring = min(ring_slots(self._residency, self.layer, self._tokens), RING_LEAST) - n_guessed
         while True:
             reads = self.sources == Tier.NVME
             passing = (self.sources == Tier.DEVICE) & ~self.kept
@@ -251,10 +258,10 @@ def _rising(residency: Residency, layer: int, which: Mask) -> list[ExpertKey]:
     return [ExpertKey(layer, expert) for expert in order.tolist()]
 
 
-def _surplus(residency: Residency, layer: int) -> list[ExpertKey]:
+def _surplus(residency: Residency, layer: int, tokens: int) -> list[ExpertKey]:
     """List what a layer holds beyond its share, the least worthy first."""
     held = residency.tier_of(layer) == Tier.DEVICE
-    over = max(0, int(np.count_nonzero(held)) - share_slots(residency, layer))
+    over = max(0, int(np.count_nonzero(held)) - share_slots(residency, layer, tokens))
     return _rising(residency, layer, held)[:over]
 
 

@@ -26,6 +26,7 @@ from gguf_bytes import (
     strings,
     text,
 )
+from support.tiny_gguf import write_tiny
 
 from fomoe.errors import GGUFError
 from fomoe.gguf.metadata import Metadata
@@ -281,3 +282,31 @@ def test_header_of_a_large_vocabulary(tmp_path: Path) -> None:
     assert len(decoded) == len(tokens)
     assert decoded[-1] == tokens[-1].decode()
     assert file.metadata.strings("merges")[100_000] == merges[100_000].decode()
+
+
+def in_page_cache(path: Path, offset: int) -> bool:
+    """Whether a byte of a file can be had without a read."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def test_what_was_read_leaves_the_page_cache(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m.gguf", layers=2, experts=4)
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
+    file = open_gguf(path)
+    name = max(file.tensors, key=lambda each: file.tensors[each].nbytes)
+    middle = file.tensors[name].offset + file.tensors[name].nbytes // 2
+    try:
+        path.read_bytes()
+        if not in_page_cache(path, middle):
+            pytest.skip("this file system keeps nothing")
+    except OSError:
+        pytest.skip("this file system does not tell")
+    file.read(name)
+    assert not in_page_cache(path, middle)

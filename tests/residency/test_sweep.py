@@ -119,7 +119,7 @@ def test_each_expert_once_in_order(data, slots, ram, n_classes, ram_policy, poli
         expected = np.isin(np.arange(E), list(mask)) if data.draw(st.booleans()) else None
         sweep, _ = run(residency, mirror, layer, use, data, expected)
         mirror.check()
-        assert sweep.kept.sum() <= share_slots(residency, layer)
+        assert sweep.kept.sum() <= share_slots(residency, layer, use.tokens)
         kept = use.experts[sweep.kept]
         assert (residency.tier_of(layer)[kept] != Tier.NVME).all()
 
@@ -128,7 +128,7 @@ def test_what_fits_is_read_once_for_all():
     residency = Residency(topology(4 * E, 0), LFRU())
     mirror = Mirror(residency, 4)
     use = use_of([{0, 5}, {3, 11}])
-    assert ring_slots(residency, 0) == 0
+    assert ring_slots(residency, 0, 1024) == 0
     assert _reads(residency, mirror, 0, use) == [0, 3, 5, 11]
     for layer in (1, 2, 3):
         _reads(residency, mirror, layer, use_of([set(range(E))]))
@@ -140,7 +140,7 @@ def test_the_tail_stays():
     """With LRU the caches hold what the last tokens used, not the highest ids."""
     residency = Residency(topology(8, 0, n_layers=1), LRU())
     mirror = Mirror(residency, 1)
-    share = share_slots(residency, 0)
+    share = share_slots(residency, 0, 6)
     assert share == 4
     tokens = [{10, 11}, {8, 9}, {6, 7}, {4, 5}, {2, 3}, {0, 1}]
     sweep, reads = _sweep(residency, mirror, 0, use_of(tokens))
@@ -185,3 +185,18 @@ def _sweep(residency, mirror, layer, use):
 
 def _reads(residency, mirror, layer, use):
     return _sweep(residency, mirror, layer, use)[1]
+
+
+def test_a_short_prompt_needs_a_small_ring():
+    residency = Residency(
+        Topology(
+            n_layers=2, n_experts=512, layer_device=np.zeros(2, np.int32),
+            layer_class=np.zeros(2, np.int32), device_node=(0,), device_slots={(0, 0): 400},
+            ram_slots={},
+        ),
+        LFRU(),
+    )  # fmt: skip
+    rings = [ring_slots(residency, 0, tokens) for tokens in (1, 128, 256, 1024, 4096)]
+    assert rings == [16, 16, 32, 128, 128]
+    shares = [share_slots(residency, 0, tokens) for tokens in (1, 256, 1024)]
+    assert shares == [192, 184, 136]
