@@ -85,7 +85,8 @@ class DriverActor(FabricMember):
         """Begin to fill the tiers and then to serve; `progress` tells how far it is."""
         self._client = MessagePort(self.fabric, CLIENT)
         self._experts = self._connect_experts(self._plan)
-        prefetch = self._config.prefetch and not self._plan.holds_all  # else there is nothing to read
+        # Where every expert has a slot there is nothing to read ahead.
+        prefetch = self._config.prefetch and not self._plan.holds_all
         self._forward = Forward(self._model, self._experts, prefetch=prefetch)
         emulated = all(name.startswith("cpu") for name in self._config.devices)
         self._meter = Meter(

@@ -28,7 +28,9 @@ def test_the_same_bits_over_tcp(name, model_paths, local_models, prompt, delays)
         want = local_models["mixed"].run(greedy(prompt, 16))
         assert tokens_of(events) == tokens_of(want)
         assert finished(events).receipt.decision_hash == finished(want).receipt.decision_hash
-        assert [e.processed for e in events if isinstance(e, PromptProgress)] == [16, 30]
+        seen = [e.processed for e in events if isinstance(e, PromptProgress)]
+        assert {16, 30} <= set(seen)  # the ends of chunks; more where a chunk takes long
+        assert seen == sorted(seen)
         reads = [engine.handles[f"storage-{b}"].actor.stats() for b in range(max(boxes) + 1)]
         used = [r["reads"] > 0 for r in reads]
         assert used == [b in boxes for b in range(max(boxes) + 1)]

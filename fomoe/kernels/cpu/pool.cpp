@@ -20,10 +20,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Word = std::atomic<uint32_t>;
 
-// Threads look for work this long before they give the core away: the gap between two products of
-// a layer is shorter, that between two layers often not.
+// Threads look for work this long before they sleep: the gap between two products of a layer is
+// shorter, that between two layers often not.
 constexpr std::chrono::microseconds kSpin{15};
-constexpr int kYields = 4;                          // then this often, before they sleep
 constexpr timespec kNap{0, 10 * 1000 * 1000};  // a sleeping caller looks again after 10 ms
 
 inline void relax() {
@@ -42,7 +41,8 @@ void wake_all(const Word& word) {
   syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
-// Whether ready() came true while spinning and yielding.
+// Whether ready() came true while spinning; the core is offered to others every microsecond, for
+// another process of the engine may want it.
 template <class Ready>
 bool spin_until(const Ready& ready) {
   const auto end = Clock::now() + kSpin;
@@ -51,12 +51,9 @@ bool spin_until(const Ready& ready) {
       if (ready()) return true;
       relax();
     }
-  } while (Clock::now() < end);
-  for (int i = 0; i < kYields; ++i) {
     sched_yield();
-    if (ready()) return true;
-  }
-  return false;
+  } while (Clock::now() < end);
+  return ready();
 }
 
 // The items [begin, end) that are left of a thread's share, in one word: the owner takes from the
