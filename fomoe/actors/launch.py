@@ -173,7 +173,7 @@ def _open_all(
             device=config.devices[device].partition("@")[0], arena=arena_name(device), table=table,
             n_slots=slots[box].n_slots, n_layers=spec.n_layers, n_experts=spec.moe.n_experts,
             top_k=spec.moe.top_k, hidden=spec.hidden, width=spec.moe.expert_width,
-            max_tokens=config.prefill_chunk, threads=config.threads or max(1, site.cores - 1),
+            max_tokens=config.prefill_chunk, threads=threads,
             int8=config.activations == "int8",
         )  # fmt: skip
         calls.append(engine.handles[device_name(device)].call("open", plan, handles[box]))
