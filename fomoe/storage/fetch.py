@@ -29,7 +29,7 @@ __all__ = ["DEMAND", "PREFETCH", "Fetch", "FetchCounters", "FetchQueue"]
 
 # Enough that reads of it are as fast as any, few enough that one is done in a few milliseconds.
 DEMAND_PIECE_BYTES = 4 << 20
-PREFETCH_PIECE_BYTES = 1 << 20  # what a demand read may have to wait for
+PREFETCH_PIECE_BYTES = 1 << 19  # two of them are what a demand read may have to wait for
 _COPY: tuple[Piece, ...] = ((),)
 _CLOSE_S = 5.0
 
@@ -42,7 +42,7 @@ class FetchQueue:
         segment: holds the slots.
         on_landed: called from a worker thread after the bytes of a fetch are in place (error
             None) or when it failed. Not called for dropped prefetches.
-        threads: number of worker threads; at most a quarter of them, but one, reads prefetches.
+        threads: number of worker threads; at most half of them, but one, read prefetches.
         delay: seconds to wait before executing a fetch, for tests of slow drives.
     """
 
@@ -73,7 +73,7 @@ class FetchQueue:
         self._unfinished = 0
         self._order = 0
         self._running = [0, 0]  # pieces by priority
-        self._most_prefetches = max(1, threads // 4)
+        self._most_prefetches = max(1, threads // 2)
         self._threads = [
             threading.Thread(target=self._work, name=f"fetch-{number}", daemon=True)
             for number in range(threads)

@@ -66,7 +66,7 @@ def test_demand_overtakes_prefetch(bench: Bench) -> None:
     assert [fetch.slot for fetch in bench.started] == [0, 3, 4, 1, 2]
 
 
-@pytest.mark.parametrize(("threads", "most"), [(2, 1), (8, 2)])
+@pytest.mark.parametrize(("threads", "most"), [(2, 1), (4, 2)])
 def test_few_threads_read_prefetches(bench: Bench, threads: int, most: int) -> None:
     bench.gate.clear()
     with bench.queue(threads) as queue:
