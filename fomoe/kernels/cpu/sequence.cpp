@@ -252,7 +252,7 @@ DeltaInputs delta_inputs(const DeltaCall& c) {
 void deltanet(const DeltaCall& c) {
   const DeltaShape& s = c.shape;
   const DeltaInputs in = delta_inputs(c);
-  constexpr int64_t piece = 32;  // columns of the state per item
+  constexpr int64_t piece = kDeltaTile;
   const int64_t pieces = (s.value_dim + piece - 1) / piece;
   const int64_t qk_stride = 2 * s.key_heads * s.key_dim, values = s.value_heads * s.value_dim;
   parallel(s.value_heads * pieces, c.tokens * values * s.key_dim * 4, [&](int64_t item) {

@@ -1,6 +1,8 @@
 // Kernels that look at other positions: attention, causal convolution, gated delta rule.
 #pragma once
 
+#include <type_traits>
+
 #include "vector_ops.h"
 
 namespace fomoe::cpu::FOMOE_ISA {
@@ -185,31 +187,78 @@ inline void delta_columns(const float* q, const float* k, float decay, float bet
   for (int n = 0; n < V; ++n) store(out + 8 * n, o[n]);
 }
 
-// All tokens on the 8 V columns of a state [key_dim, stride]; q, k, v, out as in delta_head.
-template <int V>
-inline void delta_tokens(const DeltaHead& h, int64_t column, float* state, int64_t stride) {
-  for (int64_t t = 0; t < h.tokens; ++t)
-    delta_columns<V>(h.q + t * h.qk_stride, h.k + t * h.qk_stride, h.decay[t * h.gate_stride],
-                     h.beta[t * h.gate_stride], h.v + t * h.v_stride + column, h.key_dim, stride,
-                     state, h.out + t * h.out_stride + column);
+// Two or more tokens on the columns of a tile [key_dim, kDeltaTile] of the state, from `column` on.
+// As delta_columns, but a row of the state is read and written once per token: the last pass of a
+// token makes the first one of the next. Wider vectors than these are slower (Zen 4).
+inline void delta_tile(const DeltaHead& h, int64_t column, float* tile) {
+  constexpr int vectors = kDeltaTile / 8;
+  F8 d[vectors], next[vectors], out[vectors];
+  // The factors of a token and, if there is one more, its successor's decay and key.
+  const auto pass = [&](int64_t t, bool first, bool last) __attribute__((always_inline)) {
+    const float* const q = h.q + t * h.qk_stride;
+    const float* const k = h.k + t * h.qk_stride;
+    const float* const key = last ? k : first ? k : k + h.qk_stride;
+    const F8 decay = splat(last ? 1.0f : h.decay[(first ? t : t + 1) * h.gate_stride]);
+    for (int64_t i = 0; i < h.key_dim; ++i) {
+      const F8 k_i = splat(k[i]), q_i = splat(q[i]), key_i = splat(key[i]);
+      for (int n = 0; n < vectors; ++n) {
+        float* const at = tile + i * kDeltaTile + 8 * n;
+        F8 s = load(at);
+        if (!first) {
+          s = fma(k_i, d[n], s);
+          out[n] = fma(q_i, s, out[n]);
+        }
+        if (!last) {
+          s = mul(s, decay);
+          next[n] = fma(key_i, s, next[n]);
+        }
+        store(at, s);
+      }
+    }
+  };
+  const auto clear = [](F8* sums) {
+    for (int n = 0; n < vectors; ++n) sums[n] = splat(0.0f);
+  };
+  clear(next);
+  pass(0, true, false);
+  for (int64_t t = 0; t < h.tokens; ++t) {
+    const F8 beta = splat(h.beta[t * h.gate_stride]);
+    const float* const v = h.v + t * h.v_stride + column;
+    for (int n = 0; n < vectors; ++n) d[n] = mul(beta, sub(load(v + 8 * n), next[n]));
+    clear(next);
+    clear(out);
+    if (t + 1 < h.tokens)
+      pass(t, false, false);
+    else
+      pass(t, false, true);
+    for (int n = 0; n < vectors; ++n) store(h.out + t * h.out_stride + column + 8 * n, out[n]);
+  }
 }
 
 inline void delta_head(const DeltaHead& h, int64_t begin, int64_t end, float* memory) {
-  constexpr int64_t wide = 32;
+  // One token on 8 V columns in place.
+  const auto in_place = [&](int64_t t, int64_t column, auto vectors) {
+    delta_columns<decltype(vectors)::value>(
+        h.q + t * h.qk_stride, h.k + t * h.qk_stride, h.decay[t * h.gate_stride],
+        h.beta[t * h.gate_stride], h.v + t * h.v_stride + column, h.key_dim, h.value_dim,
+        h.state + column, h.out + t * h.out_stride + column);
+  };
   int64_t c = begin;
-  for (; c + wide <= end; c += wide) {
+  for (; c + kDeltaTile <= end; c += kDeltaTile) {
     if (h.tokens == 1) {
-      delta_tokens<4>(h, c, h.state + c, h.value_dim);
+      in_place(0, c, std::integral_constant<int, kDeltaTile / 8>{});
       continue;
     }
     // Rows of a state lie a power of two apart and would push each other out of L1.
+    constexpr size_t row_bytes = kDeltaTile * sizeof(float);
     for (int64_t i = 0; i < h.key_dim; ++i)
-      std::memcpy(memory + i * wide, h.state + i * h.value_dim + c, wide * sizeof(float));
-    delta_tokens<4>(h, c, memory, wide);
+      std::memcpy(memory + i * kDeltaTile, h.state + i * h.value_dim + c, row_bytes);
+    delta_tile(h, c, memory);
     for (int64_t i = 0; i < h.key_dim; ++i)
-      std::memcpy(h.state + i * h.value_dim + c, memory + i * wide, wide * sizeof(float));
+      std::memcpy(h.state + i * h.value_dim + c, memory + i * kDeltaTile, row_bytes);
   }
-  for (; c < end; c += 8) delta_tokens<1>(h, c, h.state + c, h.value_dim);
+  for (; c < end; c += 8)
+    for (int64_t t = 0; t < h.tokens; ++t) in_place(t, c, std::integral_constant<int, 1>{});
 }
 
 }  // namespace fomoe::cpu::FOMOE_ISA
