@@ -16,7 +16,7 @@ PAGE = 4096
 IN_FLIGHT = 4
 
 
-def direct_rates(path: Path, seconds: float = 2.0) -> dict[str, float]:
+def direct_rates(path: Path, seconds: float = 1.0) -> dict[str, float]:
     """Return bytes per second of reads the size of an expert's part, and of a whole sweep."""
     size = path.stat().st_size
     random = np.random.default_rng(0).permutation(size // (2 << 20)) * (2 << 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fomoe.gguf.extents import ExpertTable
@@ -64,10 +65,15 @@ class Duel:
 
     def run(self, best: Settings, trials: list[Trial]) -> Outcome:
         """Run the pairs; llama.cpp with the settings that `search` found."""
-        pairs = self._pairs(best)
+        rates: list[dict[str, float]] = []
+        pairs = self._pairs(best, rates)
         limits: dict[str, Any] = {}
         if self._limit_bytes is not None:
-            limits = {"memory_bytes": self._limit_bytes, "direct": direct_rates(self._model)}
+            limits = {
+                "memory_bytes": self._limit_bytes,
+                "expert_bytes": self._expert_bytes(),
+                "direct": {name: median(rate[name] for rate in rates) for name in rates[0]},
+            }
         fomoe, llama = ([pair[i] for pair in pairs] for i in (0, 1))
         return Outcome(fomoe, llama, best, trials, self._llama_info, self._fomoe_info, limits)
 
@@ -78,9 +84,14 @@ class Duel:
             item = replace(item, prompt=max(1, item.prompt // 2), decode=item.decode // 4)
         return self._timed(self._once(item, settings, 1))
 
-    def _pairs(self, best: Settings) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    def _pairs(
+        self, best: Settings, rates: list[dict[str, float]]
+    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Run the pairs; with a limit the drive's own speed goes into `rates` before each."""
         pairs = []
         for n in range(1, self._setup.pairs + 1):
+            if self._limit_bytes is not None:
+                rates.append(direct_rates(self._model))
             runs: dict[str, dict[str, Any]] = {}
             for name in ("fomoe", "llama") if n % 2 else ("llama", "fomoe"):
                 runs[name] = self._once(self._item, best if name == "llama" else None, n)
@@ -125,12 +136,15 @@ class Duel:
         """Give fomoe's expert slots what the limit leaves after dense weights and processes."""
         if self._limit_bytes is None:
             return {}
+        dense = self._model.stat().st_size - self._expert_bytes()
+        return {"vram_budget": self._limit_bytes - dense - self._setup.overhead_bytes}
+
+    def _expert_bytes(self) -> int:
+        """Return the bytes of all routed experts: what a sweep reads at most."""
         file = open_gguf(self._model)
         spec = read_spec(file)
         table = ExpertTable.from_gguf(file, spec.n_layers)
-        experts = sum(table.expert_bytes(i) for i in range(spec.n_layers)) * spec.moe.n_experts
-        dense = self._model.stat().st_size - experts
-        return {"vram_budget": self._limit_bytes - dense - self._setup.overhead_bytes}
+        return sum(table.expert_bytes(i) for i in range(spec.n_layers)) * spec.moe.n_experts
 
     def _load(self, engine: Engine, settings: Settings | None) -> None:
         arguments = {

@@ -49,18 +49,22 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 
 def _drive(outcome: Outcome) -> dict[str, Any]:
-    """What fomoe read while it waited, beside what the drive gives; empty without a limit."""
+    """What fomoe read, over the time it stood still, beside what the drive gives.
+
+    Receipts do not tell demand reads from prefetches, nor waiting from reading that was hidden by
+    computing; a share above one means that reads were hidden. Empty without a limit.
+    """
     if not outcome.limits:
         return {}
     receipts = [run["receipt"] for run in outcome.fomoe]
     read = sum(r["nvme_bytes"] for r in receipts)
     stalled = sum(r["stall_ms"] for r in receipts) / 1e3
-    demand = read / stalled if stalled else 0.0
+    rate = read / stalled if stalled else 0.0
     direct = max(outcome.limits["direct"].values())
     return outcome.limits | {
         "read_bytes_per_run": read // len(receipts),
-        "demand_bytes_per_s": round(demand),
-        "demand_share": round(demand / direct, 3),
+        "bytes_per_stalled_s": round(rate),
+        "stalled_share": round(rate / direct, 3),
     }
 
 
@@ -95,8 +99,9 @@ def text(data: dict[str, Any]) -> str:
         direct = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in drive["direct"].items())
         lines.append(
             f"  limit {drive['memory_bytes'] / 1e9:.2f} GB; O_DIRECT GB/s: {direct}; fomoe read "
-            f"{drive['read_bytes_per_run'] / 1e9:.2f} GB per run, demand reads at "
-            f"{drive['demand_bytes_per_s'] / 1e9:.2f} GB/s ({drive['demand_share']:.0%})"
+            f"{drive['read_bytes_per_run'] / 1e9:.2f} GB per run (all experts: "
+            f"{drive['expert_bytes'] / 1e9:.2f}), {drive['bytes_per_stalled_s'] / 1e9:.2f} GB per "
+            f"stalled second ({drive['stalled_share']:.0%})"
         )
     if data["recipe"]:
         lines.append(f"  recipe {data['recipe']}")

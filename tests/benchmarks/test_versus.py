@@ -87,14 +87,15 @@ def outcome(ours, theirs, limits=None):
 
 def test_a_result_has_medians_ratio_and_the_drives_share():
     item = ITEMS["397b-decode-quarter"]
-    limits = {"memory_bytes": 1 << 32, "direct": {"random": 2.2e9, "sequential": 2.5e9}}
+    limits = {"memory_bytes": 1 << 32, "expert_bytes": 1 << 34}
+    limits |= {"direct": {"random": 2.2e9, "sequential": 2.5e9}}
     data = result(item, outcome([640, 6400, 1280], [3200, 2560, 6400], limits), {}, 2)
     assert data["ratio"] == 2.5
     assert data["fomoe"]["ms_per_token"] == 20.0
     assert data["llama"]["tokens_per_s"] == 20.0
     assert data["pair_ratios"] == [5.0, 0.4, 5.0]
-    assert data["drive"]["demand_bytes_per_s"] == 2_000_000_000
-    assert data["drive"]["demand_share"] == 0.8
+    assert data["drive"]["bytes_per_stalled_s"] == 2_000_000_000
+    assert data["drive"]["stalled_share"] == 0.8
     assert data["others_cores"] == 0.3
     assert "2.50 (bar 2.5)" in text(data)
     json.dumps(data)
