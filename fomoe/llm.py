@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any
 import psutil
 
 from fomoe.actors.cluster import Cluster, niceness_hint
-from fomoe.actors.names import DRIVER
+from fomoe.actors.names import DRIVER, STORAGE
 from fomoe.actors.supervisor import Supervisor
 from fomoe.config import Budgets, EngineConfig, default_model, parse_bytes
 from fomoe.engine.plan import resolve
@@ -36,6 +37,7 @@ from fomoe.model.chat import ChatTemplate
 from fomoe.model.tokenizer import Tokenizer
 
 _NUMBERS = itertools.count()
+_CALL_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +119,21 @@ class LLM:
 
     def cluster_text(self) -> str:
         """Return lines for people: how to look at the actors on the Ray cluster."""
-        nice = int(self.engine.running.handles[DRIVER].call("nice").result(10.0))
+        nice = int(self.engine.running.handles[DRIVER].call("nice").result(_CALL_S))
         hint = niceness_hint(nice)
         return "\n".join(self.cluster.hints() + ([] if hint is None else [hint]))
+
+    def read_stats(self) -> dict[str, float]:
+        """Return what storage has read so far, added up over the nodes.
+
+        `demand_bytes` over `demand_open_s`, the time in which at least one demand read was under
+        way, is the rate that the drives gave; `prefetch_bytes` over `prefetch_open_s` alike.
+        """
+        totals: Counter[str] = Counter()
+        for name, handle in self.engine.running.handles.items():
+            if name.startswith(STORAGE):
+                totals.update(handle.call("stats").result(_CALL_S))
+        return dict(totals)
 
     def generate(
         self, prompt: str | list[int], *, max_tokens: int = 128, **sampling: Any

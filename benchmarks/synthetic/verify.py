@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.engine.brain import Brain
 from fomoe.engine.experts import ResidentExperts
 from fomoe.engine.forward import Forward
 from fomoe.engine.sequences import Sequence
@@ -37,29 +36,19 @@ class MappedFile(GGUFFile):
         return np.memmap(self.shards[info.shard], np.uint8, "r", info.offset, shape)
 
 
-class RecordingBrain(Brain):
-    """Keeps the experts that it chose."""
-
-    def __init__(self, top_k: int) -> None:
-        super().__init__(top_k)
-        self.ids: list[npt.NDArray[np.int32]] = []
-
-    def route(
-        self, layer: int, scores: F32, batch: Batch, sequences: tuple[Sequence, ...]
-    ) -> Route:
-        """Return the exact route."""
-        route = super().route(layer, scores, batch, sequences)
-        self.ids.append(route.ids.copy())
-        return route
-
-
 class RecordingExperts(ResidentExperts):
-    """Keeps what the look-ahead named for the next layer."""
+    """Keeps which experts the router chose, and what the look-ahead named for the next layer."""
 
     def __init__(self, file: GGUFFile, top_k: int, threads: int) -> None:
         super().__init__(file, read_spec(file), CHUNK, int8=True, threads=threads)
         self._top_k = top_k
+        self.chosen: list[npt.NDArray[np.int32]] = []
         self.foreseen: list[npt.NDArray[np.int32]] = []
+
+    def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
+        """Note the route and compute it."""
+        self.chosen.append(route.ids.copy())
+        super().begin(layer, h, route, decoding=decoding)
 
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Note the experts."""
@@ -80,13 +69,12 @@ def trace(
     top_k, depth = spec.moe.top_k, spec.n_layers
     experts = RecordingExperts(file, top_k, threads)
     forward = Forward(DenseModel(file, spec, CHUNK, int8=True), experts, prefetch=True)
-    forward.brain = brain = RecordingBrain(top_k)
     sequence = Sequence(spec, len(tokens), "f16", capacity=spec.moe.n_experts)
     sequence.decoding = True  # look-ahead belongs to decoding
     for start in range(0, len(tokens), CHUNK):
         part = tokens[start : start + CHUNK]
         forward.step(Batch.of([(sequence.state, part)]), (sequence,))
-    return _join(brain.ids, depth), _join(experts.foreseen, depth - 1)
+    return _join(experts.chosen, depth), _join(experts.foreseen, depth - 1)
 
 
 def verify(path: Path, tokens: list[int], slots: tuple[int, ...], warmup: int) -> Locality:

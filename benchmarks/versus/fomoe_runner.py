@@ -49,6 +49,7 @@ class Runner:
             forced=list(range(first + prompt, first + prompt + decode + 1)),
             sampling=SamplingParams(temperature=0.0),
         )
+        before = self._llm.read_stats()
         times, receipt = [time.perf_counter()], Receipt()
         for event in self._llm.engine.stream(request):
             if isinstance(event, TokenEvent):
@@ -63,6 +64,7 @@ class Runner:
             "prompt_ms": (times[1] - times[0]) * 1e3,
             "decode_ms": (times[-1] - times[1]) * 1e3,
             "receipt": asdict(receipt),
+            "reads": {k: v - before[k] for k, v in self._llm.read_stats().items()},
         }
 
     def close(self) -> None:

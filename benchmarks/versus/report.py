@@ -49,22 +49,20 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 
 def _drive(outcome: Outcome) -> dict[str, Any]:
-    """What fomoe read, over the time it stood still, beside what the drive gives.
+    """What fomoe read, and how fast while a demand read was under way. Empty without a limit.
 
-    Receipts do not tell demand reads from prefetches, nor waiting from reading that was hidden by
-    computing; a share above one means that reads were hidden. Empty without a limit.
+    Bytes are those of experts, without the pages around them that a direct read moves along.
     """
     if not outcome.limits:
         return {}
-    receipts = [run["receipt"] for run in outcome.fomoe]
-    read = sum(r["nvme_bytes"] for r in receipts)
-    stalled = sum(r["stall_ms"] for r in receipts) / 1e3
-    rate = read / stalled if stalled else 0.0
-    direct = max(outcome.limits["direct"].values())
+    runs = [run["reads"] for run in outcome.fomoe]
+    seconds = sum(r["demand_open_s"] for r in runs)
+    rate = sum(r["demand_bytes"] for r in runs) / seconds if seconds else 0.0
     return outcome.limits | {
-        "read_bytes_per_run": read // len(receipts),
-        "bytes_per_stalled_s": round(rate),
-        "stalled_share": round(rate / direct, 3),
+        "read_bytes_per_run": round(sum(r["bytes"] for r in runs) / len(runs)),
+        "prefetch_bytes_per_run": round(sum(r["prefetch_bytes"] for r in runs) / len(runs)),
+        "demand_bytes_per_s": round(rate),
+        "demand_share": round(rate / max(outcome.limits["direct"].values()), 3),
     }
 
 
@@ -100,8 +98,8 @@ def text(data: dict[str, Any]) -> str:
         lines.append(
             f"  limit {drive['memory_bytes'] / 1e9:.2f} GB; O_DIRECT GB/s: {direct}; fomoe read "
             f"{drive['read_bytes_per_run'] / 1e9:.2f} GB per run (all experts: "
-            f"{drive['expert_bytes'] / 1e9:.2f}), {drive['bytes_per_stalled_s'] / 1e9:.2f} GB per "
-            f"stalled second ({drive['stalled_share']:.0%})"
+            f"{drive['expert_bytes'] / 1e9:.2f}), on demand "
+            f"{drive['demand_bytes_per_s'] / 1e9:.2f} GB/s ({drive['demand_share']:.0%})"
         )
     if data["recipe"]:
         lines.append(f"  recipe {data['recipe']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 NAMESPACE = "fomoe"
 CLIENT = "client"
 DRIVER = "driver"
+STORAGE = "storage"
 
 
 def device_name(device: int) -> str:
@@ -14,7 +15,7 @@ def device_name(device: int) -> str:
 
 def storage_name(node: int) -> str:
     """Return the process name of a node's storage actor."""
-    return f"storage-{node}"
+    return f"{STORAGE}-{node}"
 
 
 def arena_name(device: int) -> str:

@@ -152,7 +152,6 @@ def _decode_figures(receipts: list[Receipt], sizes: Sizes, rates: Rates) -> dict
     }
     weights = sizes.dense + sizes.experts
     read = sum(r.nvme_bytes for r in receipts) / steps / len(receipts)
-    disk_s = parts["disk"] / 1e3
     return {
         "tokens": steps,
         "tokens_per_s": _spread([1e3 * steps / r.generated_ms for r in receipts]),
@@ -165,7 +164,16 @@ def _decode_figures(receipts: list[Receipt], sizes: Sizes, rates: Rates) -> dict
         "weight_bytes_per_token": weights,
         "share_of_memory": weights / seconds / rates.memory,
         "nvme_bytes_per_token": read,
-        "share_of_drive": read / disk_s / rates.drive if disk_s and rates.drive else 0.0,
+    }
+
+
+def _read_figures(reads: dict[str, float], rates: Rates) -> dict[str, float]:
+    """Return how fast the drive was while experts were wanted, over all runs."""
+    seconds = reads["demand_open_s"]
+    rate = reads["demand_bytes"] / seconds if seconds else 0.0
+    return reads | {
+        "demand_bytes_per_s": rate,
+        "demand_share_of_drive": rate / rates.drive if rates.drive else 0.0,
     }
 
 
@@ -193,8 +201,15 @@ def _lines(figures: dict[str, Any]) -> list[str]:
         lines.append(
             f"         {d['weight_bytes_per_token'] / 1e6:,.1f} MB of weights a token: "
             f"{d['share_of_memory']:.0%} of memory's rate; "
-            f"{d['nvme_bytes_per_token'] / 1e6:,.1f} MB read from the drive, "
-            f"{d['share_of_drive']:.0%} of its rate while waiting"
+            f"{d['nvme_bytes_per_token'] / 1e6:,.1f} MB read from the drive"
+        )
+    reads = figures["reads"]
+    if reads["bytes"]:
+        lines.append(
+            f"reads    {reads['bytes'] / 1e9:.2f} GB, of them ahead "
+            f"{reads['prefetch_bytes'] / 1e9:.2f}; on demand "
+            f"{reads['demand_bytes_per_s'] / 1e9:.2f} GB/s: "
+            f"{reads['demand_share_of_drive']:.0%} of the drive's rate"
         )
     return lines
 
@@ -238,16 +253,17 @@ def bench(
         rates, sizes = Rates.measured(model.path, threads), Sizes.of(llm)
         fed = _ids(work.ids, work.tokens, llm.spec.vocab)
         task = progress.add_task("measuring", total=work.repetitions + 1)
-        runs = []
+        runs, before = [], llm.read_stats()
         for number in range(work.repetitions + 1):
             parts = fed[: work.prompt], fed[work.prompt :]
             runs.append(_run_once(llm, f"bench-{number}", *parts, trace))
             progress.advance(task)
+        reads = {name: value - before[name] for name, value in llm.read_stats().items()}
     receipts = [receipt for receipt, _ in runs[1:]]
     figures: dict[str, Any] = {
         "model": str(model.path), "isa": ops.isa(), "threads": threads,
         "devices": list(llm.config.devices), "rates": dataclasses.asdict(rates),
-        "prefill": _prefill_figures(receipts),
+        "prefill": _prefill_figures(receipts), "reads": _read_figures(reads, rates),
     }  # fmt: skip
     if work.generate:
         figures["decode"] = _decode_figures(receipts, sizes, rates)

@@ -77,8 +77,8 @@ def test_no_text_needs_a_longer_context_than_it_gets():
 
 
 def outcome(ours, theirs, limits=None):
-    receipt = {"nvme_bytes": 3_000_000_000, "stall_ms": 1500.0}
-    fomoe = [{"decode_ms": ms, "receipt": receipt, "others_cores": 0.1} for ms in ours]
+    reads = {"bytes": 3e9, "demand_bytes": 2e9, "demand_open_s": 1.0, "prefetch_bytes": 1e9}
+    fomoe = [{"decode_ms": ms, "reads": reads, "others_cores": 0.1} for ms in ours]
     llama = [{"decode_ms": ms, "others_cores": 0.3} for ms in theirs]
     info = {"version": "0.3.36", "system": "CPU"}
     trials = [Trial(Settings(), 1.0)]
@@ -94,8 +94,9 @@ def test_a_result_has_medians_ratio_and_the_drives_share():
     assert data["fomoe"]["ms_per_token"] == 20.0
     assert data["llama"]["tokens_per_s"] == 20.0
     assert data["pair_ratios"] == [5.0, 0.4, 5.0]
-    assert data["drive"]["bytes_per_stalled_s"] == 2_000_000_000
-    assert data["drive"]["stalled_share"] == 0.8
+    assert data["drive"]["demand_bytes_per_s"] == 2_000_000_000
+    assert data["drive"]["demand_share"] == 0.8
+    assert data["drive"]["prefetch_bytes_per_run"] == 1_000_000_000
     assert data["others_cores"] == 0.3
     assert "2.50 (bar 2.5)" in text(data)
     json.dumps(data)

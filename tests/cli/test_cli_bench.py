@@ -48,11 +48,16 @@ def bench(
             yield TokenEvent(request_id=request.request_id, token=token, parts_s=parts)
         yield Finished(request_id=request.request_id, reason="length", receipt=receipt_of(request))
 
+    first = {"bytes": 5e5, "demand_bytes": 5e5, "demand_open_s": 1.0, "prefetch_bytes": 0.0}
+    then = {"bytes": 2e6, "demand_bytes": 1.5e6, "demand_open_s": 1.004, "prefetch_bytes": 5e5}
+    stats = iter([first, then])
+
     def prepare(self: Any) -> None:
         self.engine.stream = stream
         self.file = open_gguf(path)
         self.spec = read_spec(self.file)
         self.config = SimpleNamespace(threads=2, devices=("cpu",))
+        self.read_stats = lambda: next(stats)
 
     llm.prepare = prepare
     monkeypatch.setattr(module.Rates, "measured", classmethod(lambda cls, path, threads: RATES))
@@ -82,8 +87,9 @@ def test_one_run_is_not_counted_and_ids_are_forced(bench: Any, tmp_path: Path) -
     assert decode["parts_ms"]["disk"] == pytest.approx(5.0)
     assert decode["hits"] == {"device": 36, "ram": 0, "nvme": 12}
     assert decode["nvme_bytes_per_token"] == pytest.approx(1e6)
-    # 1 MB in 5 ms is 200 MB/s of 500
-    assert decode["share_of_drive"] == pytest.approx(0.4)
+    # 1 MB in 4 ms is 250 MB/s of 500
+    assert figures["reads"]["demand_bytes"] == 1_000_000
+    assert figures["reads"]["demand_share_of_drive"] == pytest.approx(0.5)
     wanted = decode["weight_bytes_per_token"] / 0.02 / RATES.memory
     assert decode["share_of_memory"] == pytest.approx(wanted)
 
@@ -106,6 +112,7 @@ def test_what_people_read(bench: Any) -> None:
     assert "prefill       7 tokens      100.0 tok/s" in result.output
     assert "memory 1.0 GB/s   drive 0.50 GB/s" in result.output
     assert "device 75%" in result.output
+    assert "reads    0.00 GB, of them ahead 0.00; on demand 0.25 GB/s: 50%" in result.output
     assert result.output.splitlines()[-1].split() == ["2", "0", "1", "2", "3", "4", "5", "15"]
 
 
