@@ -42,8 +42,11 @@ struct Stored {
 };
 
 template <class T>
-inline void store_chunk(const typename T::C& c, Stored& out) {
+FOMOE_INLINE void store_quants(const typename T::C& c, Stored& out) {
   for (int i = 0; i < 4; ++i) store_64(out.q + 64 * i, c.q[i]);
+}
+template <class T>
+FOMOE_INLINE void store_numbers(const typename T::C& c, Stored& out) {
   store(out.scale, c.scale);
   if constexpr (T::shape.has_offset) store(out.offset, c.offset);
 }

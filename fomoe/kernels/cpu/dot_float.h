@@ -18,7 +18,8 @@ class BlockRow {
     fetch_ahead<T>(row_ + i * T::chunk_bytes);
     unpack_at<T>(row_, cols_, i, chunk);
     for (B64& q : chunk.q) q = subtract(q, splat_64(T::shape.bias));
-    store_chunk<T>(chunk, chunk_);
+    store_quants<T>(chunk, chunk_);
+    store_numbers<T>(chunk, chunk_);
   }
   void group(int g, F8* out) const {
     constexpr int per_32 = 32 / T::group;

@@ -41,6 +41,16 @@ constexpr int kTileTokens = 4;
 constexpr bool kBitsMatter = true;  // to row_dots
 using RowFloats = __m256;
 using RowInts = __m256i;
+using RowBytes = B32;  // a dword of each row
+
+inline RowBytes row_bytes(int x) { return splat_byte(x); }
+inline void row_store(uint8_t* p, RowBytes a) { store_bytes(p, a); }
+// Right by N bits, left where negative; callers mask away what comes in from neighbouring bytes.
+template <int N>
+inline RowBytes row_shift(RowBytes a) {
+  if constexpr (N < 0) return shift_left<-N>(a);
+  return shift_right<(N > 0 ? N : 0)>(a);
+}
 
 inline RowFloats row_zero() { return _mm256_setzero_ps(); }
 inline RowFloats row_load(const void* p) { return load(p); }
@@ -51,7 +61,7 @@ inline RowInts row_int_zero() { return _mm256_setzero_si256(); }
 inline RowInts row_int_splat(const int32_t* p) { return _mm256_set1_epi32(*p); }
 
 // 16 bytes of each row of a panel, `stride` apart, to 4 vectors of one dword per row.
-inline void transpose_rows(const uint8_t* p, int64_t stride, uint8_t* out, int64_t out_stride) {
+FOMOE_INLINE void transpose_rows(const uint8_t* p, int64_t stride, RowBytes* out) {
   __m256i a[4];  // halves: rows r and r + 4
   for (int r = 0; r < 4; ++r) {
     const auto* const low = reinterpret_cast<const __m128i*>(p + r * stride);
@@ -61,10 +71,10 @@ inline void transpose_rows(const uint8_t* p, int64_t stride, uint8_t* out, int64
   }
   const __m256i low01 = _mm256_unpacklo_epi32(a[0], a[1]), low23 = _mm256_unpacklo_epi32(a[2], a[3]);
   const __m256i top01 = _mm256_unpackhi_epi32(a[0], a[1]), top23 = _mm256_unpackhi_epi32(a[2], a[3]);
-  store_bytes(out, _mm256_unpacklo_epi64(low01, low23));
-  store_bytes(out + out_stride, _mm256_unpackhi_epi64(low01, low23));
-  store_bytes(out + 2 * out_stride, _mm256_unpacklo_epi64(top01, top23));
-  store_bytes(out + 3 * out_stride, _mm256_unpackhi_epi64(top01, top23));
+  out[0] = _mm256_unpacklo_epi64(low01, low23);
+  out[1] = _mm256_unpackhi_epi64(low01, low23);
+  out[2] = _mm256_unpacklo_epi64(top01, top23);
+  out[3] = _mm256_unpackhi_epi64(top01, top23);
 }
 
 // dot[t] += dots of `Dwords` dwords of quants of each row at w with those of token t at x. Quants

@@ -44,6 +44,16 @@ constexpr int kTileTokens = 4;
 constexpr bool kBitsMatter = false;
 using RowFloats = F8;
 using RowInts = I8;
+using RowBytes = B32;  // a dword of each row
+
+inline RowBytes row_bytes(int x) { return splat_byte(x); }
+inline void row_store(uint8_t* p, RowBytes a) { store_bytes(p, a); }
+// Right by N bits, left where negative; callers mask away what comes in from neighbouring bytes.
+template <int N>
+inline RowBytes row_shift(RowBytes a) {
+  if constexpr (N < 0) return shift_left<-N>(a);
+  return shift_right<(N > 0 ? N : 0)>(a);
+}
 
 inline RowFloats row_zero() { return zero(); }
 inline RowFloats row_load(const void* p) { return load(p); }
@@ -56,9 +66,9 @@ inline RowInts row_int_splat(const int32_t* p) {
 }
 
 // 16 bytes of each row of a panel, `stride` apart, to 4 vectors of one dword per row.
-inline void transpose_rows(const uint8_t* p, int64_t stride, uint8_t* out, int64_t out_stride) {
+inline void transpose_rows(const uint8_t* p, int64_t stride, RowBytes* out) {
   for (int r = 0; r < kRows; ++r)
-    for (int i = 0; i < 4; ++i) std::memcpy(out + i * out_stride + 4 * r, p + r * stride + 4 * i, 4);
+    for (int i = 0; i < 4; ++i) std::memcpy(out[i].v + 4 * r, p + r * stride + 4 * i, 4);
 }
 
 // dot[t] += dots of `Dwords` dwords of quants of each row at w with those of token t at x.

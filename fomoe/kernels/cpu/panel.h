@@ -1,21 +1,16 @@
 // Integer products of many tokens: lanes are rows. The order of each output is that of dot_rows.h.
 //
-// kRows rows of weights are unpacked into a panel, and tokens are copied into tiles, so that the
-// innermost loop reads both in sequence: partial by partial, and within a partial chunk by chunk.
-//   panel  [partial][chunk] { dwords of quants [group / 4][kRows], scale [kRows], offset [kRows] }
+// kRows rows of weights are unpacked into a panel (panel_fill.h), and tokens are copied into tiles, so
+// that the innermost loop reads both in sequence: partial by partial, and within a partial chunk by
+// chunk.
 //   tile   [partial][chunk] { int8 [n][group], scale [n], sum [n] }
 // A tile's `sum` is the scaled sum of the activations for types with offsets, else the int32 that
 // takes the bias out of a dot.
 #pragma once
 
-#include <type_traits>
-
-#include "chunk.h"
+#include "panel_fill.h"
 
 namespace fomoe::cpu::FOMOE_ISA {
-
-template <int N>
-using Size = std::integral_constant<int, N>;
 
 // Cuts tokens into tiles of kTileTokens and, at the end, of smaller powers of two.
 template <class Body>
@@ -70,48 +65,6 @@ inline void tile_tokens(const QuantizedRows& x, const int32_t* tokens, int64_t c
   if (shape.group == 32) return fill_tiles<32>(x, tokens, count, shape, out);
   fill_tiles<16>(x, tokens, count, shape, out);
 }
-
-template <class T>
-struct Panel {
-  static constexpr int group = T::group, partials = kChunk / group, dwords = group / 4;
-  static constexpr int vector = 4 * kRows;  // bytes
-  static constexpr int record = vector * (dwords + 1 + (T::shape.has_offset ? 1 : 0));
-
-  uint8_t* data;
-  int64_t chunks;
-  uint8_t* at(int p, int64_t chunk) const { return data + (p * chunks + chunk) * record; }
-
-  // Lays out one chunk of each row.
-  void put(int64_t chunk, const Stored* rows) const {
-    constexpr int64_t apart = sizeof(Stored);
-    const auto* const q = rows->q;
-    for (int h = 0; h < kChunk / 16; ++h)
-      transpose_rows(q + 16 * h, apart, at(16 * h / group, chunk) + 16 * h % group / 4 * vector,
-                     vector);
-    const auto numbers = [&](const float* from, int place) {
-      for (int p = 0; p < partials; p += 4)
-        transpose_rows(reinterpret_cast<const uint8_t*>(from + p), apart,
-                       at(p, chunk) + place * vector, chunks * record);
-    };
-    numbers(rows->scale, dwords);
-    if constexpr (T::shape.has_offset) numbers(rows->offset, dwords + 1);
-  }
-
-  void fill(const Slice& s, int64_t first, int64_t cols, Stored* rows) const {
-    for (int64_t c = 0; c < chunks; ++c) {
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t row = first + r < s.end ? first + r : s.end - 1;
-        const uint8_t* const w = s.weights + row * s.row_bytes;
-        typename T::C chunk;
-        unpack_at<T>(w, cols, c, chunk);
-        for (int i = 0; i < T::chunk_bytes; i += 64)
-          __builtin_prefetch(w + kRows * s.row_bytes + c * T::chunk_bytes + i);
-        store_chunk<T>(chunk, rows[r]);
-      }
-      put(c, rows);
-    }
-  }
-};
 
 // One partial of N tokens against a panel.
 template <int Bits, int Dwords, bool Offset, int N>
@@ -188,7 +141,7 @@ void dot_panels(const Slice& s, const uint8_t* tiles, int64_t cols, void* scratc
   constexpr int floats = Panel<T>::partials * kPartialTokens * kRows;
   const Panel<T> panel{reinterpret_cast<uint8_t*>(partial + floats), row_chunks(cols)};
   for (int64_t row = s.begin; row < s.end; row += kRows) {
-    panel.fill(s, row, cols, rows);
+    fill_panel<T>(panel, s, row, cols, rows);
     for (int64_t j = 0; j < s.count; j += kPartialTokens)
       pass<T>(s, panel, tiles, row, j, partial);
   }

@@ -135,6 +135,15 @@ constexpr int kTileTokens = 8;
 constexpr bool kBitsMatter = false;
 using RowFloats = __m512;
 using RowInts = __m512i;
+using RowBytes = B64;  // a dword of each row
+
+inline RowBytes row_bytes(int x) { return splat_64(x); }
+inline void row_store(uint8_t* p, RowBytes a) { _mm512_store_si512(p, a.v); }
+// Right by N bits, left where negative; bits of neighbouring bytes come in.
+template <int N>
+inline RowBytes row_shift(RowBytes a) {
+  return {N < 0 ? _mm512_slli_epi16(a.v, -N) : _mm512_srli_epi16(a.v, N)};
+}
 
 inline RowFloats row_zero() { return _mm512_setzero_ps(); }
 inline RowFloats row_load(const void* p) { return _mm512_load_ps(p); }
@@ -145,7 +154,7 @@ inline RowInts row_int_zero() { return _mm512_setzero_si512(); }
 inline RowInts row_int_splat(const int32_t* p) { return _mm512_set1_epi32(*p); }
 
 // 16 bytes of each row of a panel, `stride` apart, to 4 vectors of one dword per row.
-inline void transpose_rows(const uint8_t* p, int64_t stride, uint8_t* out, int64_t out_stride) {
+FOMOE_INLINE void transpose_rows(const uint8_t* p, int64_t stride, RowBytes* out) {
   __m512i a[4];  // quad i of a[r]: row r + 4 i
   for (int r = 0; r < 4; ++r) {
     const auto quad = [&](int i) {
@@ -157,10 +166,10 @@ inline void transpose_rows(const uint8_t* p, int64_t stride, uint8_t* out, int64
   }
   const __m512i low01 = _mm512_unpacklo_epi32(a[0], a[1]), low23 = _mm512_unpacklo_epi32(a[2], a[3]);
   const __m512i top01 = _mm512_unpackhi_epi32(a[0], a[1]), top23 = _mm512_unpackhi_epi32(a[2], a[3]);
-  _mm512_store_si512(out, _mm512_unpacklo_epi64(low01, low23));
-  _mm512_store_si512(out + out_stride, _mm512_unpackhi_epi64(low01, low23));
-  _mm512_store_si512(out + 2 * out_stride, _mm512_unpacklo_epi64(top01, top23));
-  _mm512_store_si512(out + 3 * out_stride, _mm512_unpackhi_epi64(top01, top23));
+  out[0] = {_mm512_unpacklo_epi64(low01, low23)};
+  out[1] = {_mm512_unpackhi_epi64(low01, low23)};
+  out[2] = {_mm512_unpacklo_epi64(top01, top23)};
+  out[3] = {_mm512_unpackhi_epi64(top01, top23)};
 }
 
 // dot[t] += dots of `Dwords` dwords of quants of each row at w with those of token t at x.
