@@ -187,6 +187,12 @@ def _matmul_sizes(kinds: tuple[Kind, ...], cols: tuple[int, int, int]) -> tuple[
     return tuple((kind, *shape) for kind in kinds for shape in shapes)
 
 
+def _short_rows(kinds: tuple[Kind, ...]) -> tuple[tuple, ...]:
+    """Rows of a part of a chunk, several of which are taken together; some stay over."""
+    shapes = ((1, 33, 32), (1, 11, 64), (2, 9, 128), (1, 3, 64), (4, 8, 32), (9, 7, 128))
+    return tuple((kind, *shape) for kind in kinds for shape in shapes)
+
+
 ROUNDING = (
     "float32 sums in 8 to 32 lanes over K values round with a relative error near sqrt(K) 2^-24"
 )
@@ -198,7 +204,8 @@ HEADS = ((1, 3, 32), (2, 1, 64), (3, 2, 128), (5, 3, 256), (17, 1, 40))
 CASES = (
     Case(
         "matmul_q8", matmul_q8,
-        _matmul_sizes(BLOCKS_32, (32, 416, 4096)) + _matmul_sizes(BLOCKS_256, (256, 768, 4096)),
+        _matmul_sizes(BLOCKS_32, (32, 416, 4096)) + _matmul_sizes(BLOCKS_256, (256, 768, 4096))
+        + _short_rows(BLOCKS_32),
         1e-5, ROUNDING,
     ),
     Case(
