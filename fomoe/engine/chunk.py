@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fomoe.model.spec import ModelSpec
 
-# A longer chunk reads each expert less often and wants more work memory: an eighth of what experts
-# get. What is read while attention computes bounds the gain, so a small share is enough.
+# A longer chunk reads each expert less often and wants more work memory: up to an eighth of what
+# experts get, on top of it.
 CHUNK_SHARE = 8
 LEAST_CHUNK = 128
 MOST_CHUNK = 4096
@@ -24,12 +24,14 @@ def auto_chunk(spec: ModelSpec, ctx_size: int, n_devices: int, budget_bytes: int
 
 
 def token_bytes(spec: ModelSpec, n_devices: int) -> int:
-    """Return about how many bytes of work memory a token of a chunk takes, over all processes."""
-    moe, attention, delta = spec.moe, spec.attention, spec.delta
+    """Return about how many bytes of work memory a token of a chunk takes, over all processes.
+
+    Attention, DeltaNet and the shared expert go through in tiles, whose buffers do not grow.
+    """
     arena = 2 * 2 * spec.hidden * _F32  # x and out, two buffers
-    residual = 7 * spec.hidden * _F32  # the stream, and inputs and outputs of both blocks
-    shared = 3 * moe.shared_width * _F32
-    router = moe.n_experts * (2 * _F32 + 3 * 8)  # scores of two layers, sort keys and copies
-    queries = 5 * attention.n_heads * attention.head_dim * _F32  # with their gates, twice
-    state = (2 * delta.channels + 3 * delta.inner) * _F32
-    return n_devices * arena + residual + shared + router + queries + state
+    quantised = spec.hidden * 3 // 2  # int8 rows, scales and sums
+    rows = 4 * spec.hidden * _F32  # the residual stream, inputs of two routers, the shared output
+    embedding = spec.hidden  # a row as it lies in the file
+    scores = 2 * spec.moe.n_experts * _F32
+    pairs = spec.moe.top_k * 40  # ids, weights and where they stand when sorted by expert
+    return n_devices * (arena + quantised) + rows + embedding + scores + pairs

@@ -198,7 +198,7 @@ class TestChunk:
 
     def test_its_buffers_fit_the_share(self, read):
         _, spec = read
-        for budget in (1 << 27, 1 << 28, 1 << 29):
+        for budget in (1 << 25, 1 << 26, 1 << 27):
             chunk = auto_chunk(spec, 1 << 20, 1, budget)
             assert LEAST_CHUNK < chunk < MOST_CHUNK
             assert chunk * token_bytes(spec, 1) <= budget // CHUNK_SHARE
@@ -221,7 +221,7 @@ class TestChunk:
             sizes.append(buffer_bytes(model))
         arena = StepArena(256, spec.hidden, 3, 16).nbytes / 256
         real = (sizes[1] - sizes[0]) / 256 + arena
-        assert real < token_bytes(read_spec(file), 1) < real * 4
+        assert real < token_bytes(read_spec(file), 1) < real * 1.5
 
 
 def buffer_bytes(thing, seen=None):
