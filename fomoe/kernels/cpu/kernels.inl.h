@@ -1,4 +1,5 @@
 // The body of each isa_*.cpp: one table of kernels in the namespace FOMOE_ISA.
+#include "attend.h"
 #include "dot_float.h"
 #include "dot_rows.h"
 #include "panel.h"

@@ -84,15 +84,36 @@ constexpr int64_t kDeltaTile = 32;  // columns of a state that are taken togethe
 constexpr int64_t kConvPiece = 256;
 constexpr int64_t kMaxTaps = 8;
 
-constexpr int64_t attend_floats(int64_t heads, int64_t dim, int64_t count) {
-  return 32 * dim + heads * ((count + 7) / 8 * 8);
-}
-
 // A view of a key or value cache [positions, kv_heads, head_dim] at one kv head.
 struct CacheHead {
   const void* data;
   int64_t stride;  // elements between positions
   bool f16;
+};
+
+constexpr int64_t kPositions = 256;  // of a block at most, each a partial softmax
+constexpr int64_t kScoreStride = kPositions + 16;
+
+// Queries of consecutive tokens [tokens][group, dim] that share a kv head, and a block's positions
+// of it: token t sees the first count(t) of them.
+struct AttendBlock {
+  const float* q;
+  int64_t q_stride;  // elements between tokens
+  int64_t tokens, group, dim;
+  CacheHead k, v;
+  int64_t seen;  // by token 0 from the block's beginning on, maybe none or more than the block
+
+  int64_t count(int64_t t) const { return seen + t < kPositions ? seen + t : kPositions; }
+};
+
+constexpr int64_t attend_floats(int64_t rows, int64_t dim) {
+  return 32 * (dim + 16) + rows * kScoreStride;
+}
+
+// A softmax over some positions, per query: the highest score, the sum of exp(score - top) and the
+// sum of exp(score - top) * v [rows, dim].
+struct SoftmaxPart {
+  float *top, *mass, *out;
 };
 
 struct Kernels {
@@ -130,14 +151,10 @@ struct Kernels {
   void (*rotate)(float* x, const float* cosine, const float* sine, int64_t half);
 
   void (*to_f16)(const float* x, int64_t n, uint16_t* out);
-  // Softmax attention of `heads` queries [heads, dim] over `count` positions:
-  // top[h] = max score, mass[h] = sum exp(score - top), out[h, dim] = sum exp(score - top) * v.
-  // `memory`: attend_floats(heads, dim, count) floats.
-  void (*attend)(const float* q, int64_t heads, int64_t dim, CacheHead k, CacheHead v,
-                 int64_t count, float* memory, float* top, float* mass, float* out);
-  // Folds a partial result into a running one (both as `attend` leaves them).
-  void (*fold)(int64_t heads, int64_t dim, const float* part_top, const float* part_mass,
-               const float* part_out, float* top, float* mass, float* out);
+  // `memory`: attend_floats(tokens * group, dim) floats. Rows of tokens that see nothing are left
+  // without a meaning.
+  void (*attend)(const AttendBlock& block, float* memory, const SoftmaxPart& out);
+  void (*fold)(int64_t rows, int64_t dim, const SoftmaxPart& part, const SoftmaxPart& whole);
 
   // Channels [begin, end), at most kConvPiece of them, of the causal depthwise convolution of all
   // tokens, then SiLU; width <= kMaxTaps.
