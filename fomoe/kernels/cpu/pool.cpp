@@ -23,7 +23,7 @@ using Word = std::atomic<uint32_t>;
 // Threads look for work this long before they give the core away: the gap between two products of
 // a layer is shorter, that between two layers often not.
 constexpr std::chrono::microseconds kSpin{15};
-constexpr int kYields = 4;                          // then this often, before they sleep
+constexpr int kYields = 4;                     // then this often, before they sleep
 constexpr timespec kNap{0, 10 * 1000 * 1000};  // a sleeping caller looks again after 10 ms
 
 inline void relax() {
@@ -63,12 +63,20 @@ bool spin_until(const Ready& ready) {
 // front, others from the back, so that a thread that lost its core holds up one item at most.
 class alignas(64) Share {
  public:
-  void set(uint32_t begin, uint32_t end) { left_.store(pack(begin, end), std::memory_order_release); }
+  void set(uint32_t begin, uint32_t end) {
+    left_.store(pack(begin, end), std::memory_order_release);
+  }
   bool take_first(uint32_t* item) {
-    return take([&](uint32_t begin, uint32_t end) { *item = begin; return pack(begin + 1, end); });
+    return take([&](uint32_t begin, uint32_t end) {
+      *item = begin;
+      return pack(begin + 1, end);
+    });
   }
   bool take_last(uint32_t* item) {
-    return take([&](uint32_t begin, uint32_t end) { *item = end - 1; return pack(begin, end - 1); });
+    return take([&](uint32_t begin, uint32_t end) {
+      *item = end - 1;
+      return pack(begin, end - 1);
+    });
   }
 
  private:
