@@ -53,19 +53,25 @@ FOMOE_INLINE void store_numbers(const typename T::C& c, Stored& out) {
 
 template <int Group>
 inline Lanes<Group> load_lanes(const float* p) {
-  if constexpr (Group == 32) return load(p);
-  else return wide_load(p);
+  if constexpr (Group == 32)
+    return load(p);
+  else
+    return wide_load(p);
 }
 template <int Group>
 inline Lanes<Group> splat_lanes(float x) {
-  if constexpr (Group == 32) return splat(x);
-  else return wide_splat(x);
+  if constexpr (Group == 32)
+    return splat(x);
+  else
+    return wide_splat(x);
 }
 // Dots of each group as float32, which holds them exactly.
 template <int Group, int Bias>
 FOMOE_INLINE Lanes<Group> group_dots(const B64* q, const int8_t* x) {
-  if constexpr (Group == 32) return dots_32<Bias>(q, x);
-  else return dots_16<Bias>(q, x);
+  if constexpr (Group == 32)
+    return dots_32<Bias>(q, x);
+  else
+    return dots_16<Bias>(q, x);
 }
 
 // Sums of the int8 of each group of a chunk.
@@ -78,8 +84,10 @@ inline Lanes<Group> chunk_sums(const int8_t* x) {
 // The scale per 32 values of activations, for each group.
 template <int Group>
 FOMOE_INLINE Lanes<Group> activation_scale(const float* p) {
-  if constexpr (Group == 32) return load(p);
-  else return twice_each(load(p));
+  if constexpr (Group == 32)
+    return load(p);
+  else
+    return twice_each(load(p));
 }
 
 // Chunk `c` of a token, filled up with zeros; scales and sums as in RowChunk, in natural order.

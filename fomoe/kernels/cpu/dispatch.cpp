@@ -47,7 +47,8 @@ std::vector<float> products(const Kernels& k, int type, const std::vector<uint8_
   return out;
 }
 
-// The best set whose results are those of the scalar set, and what was found wrong with better ones.
+// The best set whose results are those of the scalar set, and what was found wrong with better
+// ones.
 struct Choice {
   std::atomic<const Kernels*> kernels{scalar_kernels()};
   std::string problems;

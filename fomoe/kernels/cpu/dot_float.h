@@ -134,8 +134,7 @@ inline void dot_tile(const Slice& s, const float* w, const float* x, int64_t col
       for (int r = 0; r < R; ++r) value[r] = wide_load(w + r * cols + k + 16 * half);
       for (int t = 0; t < N; ++t) {
         const W16 activation = wide_load(at[t] + k + 16 * half);
-        for (int r = 0; r < R; ++r)
-          acc[r][t][half] = fma(value[r], activation, acc[r][t][half]);
+        for (int r = 0; r < R; ++r) acc[r][t][half] = fma(value[r], activation, acc[r][t][half]);
       }
     }
   for (int r = 0; r < R; ++r)

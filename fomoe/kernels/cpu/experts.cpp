@@ -56,8 +56,9 @@ class ExpertRun {
   void hidden_layer() {
     const Matrix gate = matrix(c_.gate_type, 0, c_.width, c_.hidden);
     const Matrix up = matrix(c_.up_type, 0, c_.width, c_.hidden);
-    const int64_t rows = many() ? panel_rows_per_item(c_.width, c_.count) / kHiddenRows * kHiddenRows
-                                : 2 * kHiddenRows;
+    const int64_t rows = many()
+                             ? panel_rows_per_item(c_.width, c_.count) / kHiddenRows * kHiddenRows
+                             : 2 * kHiddenRows;
     const int64_t items = ceil_div(c_.width, rows);
     parallel(c_.count * items, work_of(gate.bytes() + up.bytes()), [&](int64_t item) {
       const int64_t begin = item % items * rows;

@@ -69,8 +69,10 @@ FOMOE_INLINE void transpose_rows(const uint8_t* p, int64_t stride, RowBytes* out
     a[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)),
                                    _mm_loadu_si128(high), 1);
   }
-  const __m256i low01 = _mm256_unpacklo_epi32(a[0], a[1]), low23 = _mm256_unpacklo_epi32(a[2], a[3]);
-  const __m256i top01 = _mm256_unpackhi_epi32(a[0], a[1]), top23 = _mm256_unpackhi_epi32(a[2], a[3]);
+  const __m256i low01 = _mm256_unpacklo_epi32(a[0], a[1]),
+                low23 = _mm256_unpacklo_epi32(a[2], a[3]);
+  const __m256i top01 = _mm256_unpackhi_epi32(a[0], a[1]),
+                top23 = _mm256_unpackhi_epi32(a[2], a[3]);
   out[0] = _mm256_unpacklo_epi64(low01, low23);
   out[1] = _mm256_unpackhi_epi64(low01, low23);
   out[2] = _mm256_unpacklo_epi64(top01, top23);
@@ -80,8 +82,7 @@ FOMOE_INLINE void transpose_rows(const uint8_t* p, int64_t stride, RowBytes* out
 // dot[t] += dots of `Dwords` dwords of quants of each row at w with those of token t at x. Quants
 // of few bits are summed in 16 bits as long as 2 * 127 * (2^Bits - 1) per dword fits.
 template <int Bits, int Dwords, int N>
-FOMOE_INLINE void row_dots(const uint8_t* w, const int8_t* x,
-                                                    RowInts* dot) {
+FOMOE_INLINE void row_dots(const uint8_t* w, const int8_t* x, RowInts* dot) {
   constexpr int fit = Bits <= 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
   constexpr int together = fit < Dwords ? fit : Dwords;
   for (int d = 0; d < Dwords; d += together) {

@@ -1,4 +1,5 @@
-// Kernels for x86-64 with AVX-512 BW, VL, VNNI, VBMI and GFNI (Intel from Ice Lake, AMD from Zen 4 on).
+// Kernels for x86-64 with AVX-512 BW, VL, VNNI, VBMI and GFNI (Intel from Ice Lake, AMD from Zen 4
+// on).
 #include "table.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__GFNI__) && defined(__F16C__)

@@ -105,9 +105,8 @@ void matmul_block(const Matrix& w, const QuantizedRows& x, int64_t tokens, float
   const int64_t per_item = panel_rows_per_item(w.rows, 1);
   parallel(ceil_div(w.rows, per_item), work_bytes(w.bytes(), tokens), [&](int64_t i) {
     const int64_t end = std::min(w.rows, (i + 1) * per_item);
-    product_tiles(w.type,
-                  {w.data, w.row_bytes(), i * per_item, end, nullptr, tokens, out, w.rows}, tiles,
-                  w.cols);
+    product_tiles(w.type, {w.data, w.row_bytes(), i * per_item, end, nullptr, tokens, out, w.rows},
+                  tiles, w.cols);
   });
 }
 

@@ -127,9 +127,9 @@ void py_experts(Addresses gate, Addresses up, Addresses down, ExpertTypes types,
   release(c.count * hidden * width, [&] { experts(c, exact); });
 }
 
-void py_experts_sum(Addresses gate, Addresses up, Addresses down, ExpertTypes types,
-                    int64_t hidden, int64_t width, In<2> x, Ints<1> pair_start, Ints<1> pair_token,
-                    In<1> weights, Out<2> out, bool exact) {
+void py_experts_sum(Addresses gate, Addresses up, Addresses down, ExpertTypes types, int64_t hidden,
+                    int64_t width, In<2> x, Ints<1> pair_start, Ints<1> pair_token, In<1> weights,
+                    Out<2> out, bool exact) {
   const ExpertCall c =
       expert_call(gate, up, down, types, hidden, width, x, pair_start, pair_token, out);
   same("rows of out", dim(out, 0), c.tokens);

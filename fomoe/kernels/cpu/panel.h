@@ -1,8 +1,8 @@
 // Integer products of many tokens: lanes are rows. The order of each output is that of dot_rows.h.
 //
-// kRows rows of weights are unpacked into a panel (panel_fill.h), and tokens are copied into tiles, so
-// that the innermost loop reads both in sequence: partial by partial, and within a partial chunk by
-// chunk.
+// kRows rows of weights are unpacked into a panel (panel_fill.h), and tokens are copied into tiles,
+// so that the innermost loop reads both in sequence: partial by partial, and within a partial chunk
+// by chunk.
 //   tile   [partial][chunk] { int8 [n][group], scale [n], sum [n] }
 // A tile's `sum` is the scaled sum of the activations for types with offsets, else the int32 that
 // takes the bias out of a dot.
@@ -76,16 +76,15 @@ inline void tile_partial(const uint8_t* w, const uint8_t* x, int64_t chunks, flo
     const auto* const scale = reinterpret_cast<const float*>(x + group * N);
     RowInts dot[N];
     for (int t = 0; t < N; ++t)
-      dot[t] = Offset ? row_int_zero()
-                      : row_int_splat(reinterpret_cast<const int32_t*>(scale + N + t));
+      dot[t] =
+          Offset ? row_int_zero() : row_int_splat(reinterpret_cast<const int32_t*>(scale + N + t));
     row_dots<Bits, Dwords, N>(w, reinterpret_cast<const int8_t*>(x), dot);
     const RowFloats row_scale = row_load(w + Dwords * vector);
     for (int t = 0; t < N; ++t)
       partial[t] = fma(row_float(dot[t]), mul(row_scale, row_splat(scale + t)), partial[t]);
     if constexpr (Offset) {
       const RowFloats offset = row_load(w + (Dwords + 1) * vector);
-      for (int t = 0; t < N; ++t)
-        partial[t] = fma(offset, row_splat(scale + N + t), partial[t]);
+      for (int t = 0; t < N; ++t) partial[t] = fma(offset, row_splat(scale + N + t), partial[t]);
     }
     w += vector * (Dwords + 1 + Offset);
     x += (group + 8) * N;
@@ -116,9 +115,8 @@ inline void pass(const Slice& s, const Panel<T>& panel, const uint8_t* x, int64_
     for_tiles(count, [&](int64_t t, auto size) {
       constexpr int n = decltype(size)::value;
       tile_partial<bits, Panel<T>::dwords, T::shape.has_offset, n>(
-          panel.at(p, 0),
-          x + (j + t) * token_bytes + p * panel.chunks * n * (T::group + 8), panel.chunks,
-          partial + (p * kPartialTokens + t) * kRows);
+          panel.at(p, 0), x + (j + t) * token_bytes + p * panel.chunks * n * (T::group + 8),
+          panel.chunks, partial + (p * kPartialTokens + t) * kRows);
     });
   const int64_t rows = s.end - row < kRows ? s.end - row : kRows;
   for (int64_t t = 0; t < count; ++t) {
@@ -142,8 +140,7 @@ void dot_panels(const Slice& s, const uint8_t* tiles, int64_t cols, void* scratc
   const Panel<T> panel{reinterpret_cast<uint8_t*>(partial + floats), row_chunks(cols)};
   for (int64_t row = s.begin; row < s.end; row += kRows) {
     fill_panel<T>(panel, s, row, cols, rows);
-    for (int64_t j = 0; j < s.count; j += kPartialTokens)
-      pass<T>(s, panel, tiles, row, j, partial);
+    for (int64_t j = 0; j < s.count; j += kPartialTokens) pass<T>(s, panel, tiles, row, j, partial);
   }
 }
 

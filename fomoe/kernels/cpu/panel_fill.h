@@ -126,7 +126,8 @@ struct PanelForm<Q6_K> {
       const auto two_groups = [&](auto pair) __attribute__((always_inline)) {
         constexpr int j = decltype(pair)::value;  // low nibbles of group j, high ones of j + 2
         RowBytes low[4], high[4], bits[4];
-        transpose_rows(base + offsetof(BlockQ6_K, low) + v / 2 + i % 2 * 8 + 32 * j, row_bytes, low);
+        transpose_rows(base + offsetof(BlockQ6_K, low) + v / 2 + i % 2 * 8 + 32 * j, row_bytes,
+                       low);
         shift_four<4>(low, 15, high);
         mask_four(low, 15);
         shift_four<2 * j - 4>(top, 48, bits);

@@ -1,9 +1,9 @@
 // Q4_K and Q5_K for a few tokens on AVX-512.
 //
-// Four vectors of 32 packed bytes V0..V3 hold the groups 2 j (low nibbles) and 2 j + 1. Interleaving
-// their 64-bit words before the nibbles are split lets the products of a group's first and second
-// half add up without further shuffles: 9 shuffles per chunk and token become 5, and the 4 of the
-// unpacking are shared by all tokens.
+// Four vectors of 32 packed bytes V0..V3 hold the groups 2 j (low nibbles) and 2 j + 1.
+// Interleaving their 64-bit words before the nibbles are split lets the products of a group's first
+// and second half add up without further shuffles: 9 shuffles per chunk and token become 5, and the
+// 4 of the unpacking are shared by all tokens.
 #pragma once
 
 #include "chunk.h"
@@ -39,9 +39,8 @@ struct PairedRows {
           _mm512_dpbusd_epi32(first, q[i + 1].v, load_64(x + 64 * i + 64).v));
     };
     const __m512 low = both(0), high = both(2);
-    const __m512i sums =
-        _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(low, high, 0x88)),
-                         _mm512_castps_si512(_mm512_shuffle_ps(low, high, 0xdd)));
+    const __m512i sums = _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(low, high, 0x88)),
+                                          _mm512_castps_si512(_mm512_shuffle_ps(low, high, 0xdd)));
     const __m256i a = _mm512_castsi512_si256(sums), b = _mm512_extracti64x4_epi64(sums, 1);
     return to_float(_mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20),
                                      _mm256_permute2x128_si256(a, b, 0x31)));
@@ -72,7 +71,8 @@ struct PairedRows {
         all, _mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
     // Byte i of a word begins at the given bit: the low 6 bits of groups 0, 4, 1, 5, 2, 6, 3, 7 (of
     // groups from 4 on: low 4), then their top 2 bits, moved to bits 4 and 5.
-    const __m128i low_at = _mm_setr_epi8(0, 32, 8, 40, 16, 48, 24, 56, 0, 36, 8, 44, 16, 52, 24, 60);
+    const __m128i low_at =
+        _mm_setr_epi8(0, 32, 8, 40, 16, 48, 24, 56, 0, 36, 8, 44, 16, 52, 24, 60);
     const __m128i top_at = _mm_setr_epi8(0, 2, 0, 10, 0, 18, 0, 26, 0, 2, 0, 10, 0, 18, 0, 26);
     const __m128i low =
         _mm_and_si128(_mm_multishift_epi64_epi8(low_at, words), _mm_set1_epi16(0x0f3f));
@@ -105,8 +105,8 @@ struct RowForm<Q5_K> : PairedRows {
     const __m512i odd = _mm512_unpackhi_epi64(high, high);
     // Bit g of a byte moves to bit 4, the others vanish: row 4 of a matrix has bit g set.
     const auto bit = [](int g) { return int64_t{1} << (24 + g); };
-    const __m512i low = _mm512_setr_epi64(bit(0), bit(4), bit(0), bit(4), bit(2), bit(6), bit(2),
-                                          bit(6));
+    const __m512i low =
+        _mm512_setr_epi64(bit(0), bit(4), bit(0), bit(4), bit(2), bit(6), bit(2), bit(6));
     const __m512i top = _mm512_slli_epi64(low, 1);
     const __m512i fifth[4] = {
         _mm512_gf2p8affine_epi64_epi8(even, low, 0), _mm512_gf2p8affine_epi64_epi8(odd, low, 0),

@@ -116,10 +116,10 @@ inline void delta_tile(const DeltaHead& h, int64_t column, float* tile) {
 inline void delta_head(const DeltaHead& h, int64_t begin, int64_t end, float* memory) {
   // One token on 8 V columns in place.
   const auto in_place = [&](int64_t t, int64_t column, auto vectors) {
-    delta_columns<decltype(vectors)::value>(
-        h.q + t * h.qk_stride, h.k + t * h.qk_stride, h.decay[t * h.gate_stride],
-        h.beta[t * h.gate_stride], h.v + t * h.v_stride + column, h.key_dim, h.value_dim,
-        h.state + column, h.out + t * h.out_stride + column);
+    delta_columns<decltype(vectors)::value>(h.q + t * h.qk_stride, h.k + t * h.qk_stride,
+                                            h.decay[t * h.gate_stride], h.beta[t * h.gate_stride],
+                                            h.v + t * h.v_stride + column, h.key_dim, h.value_dim,
+                                            h.state + column, h.out + t * h.out_stride + column);
   };
   int64_t c = begin;
   for (; c + kDeltaTile <= end; c += kDeltaTile) {

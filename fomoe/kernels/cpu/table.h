@@ -1,9 +1,9 @@
 // The kernels of one instruction set as a table of function pointers. Everything here runs on one
 // thread over the rows, tokens or heads that the caller (drive.cpp) hands it; nothing allocates.
 //
-// Numerics: every output is accumulated over its inputs in one fixed order, in float32 with explicit
-// fma, whatever the number of tokens or rows in the call. All instruction sets execute the same
-// operations on the same numbers, so that their results are equal bit for bit.
+// Numerics: every output is accumulated over its inputs in one fixed order, in float32 with
+// explicit fma, whatever the number of tokens or rows in the call. All instruction sets execute the
+// same operations on the same numbers, so that their results are equal bit for bit.
 #pragma once
 
 #include <cstddef>

@@ -84,14 +84,14 @@ FOMOE_INLINE F8 load_f16_of_blocks(const uint8_t* p) {
   } else {
     constexpr auto word = [](int i) { return static_cast<short>((i * Stride + Offset) / 2); };
     constexpr short last = 4 * Stride - 32;  // the first word of the last 64 bytes
-    const __m512i at = _mm512_castsi128_si512(_mm_setr_epi16(
-        word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7)));
+    const __m512i at = _mm512_castsi128_si512(
+        _mm_setr_epi16(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7)));
     __m512i all = _mm512_permutex2var_epi16(load_64(p).v, at, load_64(p + 64).v);
     if constexpr (word(7) >= 64) {
       static_assert(word(5) < 64 && word(6) >= last);
       const __mmask32 beyond = word(6) >= 64 ? 0xc0 : 0x80;
-      all = _mm512_mask_permutexvar_epi16(all, beyond, _mm512_sub_epi16(at, _mm512_set1_epi16(last)),
-                                          load_64(p + 2 * last).v);
+      all = _mm512_mask_permutexvar_epi16(
+          all, beyond, _mm512_sub_epi16(at, _mm512_set1_epi16(last)), load_64(p + 2 * last).v);
     }
     return _mm256_cvtph_ps(_mm512_castsi512_si128(all));
   }
@@ -164,8 +164,10 @@ FOMOE_INLINE void transpose_rows(const uint8_t* p, int64_t stride, RowBytes* out
     a[r] = _mm512_mask_broadcast_i32x4(a[r], 0x0f00, quad(2));
     a[r] = _mm512_mask_broadcast_i32x4(a[r], 0xf000, quad(3));
   }
-  const __m512i low01 = _mm512_unpacklo_epi32(a[0], a[1]), low23 = _mm512_unpacklo_epi32(a[2], a[3]);
-  const __m512i top01 = _mm512_unpackhi_epi32(a[0], a[1]), top23 = _mm512_unpackhi_epi32(a[2], a[3]);
+  const __m512i low01 = _mm512_unpacklo_epi32(a[0], a[1]),
+                low23 = _mm512_unpacklo_epi32(a[2], a[3]);
+  const __m512i top01 = _mm512_unpackhi_epi32(a[0], a[1]),
+                top23 = _mm512_unpackhi_epi32(a[2], a[3]);
   out[0] = {_mm512_unpacklo_epi64(low01, low23)};
   out[1] = {_mm512_unpackhi_epi64(low01, low23)};
   out[2] = {_mm512_unpacklo_epi64(top01, top23)};
@@ -174,8 +176,7 @@ FOMOE_INLINE void transpose_rows(const uint8_t* p, int64_t stride, RowBytes* out
 
 // dot[t] += dots of `Dwords` dwords of quants of each row at w with those of token t at x.
 template <int Bits, int Dwords, int N>
-FOMOE_INLINE void row_dots(const uint8_t* w, const int8_t* x,
-                                                    RowInts* dot) {
+FOMOE_INLINE void row_dots(const uint8_t* w, const int8_t* x, RowInts* dot) {
 #pragma GCC unroll 8
   for (int d = 0; d < Dwords; ++d) {
     const __m512i q = _mm512_load_si512(w + 64 * d);
