@@ -28,6 +28,8 @@ RING_MOST = 128
 RING_LEAST = 16  # two waves: what reads must find to pass through, where the ring is that large
 RESERVE_SHARE = 8  # guesses leave an eighth of a ring free: the first reads can go out at once
 
+_N_TIERS = len(Tier)
+
 Mask = npt.NDArray[np.bool_]
 
 
@@ -71,6 +73,9 @@ def share_slots(residency: Residency, layer: int, tokens: int) -> int:
 class Room:
     """The slots of a layer's pool that can be had: free ones, then those of entries that may leave.
 
+    Own entries leave first, wrong guesses before all, then what other layers hold beyond their
+    share; these are looked at when it comes to that.
+
     Args:
         residency: the tables.
         layer: for whom the slots are.
@@ -80,17 +85,19 @@ class Room:
 
     def __init__(self, residency: Residency, layer: int, keep: Mask, tokens: int) -> None:
         self._residency = residency
-        self._layer = layer
+        self._layer, self._tokens = layer, tokens
         own = (residency.tier_of(layer) == Tier.DEVICE) & ~keep
         wrong = own & residency.unused(layer)  # guesses that nobody wanted
         self._leaving = deque(_rising(residency, layer, wrong))
         self._leaving.extend(_rising(residency, layer, own & ~wrong))
-        for member in _farthest_first(residency.members(layer), layer):
-            self._leaving.extend(_surplus(residency, member, tokens))
+        self._others = deque(_farthest_first(residency.members(layer), layer))
+        self._spared: dict[int, Mask] = {}
 
     @property
     def size(self) -> int:
         """How many slots can be had."""
+        while self._others:
+            self._look_further()
         return self._residency.free(self._layer) + len(self._leaving)
 
     def offer(self, key: ExpertKey) -> None:
@@ -99,8 +106,19 @@ class Room:
 
     def spare(self, layer: int, experts: Mask) -> None:
         """Keep these of the entries that may leave."""
+        self._spared[layer] = experts
         self._leaving = deque(
             key for key in self._leaving if key.layer != layer or not experts[key.expert]
+        )
+
+    def _look_further(self) -> None:
+        """Let another layer's surplus leave."""
+        member = self._others.popleft()
+        spared = self._spared.get(member)
+        self._leaving.extend(
+            key
+            for key in _surplus(self._residency, member, self._tokens)
+            if spared is None or not spared[key.expert]
         )
 
     def take(
@@ -112,6 +130,8 @@ class Room:
         """
         gone = None
         while not self._residency.free(layer):
+            while not self._leaving and self._others:
+                self._look_further()
             if not self._leaving:
                 return None
             gone = self._leaving.popleft()
@@ -163,27 +183,29 @@ class Sweep:
         first = self._placed
         placed: list[Placement] = []
         dropped, self._vacated = self._vacated, []
-        for at in range(first, min(first + most, len(self.experts))):
-            if self.sources[at] == Tier.NVME:
-                taken = self._room.take(self.layer, int(self.experts[at]))
-                if taken is None:
-                    break
-                placed.append(taken[0])
-                if taken[1] is not None:
-                    dropped.append(taken[1])
-            self._placed = at + 1
-        if self._placed == first:
+        end = min(first + most, len(self.experts))
+        for at in (first + (self.sources[first:end] == Tier.NVME).nonzero()[0]).tolist():
+            taken = self._room.take(self.layer, int(self.experts[at]))
+            if taken is None:
+                end = at
+                break
+            placed.append(taken[0])
+            if taken[1] is not None:
+                dropped.append(taken[1])
+        self._placed = end
+        if end == first:
             assert not dropped, "what was dropped makes room"
             return None
         lookups = self._residency.counters.lookups[self.layer]
-        lookups += np.bincount(self.sources[first : self._placed], minlength=len(Tier))
-        return Wave(first, self._placed, tuple(dropped), tuple(placed))
+        lookups += np.bincount(self.sources[first:end], minlength=_N_TIERS)
+        return Wave(first, end, tuple(dropped), tuple(placed))
 
     def computed(self, end: int) -> None:
         """The experts before position `end` have had their turn: what is not kept may leave."""
-        for at in range(self._computed, end):
-            if not self.kept[at] and self.sources[at] != Tier.RAM:
-                self._room.offer(ExpertKey(self.layer, int(self.experts[at])))
+        turn = slice(self._computed, end)
+        passing = ~self.kept[turn] & (self.sources[turn] != Tier.RAM)
+        for expert in self.experts[turn][passing].tolist():
+            self._room.offer(ExpertKey(self.layer, expert))
         self._computed = end
 
     def guess(self, layer: int, expected: Mask) -> Guess:
@@ -227,6 +249,8 @@ class Sweep:
         Slots that reads pass through: what can be had at first, and what earlier experts leave
         behind, less what earlier reads stay in. Guesses that came true pass through already.
         """
+        if not (self.sources == Tier.NVME).any():
+            return
         ring = min(ring_slots(self._residency, self.layer, self._tokens), RING_LEAST) - n_guessed
         while True:
             reads = self.sources == Tier.NVME
