@@ -97,7 +97,7 @@ class TieredExperts:
 
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Load what `layer` will probably want, behind all demand reads; never waits."""
-        if self.sweeps.active:
+        if self.sweeps.takes_guesses:
             if np.isfinite(scores).all():  # a guess fails nothing
                 self.sweeps.look_ahead(layer, expect_of_chunk(scores, self._top_k))
             return
@@ -105,6 +105,10 @@ class TieredExperts:
         if reads:
             self._send_reads(self._home[layer].node, self._planner.arrays.reads[:reads])
             self._planner.charge(self.counters, decoding=True)
+
+    def open_prompt(self, tokens: int) -> None:
+        """Begin a chunk of a prompt: `look_ahead` may be called for its first layers."""
+        self.sweeps.open(tokens)
 
     def may_guess(self, layer: int) -> bool:
         """Whether an expert of the layer lies in no tier, and there are slots to read it into."""

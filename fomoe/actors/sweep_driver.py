@@ -28,7 +28,7 @@ from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import Read
 from fomoe.errors import PeerStalledError, StorageError
 from fomoe.model.buffers import F32
-from fomoe.residency import ChunkUse, Placement, Residency, Sweep, Wave
+from fomoe.residency import ChunkUse, Placement, Residency, Sweep, Wave, guess_ahead
 from fomoe.routing import ExpertGroups, Route, group_by_expert
 from fomoe.types import ExpertKey, Tier
 
@@ -80,7 +80,6 @@ class _Running:
     buffer: int
     pairs: npt.NDArray[np.int64]
     in_flight: deque[int] = field(default_factory=deque)
-    ahead: dict[int, npt.NDArray[np.bool_]] = field(default_factory=dict)  # expected, by layer
 
 
 class PromptSweeps:
@@ -96,11 +95,23 @@ class PromptSweeps:
         self._top_k = top_k
         self._buffer = bytearray(host.fabric.spec.slot_bytes)
         self._running: _Running | None = None
+        self._opened = 0  # tokens of a chunk whose first sweep has not begun
+        self._ahead: dict[int, npt.NDArray[np.bool_]] = {}  # expected, by layer
 
     @property
     def active(self) -> bool:
         """Whether a sweep has begun and not ended."""
         return self._running is not None
+
+    @property
+    def takes_guesses(self) -> bool:
+        """Whether a chunk is under way."""
+        return self.active or self._opened > 0
+
+    def open(self, tokens: int) -> None:
+        """Begin a chunk: `look_ahead` may be called for its first layers."""
+        self.abandon()
+        self._opened = tokens
 
     def begin(self, layer: int, h: F32, route: Route) -> None:
         """Decide the sweep, send its first reads and waves."""
@@ -121,19 +132,16 @@ class PromptSweeps:
 
     def may_guess(self, layer: int) -> bool:
         """Whether a look-ahead at the layer finds slots: one layer of each pool can have them."""
-        running = self._running
         members = self._host.residency.members(layer)
-        return running is not None and not any(other in members for other in running.ahead)
+        return self.takes_guesses and not any(other in members for other in self._ahead)
 
     def look_ahead(self, layer: int, expected: npt.NDArray[np.bool_]) -> None:
         """Read what `layer` will probably want, bool [E], when the disk has nothing better to do.
 
         Never waits; goes on while the sweep under way ends.
         """
-        running = self._running
-        assert running is not None
-        running.ahead[layer] = expected
-        self._guess(running, layer)
+        self._ahead[layer] = expected
+        self._guess(layer)
 
     def finish(self) -> F32:
         """Wait for the sweep begun last; returns the routed sum float32 [T, D].
@@ -165,6 +173,7 @@ class PromptSweeps:
             PeerStalledError: the device did not answer in time.
         """
         running, self._running = self._running, None
+        self._ahead, self._opened = {}, 0
         if running is None or not running.in_flight:
             return
         device = running.device
@@ -209,9 +218,9 @@ class PromptSweeps:
             if wave is None:
                 break
             self._send(running, wave)
-        for layer in running.ahead:
+        for layer in self._ahead:
             if layer in self._host.residency.members(running.layer):
-                self._guess(running, layer)  # other pools get no more room from this sweep
+                self._guess(layer)  # other pools get no more room from this sweep
 
     def _send(self, running: _Running, wave: Wave) -> None:
         self._read(running.layer, wave.dropped, wave.placed, Priority.DEMAND)
@@ -229,9 +238,12 @@ class PromptSweeps:
         running.device.sender.send(Tag.SWEEP, payload, _regions(running, wave), _SEND_BOUND_S)
         running.in_flight.append(wave.end)
 
-    def _guess(self, running: _Running, layer: int) -> None:
-        host = self._host
-        guess = running.sweep.guess(layer, running.ahead[layer])
+    def _guess(self, layer: int) -> None:
+        host, expected, running = self._host, self._ahead[layer], self._running
+        if running is None:
+            guess = guess_ahead(host.residency, layer, expected, self._opened)
+        else:
+            guess = running.sweep.guess(layer, expected)
         self._read(layer, guess.dropped, guess.placed, Priority.PREFETCH)
         for place in guess.placed:
             host.unproven[layer, place.key.expert] = Tier.NVME

@@ -30,8 +30,11 @@ class ExpertHost(Protocol):
     def look_ahead(self, layer: int, scores: F32) -> None:
         """Load what `layer` will probably want, behind all demand reads; never waits."""
 
+    def open_prompt(self, tokens: int) -> None:
+        """Begin a chunk of a prompt: `look_ahead` may be called for its first layers."""
+
     def may_guess(self, layer: int) -> bool:
-        """Whether a look-ahead at the layer in the prompt step begun last can save time."""
+        """Whether a look-ahead at the layer, in the prompt under way, can save time."""
 
     def finish(self) -> F32:
         """Wait for the step begun last and return the routed sum float32 [T, D]."""
@@ -89,6 +92,9 @@ class ResidentExperts:
         self.begin(layer, h, route, decoding=decoding)
 
     def look_ahead(self, layer: int, scores: F32) -> None:
+        """Everything is resident already."""
+
+    def open_prompt(self, tokens: int) -> None:
         """Everything is resident already."""
 
     def may_guess(self, layer: int) -> bool:

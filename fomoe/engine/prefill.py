@@ -30,6 +30,9 @@ def prefill(
     model, experts, watch = forward.model, forward.experts, forward.watch
     watch.start()
     x = model.embed(batch)
+    experts.open_prompt(batch.size)
+    if forward.prefetch:
+        _look_ahead(forward, -1, x)
     for layer in range(model.spec.n_layers):
         model.mix(layer, x, batch)
         h, scores = model.scores(layer, x)

@@ -9,7 +9,7 @@ from fomoe.residency.logical import LogicalCache, LogicalSnapshot
 from fomoe.residency.plans import Fetch, Placement, Plan
 from fomoe.residency.policy import LFRU, LRU, EvictionPolicy, History
 from fomoe.residency.residency import ChunkUse, Residency
-from fomoe.residency.sweep import Guess, Sweep, Wave
+from fomoe.residency.sweep import Guess, Sweep, Wave, guess_ahead
 from fomoe.residency.topology import RamPolicy, Topology
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "Sweep",
     "Topology",
     "Wave",
+    "guess_ahead",
     "plan_budgets",
 ]

@@ -26,7 +26,7 @@ from fomoe.types import ExpertKey, Tier
 RING_TOKENS = 8
 RING_MOST = 128
 RING_LEAST = 16  # two waves: what reads must find to pass through, where the ring is that large
-RESERVE_SHARE = 8  # guesses leave an eighth of a ring free: the first reads can go out at once
+RESERVE_SHARE = 8  # guesses leave an eighth of a ring
 
 _N_TIERS = len(Tier)
 
@@ -81,6 +81,9 @@ class Room:
         layer: for whom the slots are.
         keep: bool [E], the layer's experts that stay whatever happens.
         tokens: of the chunk.
+
+    Attributes:
+        reserve: slots that guesses leave, so that the first reads behind them can go out at once.
     """
 
     def __init__(self, residency: Residency, layer: int, keep: Mask, tokens: int) -> None:
@@ -92,6 +95,7 @@ class Room:
         self._leaving.extend(_rising(residency, layer, own & ~wrong))
         self._others = deque(_farthest_first(residency.members(layer), layer))
         self._spared: dict[int, Mask] = {}
+        self.reserve = ring_slots(residency, layer, tokens) // RESERVE_SHARE
 
     @property
     def size(self) -> int:
@@ -213,28 +217,12 @@ class Sweep:
 
         Where that layer shares this one's pool, nothing is placed before this one needs no more.
         """
-        residency = self._residency
-        shared = layer in residency.members(self.layer)
-        if shared and not self.is_placed:
+        if layer not in self._residency.members(self.layer):
+            return guess_ahead(self._residency, layer, expected, self._tokens)
+        if not self.is_placed:
             return Guess((), ())
-        if shared:
-            room = self._room
-            room.spare(layer, expected)
-        else:
-            kept = _worthiest(residency.worth(layer), residency.tier_of(layer) == Tier.DEVICE,
-                              share_slots(residency, layer, self._tokens))  # fmt: skip
-            room = Room(residency, layer, kept | expected, self._tokens)
-        absent = expected & (residency.tier_of(layer) == Tier.NVME)
-        least = ring_slots(residency, layer, self._tokens) // RESERVE_SHARE
-        placed, dropped = [], []
-        for expert in absent.nonzero()[0].tolist():
-            taken = room.take(layer, expert, guess=True) if room.size > least else None
-            if taken is None:
-                break
-            placed.append(taken[0])
-            if taken[1] is not None:
-                dropped.append(taken[1])
-        return Guess(tuple(dropped), tuple(placed))
+        self._room.spare(layer, expected)
+        return _guess(self._residency, self._room, layer, expected)
 
     def _choose(self, tiers: npt.NDArray[np.int8], wanted: Mask) -> Mask:
         """Choose what the layer holds on its device after the sweep, bool [E]."""
@@ -264,6 +252,29 @@ class Sweep:
             if not self._residency.evict(key):
                 self._vacated.append(key)
             self.sources[late[0]] = self._residency.tier_of(self.layer)[key.expert]
+
+
+def guess_ahead(residency: Residency, layer: int, expected: Mask, tokens: int) -> Guess:
+    """Place experts, bool [E], that a chunk of `tokens` will probably want of the layer, ascending.
+
+    No sweep of the layer's pool may be under way. The layer's worthiest stay where they are.
+    """
+    held = residency.tier_of(layer) == Tier.DEVICE
+    kept = _worthiest(residency.worth(layer), held, share_slots(residency, layer, tokens))
+    return _guess(residency, Room(residency, layer, kept | expected, tokens), layer, expected)
+
+
+def _guess(residency: Residency, room: Room, layer: int, expected: Mask) -> Guess:
+    absent = expected & (residency.tier_of(layer) == Tier.NVME)
+    placed, dropped = [], []
+    for expert in absent.nonzero()[0].tolist():
+        taken = room.take(layer, expert, guess=True) if room.size > room.reserve else None
+        if taken is None:
+            break
+        placed.append(taken[0])
+        if taken[1] is not None:
+            dropped.append(taken[1])
+    return Guess(tuple(dropped), tuple(placed))
 
 
 def _worthiest(worth: npt.NDArray[np.float64], candidates: Mask, most: int) -> Mask:
