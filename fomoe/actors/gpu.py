@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from fomoe.actors.channel import Regions
 from fomoe.actors.layout import StepArena, StepViews
 from fomoe.actors.messages import DONE, STEP, STEP_FIRST, STEP_ID, STEP_LAST, Tag
 from fomoe.actors.process import FabricMember, LoopThread
@@ -57,6 +59,20 @@ class _Step:
     wait_ns: int = 0
 
 
+class _WholeToken:
+    """The arrays of a step of one token with all its experts, cut once per buffer."""
+
+    def __init__(self, plan: DevicePlan, views: StepViews, pairs: npt.NDArray[np.float32]) -> None:
+        k = plan.top_k
+        self.entries = views.entries[:k]
+        self.ready = np.zeros(k, np.uint8)
+        self.addresses = np.zeros((3, k), np.uint64)
+        self.x, self.out = views.x[:1], views.out[:1]
+        self.pair_start, self.pair_token = views.pair_start[: k + 1], views.pair_token[:k]
+        self.pairs, self.order, self.weights = pairs[:k], views.order[:1], views.weights[:1]
+        self.regions = ((plan.arena, views.offsets["out"], self.out.nbytes),)
+
+
 class GPUActor(FabricMember):
     """Computes a layer's routed experts as their bytes land and adds them up in id order."""
 
@@ -97,6 +113,7 @@ class GPUActor(FabricMember):
         self._buffer = bytearray(fabric.spec.slot_bytes)
         layout = StepArena(plan.max_tokens, plan.hidden, plan.top_k, plan.n_experts)
         self._views = layout.views(fabric.arena(plan.arena))
+        self._tokens = [_WholeToken(plan, views, self._pairs) for views in self._views]
         self._loop = loop = LoopThread(self, self.poll, self.status, _SPIN_US)
         self._sweep = DeviceSweep(
             self._device, fabric,
@@ -120,11 +137,13 @@ class GPUActor(FabricMember):
 
     def _serve(self, fields: tuple[int, ...]) -> None:
         step_id, layer, tokens, top_k, first, count, flags, buffer = fields
+        if tokens == 1 and count == top_k and self._serve_token(step_id, layer, buffer):
+            return
         step = _Step(self._views[buffer], step_id, layer, tokens, top_k, first, count)
         if flags & STEP_FIRST:
             self._done[:] = 0
         complete = self._compute(step)
-        regions: tuple[tuple[str, int, int], ...] = ()
+        regions: Regions = ()
         if complete and flags & STEP_LAST:
             views = step.views
             started = time.perf_counter_ns()
@@ -134,12 +153,30 @@ class GPUActor(FabricMember):
             )
             step.compute_ns += time.perf_counter_ns() - started
             regions = ((self._plan.arena, views.offsets["out"], out.nbytes),)
-        self._steps += 1
-        self._experts += step.computed
-        self._compute_ns += step.compute_ns
         self._stall_ns += step.wait_ns
         payload = DONE.pack(step_id, not complete, step.computed, step.compute_ns, step.wait_ns)
+        self._answer(payload, regions, step.computed, step.compute_ns)
+
+    def _serve_token(self, step_id: int, layer: int, buffer: int) -> bool:
+        """Serve a step of one token if all its experts are there; the most frequent case."""
+        whole, device = self._tokens[buffer], self._device
+        started = time.perf_counter_ns()
+        if landed(self._landed, whole.entries, whole.ready) < len(whole.ready):
+            return False
+        part_addresses(self._parts[layer], whole.entries, whole.addresses)
+        device.experts(self._shapes[layer], whole.addresses, whole.x, whole.pair_start,
+                       whole.pair_token, whole.pairs)  # fmt: skip
+        device.reduce(whole.pairs, whole.order, whole.weights, whole.out)
+        computed = time.perf_counter_ns() - started
+        payload = DONE.pack(step_id, 0, len(whole.ready), computed, 0)
+        self._answer(payload, whole.regions, len(whole.ready), computed)
+        return True
+
+    def _answer(self, payload: bytes, regions: Regions, experts: int, compute_ns: int) -> None:
         self._to_driver.send(Tag.DONE, payload, regions, _SEND_BOUND_S)
+        self._steps += 1
+        self._experts += experts
+        self._compute_ns += compute_ns
 
     def _compute(self, step: _Step) -> bool:
         """Compute each expert as it lands; False when the driver gave the step up."""

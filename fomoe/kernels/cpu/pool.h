@@ -15,7 +15,7 @@ using Item = void (*)(const void* body, int64_t item);
 void run_items(int64_t count, Item item, const void* body);
 
 // Work below this many bytes is done by the caller: waking a thread costs more.
-constexpr int64_t kInlineBytes = 64 * 1024;
+constexpr int64_t kInlineBytes = 256 * 1024;
 
 template <class Body>
 void parallel(int64_t count, int64_t work_bytes, const Body& body) {
