@@ -217,6 +217,7 @@ class TieredExperts:
                             flags, step.buffer.number)  # fmt: skip
         if device.shares_cores and first == 0:
             self._held = payload
+            self.fabric.ring(device.name)  # it is awake by the time that its step goes out
             return
         self._send_step(step, payload)
 

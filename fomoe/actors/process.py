@@ -171,8 +171,8 @@ class LoopThread:
                 if self._poll():
                     spin_us = self._spin_us
                 else:
-                    self._fabric.wait(bell, spin_us, _IDLE_WAIT_MS)
-                    spin_us = 0.0
+                    rung = self._fabric.wait(bell, spin_us, _IDLE_WAIT_MS)
+                    spin_us = self._spin_us if rung else 0.0
                 self.report()
         except BaseException as error:
             self.error = error
