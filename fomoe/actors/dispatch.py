@@ -33,6 +33,7 @@ from fomoe.types import ExpertKey, Tier
 
 SPIN_US = 300.0  # while a token is in flight; the waiter yields, so a shared core is no cliff
 WAIT_MS = 20.0
+LONG_LAYER_S = 200e-6  # from a device's answer to the next step
 STEP_BOUND_S = 120.0
 SEND_BOUND_S = 5.0
 FETCH_BATCH = 256  # records a message: half of the smallest ring slot
@@ -67,10 +68,10 @@ class TieredExperts:
         }
         self._step = self._steps[devices[0].name][0]
         self._step_id = 0
-        # The step for a device that computes on this process's own cores: it goes out when the
-        # driver has nothing more to compute meanwhile, else both would lose their turns to each
-        # other; its reads are under way already.
+        # A step that goes out when the driver has nothing more to compute meanwhile; its reads are
+        # under way already.
         self._held: bytes | None = None
+        self._answered = 0.0  # when a device last did
         self.unproven = self._planner.arrays.unproven
         self.sweeps = PromptSweeps(self, arena.top_k)
 
@@ -215,11 +216,19 @@ class TieredExperts:
         flags = (STEP_FIRST if first == 0 else 0) | (STEP_LAST if end == count else 0)
         payload = STEP.pack(step.id, step.layer, step.tokens, self._top_k, first, end - first,
                             flags, step.buffer.number)  # fmt: skip
-        if device.shares_cores and first == 0:
+        if device.shares_cores and first == 0 and self._is_long():
             self._held = payload
             self.fabric.ring(device.name)  # it is awake by the time that its step goes out
             return
         self._send_step(step, payload)
+
+    def _is_long(self) -> bool:
+        """Whether layers are so long that driver and device would lose turns to each other.
+
+        Two processes with as many threads as cores do, where a layer's products are worth more
+        than one thread. Short ones leave a core to each.
+        """
+        return time.monotonic() - self._answered > LONG_LAYER_S
 
     def _send_step(self, step: Step, payload: bytes) -> None:
         planner = self._planner
@@ -243,6 +252,7 @@ class TieredExperts:
                 step_id, aborted, _, computed_ns, waited_ns = DONE.unpack_from(self._buffer)
                 if step_id != step.id:
                     continue
+                self._answered = time.monotonic()
                 self.counters.compute_s += computed_ns / 1e9
                 self.counters.stall_s += waited_ns / 1e9
                 if aborted:
