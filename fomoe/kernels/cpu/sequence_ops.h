@@ -1,6 +1,7 @@
 // Kernels that look at other positions: causal convolution, gated delta rule.
 #pragma once
 
+#include "floats16.h"
 #include "vector_ops.h"
 
 namespace fomoe::cpu::FOMOE_ISA {
@@ -40,54 +41,92 @@ inline void conv_silu(const float* x, const float* weight, float* state, int64_t
                  static_cast<size_t>(end - begin) * sizeof(float));
 }
 
-// One step per token on 8 V columns of the state: S = S * decay, d = beta * (v - S^T k),
-// S = S + k d^T, out = S^T q.
-template <int V>
-inline void delta_columns(const float* q, const float* k, float decay, float beta, const float* v,
-                          int64_t key_dim, int64_t stride, float* state, float* out) {
-  F8 d[V], o[V];
-  for (int n = 0; n < V; ++n) d[n] = o[n] = zero();
-  for (int64_t i = 0; i < key_dim; ++i)
-    for (int n = 0; n < V; ++n) {
-      const F8 s = mul(load(state + i * stride + 8 * n), splat(decay));
-      d[n] = fma(splat(k[i]), s, d[n]);
+// Columns of a state [key_dim, N * Lanes].
+struct StateColumns {
+  float* data;
+  int64_t stride;
+};
+
+// The numbers of one token that a pass over the state multiplies rows with.
+struct DeltaStep {
+  const float *q, *k;
+  float decay;
+};
+
+template <int N, int Lanes>
+using Columns = typename Vector<Lanes>::type[N];
+
+// S = S * decay, d = S^T k
+template <int N, int Lanes>
+FOMOE_INLINE void delta_open(const DeltaStep& now, int64_t key_dim, StateColumns from,
+                             StateColumns to, Columns<N, Lanes>& d) {
+  using From = Vector<Lanes>;
+  const auto decay = From::splat(now.decay);
+  for (auto& x : d) x = From::splat(0.0f);
+  for (int64_t i = 0; i < key_dim; ++i) {
+    const auto k = From::splat(now.k[i]);
+    for (int n = 0; n < N; ++n) {
+      const auto s = mul(From::load(from.data + i * from.stride + n * Lanes), decay);
+      store(to.data + i * to.stride + n * Lanes, s);
+      d[n] = fma(k, s, d[n]);
     }
-  for (int n = 0; n < V; ++n) d[n] = mul(splat(beta), sub(load(v + 8 * n), d[n]));
-  for (int64_t i = 0; i < key_dim; ++i)
-    for (int n = 0; n < V; ++n) {
-      float* at = state + i * stride + 8 * n;
-      const F8 s = fma(splat(k[i]), d[n], mul(load(at), splat(decay)));
-      store(at, s);
-      o[n] = fma(splat(q[i]), s, o[n]);
-    }
-  for (int n = 0; n < V; ++n) store(out + 8 * n, o[n]);
+  }
 }
 
-// All tokens on the 8 V columns of a state [key_dim, stride]; q, k, v, out as in delta_head.
-template <int V>
-inline void delta_tokens(const DeltaHead& h, int64_t column, float* state, int64_t stride) {
-  for (int64_t t = 0; t < h.tokens; ++t)
-    delta_columns<V>(h.q + t * h.qk_stride, h.k + t * h.qk_stride, h.decay[t * h.gate_stride],
-                     h.beta[t * h.gate_stride], h.v + t * h.v_stride + column, h.key_dim, stride,
-                     state, h.out + t * h.out_stride + column);
+// S = S + k d^T, o = S^T q; unless it is the last token also the next one's S = S * decay and
+// d = S^T k: one pass over the state per token.
+template <int N, int Lanes, bool Last>
+FOMOE_INLINE void delta_step(const DeltaStep& now, const DeltaStep& next, int64_t key_dim,
+                             StateColumns from, StateColumns to, Columns<N, Lanes>& d,
+                             Columns<N, Lanes>& o) {
+  using From = Vector<Lanes>;
+  Columns<N, Lanes> next_d;
+  for (int n = 0; n < N; ++n) o[n] = next_d[n] = From::splat(0.0f);
+  const auto decay = From::splat(next.decay);
+  for (int64_t i = 0; i < key_dim; ++i) {
+    const auto k = From::splat(now.k[i]), q = From::splat(now.q[i]);
+    const auto next_k = From::splat(next.k[i]);
+    for (int n = 0; n < N; ++n) {
+      auto s = fma(k, d[n], From::load(from.data + i * from.stride + n * Lanes));
+      o[n] = fma(q, s, o[n]);
+      if constexpr (!Last) {
+        s = mul(s, decay);
+        next_d[n] = fma(next_k, s, next_d[n]);
+      }
+      store(to.data + i * to.stride + n * Lanes, s);
+    }
+  }
+  for (int n = 0; n < N; ++n) d[n] = next_d[n];
+}
+
+// All tokens on the columns [column, column + N * Lanes) of a state, which between tokens lies in
+// `memory`: rows of the state are a power of two apart and would push each other out of L1.
+template <int N, int Lanes>
+inline void delta_columns(const DeltaHead& h, int64_t column, float* memory) {
+  using From = Vector<Lanes>;
+  const StateColumns state{h.state + column, h.value_dim}, tile{memory, N * Lanes};
+  const auto at = [&](int64_t t) {
+    return DeltaStep{h.q + t * h.qk_stride, h.k + t * h.qk_stride, h.decay[t * h.gate_stride]};
+  };
+  Columns<N, Lanes> d, o;
+  delta_open<N, Lanes>(at(0), h.key_dim, state, tile, d);
+  for (int64_t t = 0; t < h.tokens; ++t) {
+    const float* const v = h.v + t * h.v_stride + column;
+    const auto beta = From::splat(h.beta[t * h.gate_stride]);
+    for (int n = 0; n < N; ++n) d[n] = mul(beta, sub(From::load(v + n * Lanes), d[n]));
+    if (t + 1 < h.tokens)
+      delta_step<N, Lanes, false>(at(t), at(t + 1), h.key_dim, tile, tile, d, o);
+    else
+      delta_step<N, Lanes, true>(at(t), at(t), h.key_dim, tile, state, d, o);
+    for (int n = 0; n < N; ++n) store(h.out + t * h.out_stride + column + n * Lanes, o[n]);
+  }
 }
 
 inline void delta_head(const DeltaHead& h, int64_t begin, int64_t end, float* memory) {
   constexpr int64_t wide = 32;
   int64_t c = begin;
-  for (; c + wide <= end; c += wide) {
-    if (h.tokens == 1) {
-      delta_tokens<4>(h, c, h.state + c, h.value_dim);
-      continue;
-    }
-    // Rows of a state lie a power of two apart and would push each other out of L1.
-    for (int64_t i = 0; i < h.key_dim; ++i)
-      std::memcpy(memory + i * wide, h.state + i * h.value_dim + c, wide * sizeof(float));
-    delta_tokens<4>(h, c, memory, wide);
-    for (int64_t i = 0; i < h.key_dim; ++i)
-      std::memcpy(h.state + i * h.value_dim + c, memory + i * wide, wide * sizeof(float));
-  }
-  for (; c < end; c += 8) delta_tokens<1>(h, c, h.state + c, h.value_dim);
+  for (; c + wide <= end; c += wide) delta_columns<wide / 16, 16>(h, c, memory);
+  for (; c < end; c += 8) delta_columns<1, 8>(h, c, memory);
 }
 
 }  // namespace fomoe::cpu::FOMOE_ISA
