@@ -122,6 +122,42 @@ inline void delta_columns(const DeltaHead& h, int64_t column, float* memory) {
   }
 }
 
+// The only token on the columns [column, column + N * Lanes) of a state.
+template <int N, int Lanes>
+inline void delta_alone(const DeltaHead& h, int64_t column) {
+  using From = Vector<Lanes>;
+  float* const state = h.state + column;
+  const auto decay = From::splat(h.decay[0]), beta = From::splat(h.beta[0]);
+  Columns<N, Lanes> d, o;
+  for (int n = 0; n < N; ++n) d[n] = o[n] = From::splat(0.0f);
+  for (int64_t i = 0; i < h.key_dim; ++i) {
+    const auto k = From::splat(h.k[i]);
+    for (int n = 0; n < N; ++n)
+      d[n] = fma(k, mul(From::load(state + i * h.value_dim + n * Lanes), decay), d[n]);
+  }
+  for (int n = 0; n < N; ++n) d[n] = mul(beta, sub(From::load(h.v + column + n * Lanes), d[n]));
+  for (int64_t i = 0; i < h.key_dim; ++i) {
+    const auto k = From::splat(h.k[i]), q = From::splat(h.q[i]);
+    for (int n = 0; n < N; ++n) {
+      float* const at = state + i * h.value_dim + n * Lanes;
+      const auto s = fma(k, d[n], mul(From::load(at), decay));
+      store(at, s);
+      o[n] = fma(q, s, o[n]);
+    }
+  }
+  for (int n = 0; n < N; ++n) store(h.out + column + n * Lanes, o[n]);
+}
+
+// All columns for the only token: the state comes from memory, which gives nearly twice as much when
+// rows are read from end to end; hence as many columns at a time as registers hold.
+inline void delta_token(const DeltaHead& h) {
+  constexpr int64_t wide = kWideRegisters ? 128 : 64;
+  int64_t c = 0;
+  for (; c + wide <= h.value_dim; c += wide) delta_alone<wide / 16, 16>(h, c);
+  for (; c + 32 <= h.value_dim; c += 32) delta_alone<2, 16>(h, c);
+  for (; c < h.value_dim; c += 8) delta_alone<1, 8>(h, c);
+}
+
 inline void delta_head(const DeltaHead& h, int64_t begin, int64_t end, float* memory) {
   constexpr int64_t wide = 32;
   int64_t c = begin;
