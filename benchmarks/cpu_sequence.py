@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -91,23 +90,25 @@ def attention(rng: np.random.Generator, s: Shape) -> Iterator[Measure]:
         yield Measure(f"attention T={tokens} at {first}", unit, amount, call)
 
 
+def each_state(step: Callable[[F32, F32], None], states: F32, out: F32) -> None:
+    """One call per state."""
+    for state in states:
+        step(state, out)
+
+
 def delta(rng: np.random.Generator, s: Shape) -> Iterator[Measure]:
     """The delta rule for a tile and for one token of many states."""
     for tokens in (TILE, 1):
         values = s.value_heads * s.key_dim
         qkv, out = random(rng, tokens, s.channels), np.empty((tokens, values), np.float32)
         alpha, beta = (random(rng, tokens, s.value_heads) for _ in range(2))
-        decay, bias = -0.1 * np.abs(random(rng, s.value_heads)), random(rng, s.value_heads)
+        decay, bias = -np.abs(random(rng, s.value_heads)), random(rng, s.value_heads)
         count = 1 if tokens > 1 else STATES
         states = random(rng, count, s.value_heads, s.key_dim, s.key_dim)
         sizes = (s.key_heads, s.value_heads, s.key_dim, s.key_dim)
 
-        args = (qkv, alpha, beta, decay, bias, *sizes, 1e-6)
-
-        def call(args: Any = args, states: F32 = states, out: F32 = out) -> None:
-            for state in states:
-                ops.deltanet(*args, state, out)
-
+        step = partial(ops.deltanet, qkv, alpha, beta, decay, bias, *sizes, 1e-6)
+        call = partial(each_state, step, states, out)
         if tokens > 1:
             yield Measure(f"delta rule T={tokens}", "us", tokens, call)
         else:

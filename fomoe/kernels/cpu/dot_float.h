@@ -99,8 +99,8 @@ void dequantize(const uint8_t* data, int64_t cols, float* out) {
 }
 
 // Rows against two tokens or more, in tiles of rows and tokens whose sums stay in registers. A few
-// rows are unpacked for some depth, into L1, and the tokens of a block go by, from L2; in between the
-// four sums of every pair of row and token lie in memory.
+// rows are unpacked for some depth, into L1, and the tokens of a block go by, from L2; between
+// depths the four sums of every pair of row and token lie in memory.
 template <class Row>
 class FloatTiles {
  public:
