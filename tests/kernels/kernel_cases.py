@@ -211,7 +211,10 @@ CASES = (
     Case(
         "matmul_f32", matmul_f32,
         _matmul_sizes(FLOAT_KINDS, (1, 77, 4099)) + _matmul_sizes(BLOCKS_32, (32, 416, 4096))
-        + _matmul_sizes(BLOCKS_256, (256, 768, 4096)),
+        + _matmul_sizes(BLOCKS_256, (256, 768, 4096))
+        # borders of tiles of rows and tokens, and of the depth that is unpacked at once
+        + ((Kind.F32, 4, 5, 512), (Kind.F16, 8, 7, 513), (Kind.F32, 9, 6, 1055),
+           (Kind.Q8_0, 33, 4, 544), (Kind.Q4_K, 65, 7, 1280)),
         1e-5, ROUNDING,
     ),
     Case(
@@ -259,7 +262,7 @@ CASES = (
     Case(
         "deltanet", deltanet,
         ((1, 1, 1, 32, 32), (2, 2, 4, 64, 64), (5, 2, 6, 128, 128), (17, 3, 3, 40, 8),
-         (3, 1, 2, 32, 72)),
+         (3, 1, 2, 32, 72), (4, 1, 2, 40, 200), (9, 2, 2, 33, 104), (33, 1, 3, 16, 48)),
         3e-6, "float32 sums over the key size, carried through T steps",
     ),
 )  # fmt: skip

@@ -10,8 +10,8 @@
 namespace fomoe::cpu {
 namespace {
 
-constexpr int64_t kTileRows = 64;     // queries that share the unpacked keys and values of a block
-constexpr int64_t kWaveTokens = 64;   // blocks times tokens that wait in memory to be folded
+constexpr int64_t kTileRows = 64;    // queries that share the unpacked keys and values of a block
+constexpr int64_t kWaveTokens = 64;  // blocks times tokens that wait in memory to be folded
 
 class AttentionRun {
  public:

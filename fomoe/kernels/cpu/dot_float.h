@@ -5,6 +5,7 @@
 #pragma once
 
 #include "chunk.h"
+#include "floats16.h"
 
 namespace fomoe::cpu::FOMOE_ISA {
 
@@ -74,12 +75,12 @@ inline int chunk_size(int64_t cols, int64_t begin) {
   return static_cast<int>(cols - begin < kChunk ? cols - begin : kChunk);
 }
 
+// Values [begin, end) of a row, begin at a chunk's.
 template <class Row>
-void dequantize(const uint8_t* data, int64_t cols, float* out) {
-  Row row(data, cols);
-  for (int64_t begin = 0; begin < cols; begin += kChunk, out += kChunk) {
+inline void unpack_floats(Row& row, int64_t begin, int64_t end, float* out) {
+  for (; begin < end; begin += kChunk, out += kChunk) {
     row.open(begin / kChunk);
-    const int n = chunk_size(cols, begin);
+    const int n = chunk_size(end, begin);
     for (int g = 0; g < n / 32; ++g) {
       F8 value[4];
       row.group(g, value);
@@ -92,93 +93,133 @@ void dequantize(const uint8_t* data, int64_t cols, float* out) {
   }
 }
 
-// The four sums of an output: lane j of sum i takes the values 32 g + 8 i + j.
-struct FourSums {
-  F8 of[4] = {zero(), zero(), zero(), zero()};
-  float total() const { return sum(add(add(of[0], of[1]), add(of[2], of[3]))); }
+template <class Row>
+void dequantize(const uint8_t* data, int64_t cols, float* out) {
+  Row row(data, cols);
+  unpack_floats(row, 0, cols, out);
+}
+
+// Rows against two tokens or more, in tiles of rows and tokens whose sums stay in registers. A few
+// rows are unpacked for some depth, into L1, and the tokens of a block go by, from L2; between
+// depths the four sums of every pair of row and token lie in memory.
+template <class Row>
+class FloatTiles {
+ public:
+  FloatTiles(const Slice& s, const float* x, int64_t cols, float* scratch)
+      : s_(s), x_(x), cols_(cols), rows_(scratch), sums_(scratch + kRows * kDepth) {}
+
+  void run() const {
+    const int64_t fitting = kTokenBytes / (4 * cols_) / kTokens * kTokens;
+    const int64_t block = fitting < kLeast ? kLeast : fitting > kMost ? kMost : fitting;
+    for (int64_t j = 0; j < s_.count; j += block) {
+      const int64_t end = s_.count - j < block ? s_.count : j + block;
+      int64_t row = s_.begin;
+      for (; row + kRows <= s_.end; row += kRows) multiply<kRows>(row, j, end);
+      for (; row + 2 <= s_.end; row += 2) multiply<2>(row, j, end);
+      if (row < s_.end) multiply<1>(row, j, end);
+    }
+  }
+
+ private:
+  // Sums 0 and 1, then 2 and 3, in one vector per pair: the tile fills the registers.
+  static constexpr int kRows = kWideRegisters ? 4 : 3, kTokens = kWideRegisters ? 4 : 2;
+  static constexpr int64_t kDepth = 2 * kChunk;
+  static constexpr int64_t kTokenBytes = 512 * 1024, kLeast = 8, kMost = 64;
+  static_assert(4 * kRows * (kDepth + 32 * kMost) <= scratch_bytes(0));
+
+  template <int R>
+  void multiply(int64_t row, int64_t first, int64_t end) const {
+    for (int64_t begin = 0; begin < cols_; begin += kDepth) {
+      const int64_t depth = cols_ - begin < kDepth ? cols_ - begin : kDepth;
+      for (int r = 0; r < R; ++r) {
+        Row w(s_.weights + (row + r) * s_.row_bytes, cols_);
+        unpack_floats(w, begin, begin + depth, rows_ + r * kDepth);
+      }
+      int64_t j = first;
+      for (; j + kTokens <= end; j += kTokens) tile<R, kTokens>(j, j - first, begin, depth);
+      if constexpr (kTokens > 2)
+        for (; j + 2 <= end; j += 2) tile<R, 2>(j, j - first, begin, depth);
+      if (j < end) tile<R, 1>(j, j - first, begin, depth);
+    }
+    for (int64_t j = first; j < end; ++j)
+      for (int r = 0; r < R; ++r) {
+        const float* const p = sums_of(j - first, r);
+        s_.out[j * s_.out_stride + row + r] =
+            sum(add(add(load(p), load(p + 8)), add(load(p + 16), load(p + 24))));
+      }
+  }
+
+  float* sums_of(int64_t place, int r) const { return sums_ + (place * kRows + r) * 32; }
+
+  // N tokens from token j on, the `place`th of their block, at `depth` values from `begin` on.
+  template <int R, int N>
+  void tile(int64_t j, int64_t place, int64_t begin, int64_t depth) const {
+    const float* x[N];
+    for (int t = 0; t < N; ++t) x[t] = x_ + token_of(s_, j + t) * cols_ + begin;
+    for (int half = 0; half < 32; half += 16) {
+      W16 acc[R][N];
+      for (int r = 0; r < R; ++r)
+        for (int t = 0; t < N; ++t)
+          acc[r][t] = begin ? wide_load(sums_of(place + t, r) + half) : wide_splat(0.0f);
+      for (int64_t i = half; i < depth / 32 * 32; i += 32) {
+        W16 value[N];
+        for (int t = 0; t < N; ++t) value[t] = wide_load(x[t] + i);
+        for (int r = 0; r < R; ++r) {
+          const W16 w = wide_load(rows_ + r * kDepth + i);
+          for (int t = 0; t < N; ++t) acc[r][t] = fma(w, value[t], acc[r][t]);
+        }
+      }
+      for (int r = 0; r < R; ++r)
+        for (int t = 0; t < N; ++t) store(sums_of(place + t, r) + half, acc[r][t]);
+    }
+    if (depth % 32)
+      for (int r = 0; r < R; ++r)
+        for (int t = 0; t < N; ++t)
+          add_rest(rows_ + r * kDepth, x[t], depth, sums_of(place + t, r));
+  }
+
+  // The values after the last group of 32.
+  static void add_rest(const float* w, const float* x, int64_t depth, float* sums) {
+    for (int64_t i = depth / 32 * 32; i < depth; i += 8) {
+      const int lanes = static_cast<int>(depth - i < 8 ? depth - i : 8);
+      float* const at = sums + i % 32;
+      store(at, fma(load_n(w + i, lanes), load_n(x + i, lanes), load(at)));
+    }
+  }
+
+  const Slice& s_;
+  const float* const x_;
+  const int64_t cols_;
+  float *const rows_, *const sums_;
 };
 
-// One token against a row that is unpacked on the way.
+// One token against one row.
 template <class Row>
-inline float dot_alone(Row& w, const float* x, int64_t cols) {
-  FourSums sums;
-  for (int64_t begin = 0; begin < cols; begin += kChunk, x += kChunk) {
+inline void dot_floats(const Slice& s, const float* x, int64_t cols, int64_t row) {
+  Row w(s.weights + row * s.row_bytes, cols);
+  F8 acc[4] = {zero(), zero(), zero(), zero()};
+  for (int64_t begin = 0; begin < cols; begin += kChunk) {
     w.open(begin / kChunk);
     const int n = chunk_size(cols, begin);
     for (int g = 0; g < n / 32; ++g) {
       F8 value[4];
       w.group(g, value);
-      for (int i = 0; i < 4; ++i) sums.of[i] = fma(value[i], load(x + 32 * g + 8 * i), sums.of[i]);
+      for (int i = 0; i < 4; ++i)
+        acc[i] = fma(value[i], load(x + begin + 32 * g + 8 * i), acc[i]);
     }
     for (int v = n / 32 * 4; 8 * v < n; ++v) {
       const int lanes = n - 8 * v < 8 ? n - 8 * v : 8;
-      sums.of[v % 4] = fma(w.part(v, lanes), load_n(x + 8 * v, lanes), sums.of[v % 4]);
+      acc[v % 4] = fma(w.part(v, lanes), load_n(x + begin + 8 * v, lanes), acc[v % 4]);
     }
   }
-  return sums.total();
-}
-
-// R rows in float32, `cols` apart, against N tokens: the sums of all stay in registers.
-template <int R, int N>
-inline void dot_tile(const Slice& s, const float* w, const float* x, int64_t cols, int64_t row,
-                     int64_t j) {
-  const float* at[N];
-  for (int t = 0; t < N; ++t) at[t] = x + token_of(s, j + t) * cols;
-  W16 acc[R][N][2];
-  for (auto& of_row : acc)
-    for (auto& of_token : of_row) of_token[0] = of_token[1] = wide_splat(0.0f);
-  const int64_t whole = cols / 32 * 32;
-  for (int64_t k = 0; k < whole; k += 32)
-    for (int half = 0; half < 2; ++half) {
-      W16 value[R];
-      for (int r = 0; r < R; ++r) value[r] = wide_load(w + r * cols + k + 16 * half);
-      for (int t = 0; t < N; ++t) {
-        const W16 activation = wide_load(at[t] + k + 16 * half);
-        for (int r = 0; r < R; ++r) acc[r][t][half] = fma(value[r], activation, acc[r][t][half]);
-      }
-    }
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < N; ++t) {
-      FourSums sums{{low_half(acc[r][t][0]), high_half(acc[r][t][0]), low_half(acc[r][t][1]),
-                     high_half(acc[r][t][1])}};
-      for (int64_t k = whole; k < cols; k += 8) {
-        const int lanes = cols - k < 8 ? static_cast<int>(cols - k) : 8;
-        F8& sum = sums.of[(k - whole) / 8];
-        sum = fma(load_n(w + r * cols + k, lanes), load_n(at[t] + k, lanes), sum);
-      }
-      s.out[(j + t) * s.out_stride + row + r] = sums.total();
-    }
-}
-
-template <int R>
-inline void dot_tiles(const Slice& s, const float* w, const float* x, int64_t cols, int64_t row) {
-  int64_t j = 0;
-  for (; j + 3 <= s.count; j += 3) dot_tile<R, 3>(s, w, x, cols, row, j);
-  if (s.count - j == 2) dot_tile<R, 2>(s, w, x, cols, row, j);
-  if (s.count - j == 1) dot_tile<R, 1>(s, w, x, cols, row, j);
+  s.out[row] = sum(add(add(acc[0], acc[1]), add(acc[2], acc[3])));
 }
 
 template <class Row>
 void dot_f32(const Slice& s, const float* x, int64_t cols, void* scratch) {
-  if (s.count == 1) {
-    const float* const token = x + token_of(s, 0) * cols;
-    for (int64_t row = s.begin; row < s.end; ++row) {
-      Row alone(s.weights + row * s.row_bytes, cols);
-      s.out[row] = dot_alone(alone, token, cols);
-    }
-    return;
-  }
-  float* const values = static_cast<float*>(scratch);
-  for (int64_t row = s.begin; row < s.end; row += kFloatRows) {
-    const int64_t rows = s.end - row < kFloatRows ? s.end - row : kFloatRows;
-    for (int64_t r = 0; r < rows; ++r)
-      dequantize<Row>(s.weights + (row + r) * s.row_bytes, cols, values + r * cols);
-    if (rows == kFloatRows) {
-      dot_tiles<kFloatRows>(s, values, x, cols, row);
-      continue;
-    }
-    for (int64_t r = 0; r < rows; ++r) dot_tiles<1>(s, values + r * cols, x, cols, row + r);
-  }
+  if (s.count > 1) return FloatTiles<Row>(s, x, cols, static_cast<float*>(scratch)).run();
+  for (int64_t row = s.begin; row < s.end; ++row)
+    dot_floats<Row>(s, x + token_of(s, 0) * cols, cols, row);
 }
 
 }  // namespace fomoe::cpu::FOMOE_ISA

@@ -76,6 +76,7 @@ inline Kernels make_table(const char* name) {
   k.conv_silu = conv_silu;
   k.l2_norm = l2_norm;
   k.delta_head = delta_head;
+  k.delta_token = delta_token;
   return k;
 }
 

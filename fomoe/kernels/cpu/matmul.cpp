@@ -121,8 +121,9 @@ void matmul_q8(const Matrix& w, const int8_t* q, const float* scale, int64_t tok
 }
 
 void matmul_f32(const Matrix& w, const float* x, int64_t tokens, float* out) {
-  const int64_t per_item =
-      tokens == 1 ? rows_per_item(w.row_bytes(), 1) : float_rows_per_item(w.rows, w.cols);
+  // Each item reads all tokens, and its rows are taken four at a time.
+  const int64_t per_item = tokens > kRowTokens ? panel_rows_per_item(w.rows, 1)
+                                               : rows_per_item(w.row_bytes(), tokens);
   parallel(ceil_div(w.rows, per_item), work_bytes(w.bytes(), tokens), [&](int64_t i) {
     const int64_t end = std::min(w.rows, (i + 1) * per_item);
     product_f32(w.type, {w.data, w.row_bytes(), i * per_item, end, nullptr, tokens, out, w.rows}, x,

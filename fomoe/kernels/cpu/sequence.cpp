@@ -128,8 +128,8 @@ DeltaInputs delta_inputs(const DeltaCall& c) {
 void deltanet(const DeltaCall& c) {
   const DeltaShape& s = c.shape;
   const DeltaInputs in = delta_inputs(c);
-  constexpr int64_t piece = kDeltaTile;
-  const int64_t pieces = (s.value_dim + piece - 1) / piece;
+  constexpr int64_t piece = 32;  // columns of the state per item, whose rows then fit into L1
+  const int64_t pieces = c.tokens == 1 ? 1 : (s.value_dim + piece - 1) / piece;
   const int64_t qk_stride = 2 * s.key_heads * s.key_dim, values = s.value_heads * s.value_dim;
   parallel(s.value_heads * pieces, c.tokens * values * s.key_dim * 4, [&](int64_t item) {
     const int64_t r = item / pieces, begin = item % pieces * piece;
@@ -148,8 +148,11 @@ void deltanet(const DeltaCall& c) {
                          s.value_dim,
                          c.state + r * s.key_dim * s.value_dim,
                          c.out + r * s.value_dim};
-    kernels().delta_head(head, begin, std::min(s.value_dim, begin + piece),
-                         work<float>(Work::Tile, piece * s.key_dim));
+    if (c.tokens == 1)
+      kernels().delta_token(head);
+    else
+      kernels().delta_head(head, begin, std::min(s.value_dim, begin + piece),
+                           work<float>(Work::Tile, piece * s.key_dim));
   });
 }
 

@@ -1,8 +1,7 @@
 // Kernels that look at other positions: causal convolution, gated delta rule.
 #pragma once
 
-#include <type_traits>
-
+#include "floats16.h"
 #include "vector_ops.h"
 
 namespace fomoe::cpu::FOMOE_ISA {
@@ -42,75 +41,121 @@ inline void conv_silu(const float* x, const float* weight, float* state, int64_t
                  static_cast<size_t>(end - begin) * sizeof(float));
 }
 
-// One step per token on 8 V columns of the state: S = S * decay, d = beta * (v - S^T k),
-// S = S + k d^T, out = S^T q.
-template <int V>
-inline void delta_columns(const float* q, const float* k, float decay, float beta, const float* v,
-                          int64_t key_dim, int64_t stride, float* state, float* out) {
-  F8 d[V], o[V];
-  for (int n = 0; n < V; ++n) d[n] = o[n] = zero();
-  for (int64_t i = 0; i < key_dim; ++i)
-    for (int n = 0; n < V; ++n) {
-      const F8 s = mul(load(state + i * stride + 8 * n), splat(decay));
-      d[n] = fma(splat(k[i]), s, d[n]);
+// Columns of a state [key_dim, N * Lanes].
+struct StateColumns {
+  float* data;
+  int64_t stride;
+};
+
+// The numbers of one token that a pass over the state multiplies rows with.
+struct DeltaStep {
+  const float *q, *k;
+  float decay;
+};
+
+template <int N, int Lanes>
+using Columns = typename Vector<Lanes>::type[N];
+
+// S = S * decay, d = S^T k
+template <int N, int Lanes>
+FOMOE_INLINE void delta_open(const DeltaStep& now, int64_t key_dim, StateColumns from,
+                             StateColumns to, Columns<N, Lanes>& d) {
+  using From = Vector<Lanes>;
+  const auto decay = From::splat(now.decay);
+  for (auto& x : d) x = From::splat(0.0f);
+  for (int64_t i = 0; i < key_dim; ++i) {
+    const auto k = From::splat(now.k[i]);
+    for (int n = 0; n < N; ++n) {
+      const auto s = mul(From::load(from.data + i * from.stride + n * Lanes), decay);
+      store(to.data + i * to.stride + n * Lanes, s);
+      d[n] = fma(k, s, d[n]);
     }
-  for (int n = 0; n < V; ++n) d[n] = mul(splat(beta), sub(load(v + 8 * n), d[n]));
-  for (int64_t i = 0; i < key_dim; ++i)
-    for (int n = 0; n < V; ++n) {
-      float* at = state + i * stride + 8 * n;
-      const F8 s = fma(splat(k[i]), d[n], mul(load(at), splat(decay)));
-      store(at, s);
-      o[n] = fma(splat(q[i]), s, o[n]);
-    }
-  for (int n = 0; n < V; ++n) store(out + 8 * n, o[n]);
+  }
 }
 
-// Two or more tokens on the columns of a tile [key_dim, kDeltaTile] of the state, from `column` on.
-// As delta_columns, but a row of the state is read and written once per token: the last pass of a
-// token makes the first one of the next. Wider vectors than these are slower (Zen 4).
-inline void delta_tile(const DeltaHead& h, int64_t column, float* tile) {
-  constexpr int vectors = kDeltaTile / 8;
-  F8 d[vectors], next[vectors], out[vectors];
-  // The factors of a token and, if there is one more, its successor's decay and key.
-  const auto pass = [&](int64_t t, bool first, bool last) __attribute__((always_inline)) {
-    const float* const q = h.q + t * h.qk_stride;
-    const float* const k = h.k + t * h.qk_stride;
-    const float* const key = last ? k : first ? k : k + h.qk_stride;
-    const F8 decay = splat(last ? 1.0f : h.decay[(first ? t : t + 1) * h.gate_stride]);
-    for (int64_t i = 0; i < h.key_dim; ++i) {
-      const F8 k_i = splat(k[i]), q_i = splat(q[i]), key_i = splat(key[i]);
-      for (int n = 0; n < vectors; ++n) {
-        float* const at = tile + i * kDeltaTile + 8 * n;
-        F8 s = load(at);
-        if (!first) {
-          s = fma(k_i, d[n], s);
-          out[n] = fma(q_i, s, out[n]);
-        }
-        if (!last) {
-          s = mul(s, decay);
-          next[n] = fma(key_i, s, next[n]);
-        }
-        store(at, s);
+// S = S + k d^T, o = S^T q; unless it is the last token also the next one's S = S * decay and
+// d = S^T k: one pass over the state per token.
+template <int N, int Lanes, bool Last>
+FOMOE_INLINE void delta_step(const DeltaStep& now, const DeltaStep& next, int64_t key_dim,
+                             StateColumns from, StateColumns to, Columns<N, Lanes>& d,
+                             Columns<N, Lanes>& o) {
+  using From = Vector<Lanes>;
+  Columns<N, Lanes> next_d;
+  for (int n = 0; n < N; ++n) o[n] = next_d[n] = From::splat(0.0f);
+  const auto decay = From::splat(next.decay);
+  for (int64_t i = 0; i < key_dim; ++i) {
+    const auto k = From::splat(now.k[i]), q = From::splat(now.q[i]);
+    const auto next_k = From::splat(next.k[i]);
+    for (int n = 0; n < N; ++n) {
+      auto s = fma(k, d[n], From::load(from.data + i * from.stride + n * Lanes));
+      o[n] = fma(q, s, o[n]);
+      if constexpr (!Last) {
+        s = mul(s, decay);
+        next_d[n] = fma(next_k, s, next_d[n]);
       }
+      store(to.data + i * to.stride + n * Lanes, s);
     }
-  };
-  const auto clear = [](F8* sums) {
-    for (int n = 0; n < vectors; ++n) sums[n] = splat(0.0f);
-  };
-  clear(next);
-  pass(0, true, false);
-  for (int64_t t = 0; t < h.tokens; ++t) {
-    const F8 beta = splat(h.beta[t * h.gate_stride]);
-    const float* const v = h.v + t * h.v_stride + column;
-    for (int n = 0; n < vectors; ++n) d[n] = mul(beta, sub(load(v + 8 * n), next[n]));
-    clear(next);
-    clear(out);
-    if (t + 1 < h.tokens)
-      pass(t, false, false);
-    else
-      pass(t, false, true);
-    for (int n = 0; n < vectors; ++n) store(h.out + t * h.out_stride + column + 8 * n, out[n]);
   }
+  for (int n = 0; n < N; ++n) d[n] = next_d[n];
+}
+
+// All tokens on the columns [column, column + N * Lanes) of a state, which between tokens lies in
+// `memory`: rows of the state are a power of two apart and would push each other out of L1.
+template <int N, int Lanes>
+inline void delta_columns(const DeltaHead& h, int64_t column, float* memory) {
+  using From = Vector<Lanes>;
+  const StateColumns state{h.state + column, h.value_dim}, tile{memory, N * Lanes};
+  const auto at = [&](int64_t t) {
+    return DeltaStep{h.q + t * h.qk_stride, h.k + t * h.qk_stride, h.decay[t * h.gate_stride]};
+  };
+  Columns<N, Lanes> d, o;
+  delta_open<N, Lanes>(at(0), h.key_dim, state, tile, d);
+  for (int64_t t = 0; t < h.tokens; ++t) {
+    const float* const v = h.v + t * h.v_stride + column;
+    const auto beta = From::splat(h.beta[t * h.gate_stride]);
+    for (int n = 0; n < N; ++n) d[n] = mul(beta, sub(From::load(v + n * Lanes), d[n]));
+    if (t + 1 < h.tokens)
+      delta_step<N, Lanes, false>(at(t), at(t + 1), h.key_dim, tile, tile, d, o);
+    else
+      delta_step<N, Lanes, true>(at(t), at(t), h.key_dim, tile, state, d, o);
+    for (int n = 0; n < N; ++n) store(h.out + t * h.out_stride + column + n * Lanes, o[n]);
+  }
+}
+
+// The only token on the columns [column, column + N * Lanes) of a state.
+template <int N, int Lanes>
+inline void delta_alone(const DeltaHead& h, int64_t column) {
+  using From = Vector<Lanes>;
+  float* const state = h.state + column;
+  const auto decay = From::splat(h.decay[0]), beta = From::splat(h.beta[0]);
+  Columns<N, Lanes> d, o;
+  for (int n = 0; n < N; ++n) d[n] = o[n] = From::splat(0.0f);
+  for (int64_t i = 0; i < h.key_dim; ++i) {
+    const auto k = From::splat(h.k[i]);
+    for (int n = 0; n < N; ++n)
+      d[n] = fma(k, mul(From::load(state + i * h.value_dim + n * Lanes), decay), d[n]);
+  }
+  for (int n = 0; n < N; ++n) d[n] = mul(beta, sub(From::load(h.v + column + n * Lanes), d[n]));
+  for (int64_t i = 0; i < h.key_dim; ++i) {
+    const auto k = From::splat(h.k[i]), q = From::splat(h.q[i]);
+    for (int n = 0; n < N; ++n) {
+      float* const at = state + i * h.value_dim + n * Lanes;
+      const auto s = fma(k, d[n], mul(From::load(at), decay));
+      store(at, s);
+      o[n] = fma(q, s, o[n]);
+    }
+  }
+  for (int n = 0; n < N; ++n) store(h.out + column + n * Lanes, o[n]);
+}
+
+// All columns for the only token: the state comes from memory, which gives nearly twice as much
+// when rows are read from end to end; hence as many columns at a time as registers hold.
+inline void delta_token(const DeltaHead& h) {
+  constexpr int64_t wide = kWideRegisters ? 128 : 64;
+  int64_t c = 0;
+  for (; c + wide <= h.value_dim; c += wide) delta_alone<wide / 16, 16>(h, c);
+  for (; c + 32 <= h.value_dim; c += 32) delta_alone<2, 16>(h, c);
+  for (; c < h.value_dim; c += 8) delta_alone<1, 8>(h, c);
 }
 
 inline void delta_head(const DeltaHead& h, int64_t begin, int64_t end, float* memory) {
@@ -122,21 +167,9 @@ inline void delta_head(const DeltaHead& h, int64_t begin, int64_t end, float* me
                                             h.state + column, h.out + t * h.out_stride + column);
   };
   int64_t c = begin;
-  for (; c + kDeltaTile <= end; c += kDeltaTile) {
-    if (h.tokens == 1) {
-      in_place(0, c, std::integral_constant<int, kDeltaTile / 8>{});
-      continue;
-    }
-    // Rows of a state lie a power of two apart and would push each other out of L1.
-    constexpr size_t row_bytes = kDeltaTile * sizeof(float);
-    for (int64_t i = 0; i < h.key_dim; ++i)
-      std::memcpy(memory + i * kDeltaTile, h.state + i * h.value_dim + c, row_bytes);
-    delta_tile(h, c, memory);
-    for (int64_t i = 0; i < h.key_dim; ++i)
-      std::memcpy(h.state + i * h.value_dim + c, memory + i * kDeltaTile, row_bytes);
-  }
-  for (; c < end; c += 8)
-    for (int64_t t = 0; t < h.tokens; ++t) in_place(t, c, std::integral_constant<int, 1>{});
+  // Vectors of 8 in every set: there are no fewer passes with 16, and the shorter ones are as fast.
+  for (; c + wide <= end; c += wide) delta_columns<wide / 8, 8>(h, c, memory);
+  for (; c < end; c += 8) delta_columns<1, 8>(h, c, memory);
 }
 
 }  // namespace fomoe::cpu::FOMOE_ISA

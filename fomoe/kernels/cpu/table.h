@@ -165,6 +165,8 @@ struct Kernels {
   // Columns [begin, end) (multiples of 8) of one value head, all tokens in order; `memory` has
   // room for kDeltaTile * key_dim floats.
   void (*delta_head)(const DeltaHead& head, int64_t begin, int64_t end, float* memory);
+  // All columns of one value head for its only token.
+  void (*delta_token)(const DeltaHead& head);
 };
 
 // Null where this build or this machine lacks the instruction set.

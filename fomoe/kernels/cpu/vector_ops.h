@@ -63,9 +63,15 @@ inline void quantize(const float* x, int64_t n, int8_t* q, float* scale) {
 
 inline float sum_of_squares(const float* x, int64_t n) {
   F8 acc[2] = {zero(), zero()};
-  by_eights(n, [&](int64_t i, int lanes) {
-    const F8 v = load_upto(x + i, lanes);
-    F8& a = acc[i / 8 % 2];
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int s = 0; s < 2; ++s) {
+      const F8 v = load(x + i + 8 * s);
+      acc[s] = fma(v, v, acc[s]);
+    }
+  by_eights(n - i, [&](int64_t j, int lanes) {
+    const F8 v = load_upto(x + i + j, lanes);
+    F8& a = j == 0 ? acc[0] : acc[1];
     a = fma(v, v, a);
   });
   return sum(add(acc[0], acc[1]));
