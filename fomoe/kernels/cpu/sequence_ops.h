@@ -159,13 +159,7 @@ inline void delta_token(const DeltaHead& h) {
 }
 
 inline void delta_head(const DeltaHead& h, int64_t begin, int64_t end, float* memory) {
-  // One token on 8 V columns in place.
-  const auto in_place = [&](int64_t t, int64_t column, auto vectors) {
-    delta_columns<decltype(vectors)::value>(h.q + t * h.qk_stride, h.k + t * h.qk_stride,
-                                            h.decay[t * h.gate_stride], h.beta[t * h.gate_stride],
-                                            h.v + t * h.v_stride + column, h.key_dim, h.value_dim,
-                                            h.state + column, h.out + t * h.out_stride + column);
-  };
+  constexpr int64_t wide = 32;
   int64_t c = begin;
   // Vectors of 8 in every set: there are no fewer passes with 16, and the shorter ones are as fast.
   for (; c + wide <= end; c += wide) delta_columns<wide / 8, 8>(h, c, memory);

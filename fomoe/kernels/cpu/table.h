@@ -80,7 +80,6 @@ struct DeltaHead {
   float *state, *out;
 };
 
-constexpr int64_t kDeltaTile = 32;  // columns of a state that are taken together
 constexpr int64_t kConvPiece = 256;
 constexpr int64_t kMaxTaps = 8;
 
@@ -163,7 +162,7 @@ struct Kernels {
   // out = x / sqrt(sum(x^2) + eps) * factor
   void (*l2_norm)(const float* x, int64_t n, float eps, float factor, float* out);
   // Columns [begin, end) (multiples of 8) of one value head, all tokens in order; `memory` has
-  // room for kDeltaTile * key_dim floats.
+  // room for 32 * key_dim floats.
   void (*delta_head)(const DeltaHead& head, int64_t begin, int64_t end, float* memory);
   // All columns of one value head for its only token.
   void (*delta_token)(const DeltaHead& head);
