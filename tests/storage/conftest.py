@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from expert_files import Model, write_model
+from fetch_bench import Bench
 
 from fomoe.storage.segment import Segment
 
@@ -19,3 +20,8 @@ def segment(model: Model) -> Iterator[Segment]:
     """Room for 16 slots of the larger size class."""
     with Segment.create(16 * model.slot_bytes) as segment:
         yield segment
+
+
+@pytest.fixture
+def bench(model: Model, segment: Segment) -> Bench:
+    return Bench(model, segment)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from gguf.constants import GGMLQuantizationType
 
 from fomoe.gguf.extents import ExpertTable, tensor_name
 from fomoe.gguf.reader import GGUFFile, open_gguf
+from fomoe.storage.reader import DirectReader, _pread
+from fomoe.storage.segment import Segment
 
 LAYERS, EXPERTS = 3, 8
 
@@ -65,3 +69,28 @@ def write_model(folder: Path) -> Model:
 def open_descriptors() -> int:
     """How many files this process has open."""
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+ALL = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+
+
+def read_all(reader: DirectReader, model: Model, segment: Segment) -> None:
+    """Read every expert and compare it with the file."""
+    for layer, expert in ALL:
+        slot = segment.view[: model.table.slot_bytes(layer)]
+        slot[:] = 0xEE
+        assert reader.read_expert(layer, expert, slot) == model.table.expert_bytes(layer)
+        assert model.in_slot(layer, expert, slot)
+
+
+def failing(*codes: int) -> Callable[[int, memoryview, int], int]:
+    """A pread that fails with each code once and then works."""
+    left = list(codes)
+
+    def pread(fd: int, buffer: memoryview, offset: int) -> int:
+        if left:
+            code = left.pop(0)
+            raise OSError(code, os.strerror(code))
+        return _pread(fd, buffer, offset)
+
+    return pread
