@@ -126,6 +126,9 @@ _TYPES: tuple[type, ...] = (
 )  # fmt: skip
 _BY_NAME = {kind.__name__: kind for kind in _TYPES}
 _NESTED = {"sampling": SamplingParams, "receipt": Receipt}
+_NAMES = {
+    kind: tuple(part.name for part in fields(kind)) for kind in (*_TYPES, *_NESTED.values())
+}
 
 _T = TypeVar("_T")
 
@@ -146,13 +149,13 @@ def decode(data: bytes | memoryview) -> Message:
 
 def _plain(value: Any) -> dict[str, Any]:
     out = {}
-    for part in fields(value):
-        item = getattr(value, part.name)
-        if part.name in _NESTED:
+    for name in _NAMES[type(value)]:
+        item = getattr(value, name)
+        if name in _NESTED:
             item = _plain(item)
         elif isinstance(item, frozenset):
             item = sorted(item)
-        out[part.name] = item
+        out[name] = item
     return out
 
 

@@ -92,8 +92,25 @@ int64_t dot_short_rows(const Slice& s, const RowChunk* x, int64_t cols) {
   return row;
 }
 
+// One token and rows of one chunk: what is copied here stays in registers from row to row.
+template <class T>
+void dot_chunk_rows(const Slice& s, const RowChunk* x) {
+  const RowChunk own = x[token_of(s, 0)];
+  const RowChunk* const at = &own;
+  for (int64_t row = s.begin; row < s.end; ++row) {
+    const uint8_t* const w = s.weights + row * s.row_bytes;
+    typename T::C c;
+    Lanes<T::group> partial[1] = {splat_lanes<T::group>(0.0f)};
+    fetch_ahead<T>(w);
+    RowForm<T>::unpack(w, c);
+    take_chunk<T, 1>(c, &at, partial);
+    s.out[row] = total(RowForm<T>::natural(partial[0]));
+  }
+}
+
 template <class T>
 void dot_rows(const Slice& s, const RowChunk* x, int64_t cols) {
+  if (cols == kChunk && s.count == 1) return dot_chunk_rows<T>(s, x);
   int64_t row = s.begin;
   if constexpr (T::elements < kChunk)
     if (is_short(cols)) row = dot_short_rows<T>(s, x, cols);
