@@ -18,14 +18,16 @@ def result(item: Item, outcome: Outcome, recipe: dict[str, Any], threads: int) -
     key = "decode_ms" if item.decode else "prompt_ms"
     ours = [run[key] / item.unit_tokens for run in outcome.fomoe]
     theirs = [run[key] / item.unit_tokens for run in outcome.llama]
+    # Of pairs, not of medians: the machine's pace drifts over a session, for both alike.
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     return {
         "item": asdict(item),
         "threads": threads,
         "machine": machine(),
-        "ratio": round(statistics.median(theirs) / statistics.median(ours), 4),
+        "ratio": round(statistics.median(ratios), 4),
         "fomoe": _summary(ours),
         "llama": _summary(theirs),
-        "pair_ratios": [round(b / a, 4) for a, b in zip(ours, theirs, strict=True)],
+        "pair_ratios": [round(ratio, 4) for ratio in ratios],
         "others_cores": max(run["others_cores"] for run in outcome.fomoe + outcome.llama),
         "drive": _drive(outcome),
         "llama_settings": asdict(outcome.best),

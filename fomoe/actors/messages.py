@@ -126,9 +126,7 @@ _TYPES: tuple[type, ...] = (
 )  # fmt: skip
 _BY_NAME = {kind.__name__: kind for kind in _TYPES}
 _NESTED = {"sampling": SamplingParams, "receipt": Receipt}
-_NAMES = {
-    kind: tuple(part.name for part in fields(kind)) for kind in (*_TYPES, *_NESTED.values())
-}
+_NAMES = {kind: tuple(part.name for part in fields(kind)) for kind in (*_TYPES, *_NESTED.values())}
 
 _T = TypeVar("_T")
 

@@ -89,11 +89,11 @@ def test_a_result_has_medians_ratio_and_the_drives_share():
     item = ITEMS["397b-decode-quarter"]
     limits = {"memory_bytes": 1 << 32, "expert_bytes": 1 << 34}
     limits |= {"direct": {"random": 2.2e9, "sequential": 2.5e9}}
-    data = result(item, outcome([640, 6400, 1280], [3200, 2560, 6400], limits), {}, 2)
+    data = result(item, outcome([640, 6400, 1280], [1600, 2560, 6400], limits), {}, 2)
     assert data["ratio"] == 2.5
     assert data["fomoe"]["ms_per_token"] == 20.0
-    assert data["llama"]["tokens_per_s"] == 20.0
-    assert data["pair_ratios"] == [5.0, 0.4, 5.0]
+    assert data["llama"]["tokens_per_s"] == 25.0
+    assert data["pair_ratios"] == [2.5, 0.4, 5.0]
     assert data["drive"]["demand_bytes_per_s"] == 2_000_000_000
     assert data["drive"]["demand_share"] == 0.8
     assert data["drive"]["prefetch_bytes_per_run"] == 1_000_000_000
