@@ -78,9 +78,12 @@ class Duel:
         return Outcome(fomoe, llama, best, trials, self._llama_info, self._fomoe_info, limits)
 
     def _trial(self, settings: Settings) -> float:
-        """Milliseconds of one setting; under a limit a shorter text, for it may be very slow."""
+        """Milliseconds of one setting; under a limit fewer decoded tokens, which may be very slow.
+
+        A prompt stays whole: how it is cut into batches is one of the settings.
+        """
         item = self._item
-        if self._limit_bytes is not None:
+        if self._limit_bytes is not None and item.decode:
             item = replace(item, prompt=max(1, item.prompt // 2), decode=item.decode // 4)
         return self._timed(self._once(item, settings, 1))
 
