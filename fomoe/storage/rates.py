@@ -6,6 +6,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,24 +28,38 @@ def direct_read_rate(path: Path, seconds: float = 1.0, depth: int = 4) -> float:
     size = path.stat().st_size // _REQUEST_BYTES * _REQUEST_BYTES
     if size == 0:
         raise StorageError(f"{path} has fewer than {_REQUEST_BYTES:,} bytes; too few to time")
+    start = size // 3 // _REQUEST_BYTES * _REQUEST_BYTES
+    most = min(size, _MOST_BYTES)
+    offsets = [(start + at) % size for at in range(0, most, _REQUEST_BYTES)]
+    return timed_reads(path, offsets, _REQUEST_BYTES, seconds, depth)
+
+
+def timed_reads(
+    path: Path, offsets: Sequence[int], nbytes: int, seconds: float, depth: int
+) -> float:
+    """Return bytes per second of O_DIRECT reads of `nbytes` at `offsets`, in turn.
+
+    `depth` of them are under way; none begins after `seconds`. Offsets and `nbytes` are whole
+    pages.
+
+    Raises:
+        StorageError: the file cannot be read past the page cache.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError as error:
         raise StorageError(f"{path}: no direct reads ({error.strerror})") from error
-    lock, begun = threading.Lock(), 0
-    start = size // 3 // _REQUEST_BYTES * _REQUEST_BYTES
-    most = min(size, _MOST_BYTES)
+    lock, left = threading.Lock(), iter(offsets)
     deadline = time.monotonic() + seconds
 
     def read() -> int:
-        nonlocal begun
-        buffer, total = mmap.mmap(-1, _REQUEST_BYTES), 0
+        buffer, total = mmap.mmap(-1, nbytes), 0
         while time.monotonic() < deadline:
             with lock:
-                at, begun = begun, begun + _REQUEST_BYTES
-            if at >= most:
+                offset = next(left, None)
+            if offset is None:
                 break
-            total += os.preadv(fd, [buffer], (start + at) % size)
+            total += os.preadv(fd, [buffer], offset)
         return total
 
     try:
