@@ -56,8 +56,12 @@ class TraceError(FomoeError):
     """A trace file is refused or cannot be written: names the file and what to do about it."""
 
     def __init__(self, path: Path | str, problem: str, hint: str) -> None:
-        super().__init__(f"{path}: {problem}; {hint}")
+        super().__init__(path, problem, hint)  # what pickle makes a copy from
         self.path = Path(path)
+        self._text = f"{path}: {problem}; {hint}"
+
+    def __str__(self) -> str:
+        return self._text
 
 
 class RequestError(FomoeError):

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from fomoe.engine.brain import Brain
 from fomoe.engine.experts import ExpertHost
+from fomoe.engine.recorder import Recorder
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.waterfall import Lap, Stopwatch
 from fomoe.model.buffers import F32
@@ -22,7 +23,10 @@ def exact_cache(sequences: tuple[Sequence, ...]) -> LogicalCache | None:
 
 
 class Forward:
-    """Runs batches through the model; where experts lie is the host's business."""
+    """Runs batches through the model; where experts lie is the host's business.
+
+    `recorder`, where there is one, gets the router's scores of every pass.
+    """
 
     def __init__(self, model: DenseModel, experts: ExpertHost, *, prefetch: bool) -> None:
         self.model = model
@@ -30,6 +34,7 @@ class Forward:
         self.brain = Brain(model.spec.moe.top_k)
         self.watch = Stopwatch()
         self.prefetch = prefetch
+        self.recorder: Recorder | None = None
 
     def step(self, batch: Batch, sequences: tuple[Sequence, ...]) -> F32:
         """Return the last residual stream [T, D]; sequences have advanced by their tokens.
@@ -38,6 +43,7 @@ class Forward:
         layer's probable experts are asked for. `finish` is the one place that can wait.
         """
         model, experts, watch = self.model, self.experts, self.watch
+        recorder = self.recorder
         decoding = all(sequence.decoding for sequence in sequences)
         plain = exact_cache(sequences)
         ahead = self.prefetch and decoding
@@ -52,6 +58,8 @@ class Forward:
             else:
                 route = self.brain.route(layer, scores, batch, sequences)
                 experts.begin(layer, h, route, decoding=decoding)
+            if recorder is not None:
+                recorder.take(layer, scores)
             watch.lap(Lap.BRAIN)
             shared = model.shared(layer, h)
             watch.lap(Lap.DENSE)
@@ -74,6 +82,7 @@ class Forward:
     def step_serial(self, batch: Batch, sequences: tuple[Sequence, ...]) -> F32:
         """The same pass with nothing overlapped and nothing prefetched; gives the same bits."""
         model, experts, watch = self.model, self.experts, self.watch
+        recorder = self.recorder
         decoding = all(sequence.decoding for sequence in sequences)
         plain = exact_cache(sequences)
         watch.start()
@@ -87,6 +96,8 @@ class Forward:
             else:
                 route = self.brain.route(layer, scores, batch, sequences)
                 experts.begin(layer, h, route, decoding=decoding)
+            if recorder is not None:
+                recorder.take(layer, scores)
             watch.lap(Lap.BRAIN)
             routed = experts.finish()
             watch.lap(Lap.AWAIT)

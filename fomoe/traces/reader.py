@@ -141,6 +141,6 @@ def _sound(block: Records, n_experts: int) -> npt.NDArray[np.bool_]:
         falling = p[..., 1:] <= p[..., :-1] * np.float32(1.002) + np.float32(1e-7)
         in_range = (p[..., 0] <= 1) & (p[..., -1] >= 0) & (tail >= 0) & (tail <= 1.001)
     distinct = ordered[..., 1:] > ordered[..., :-1]
-    rows = in_range & falling.all(axis=2) & distinct.all(axis=2) & (ids < n_experts).all(axis=2)
-    sound: npt.NDArray[np.bool_] = rows.all(axis=1)
+    whole = [falling.all(axis=2), distinct.all(axis=2), (ids < n_experts).all(axis=2), in_range]
+    sound: npt.NDArray[np.bool_] = np.logical_and.reduce(whole).all(axis=1)
     return sound

@@ -1,6 +1,7 @@
 """Trace files: what is written is read, and what is no good says so."""
 
 import json
+import pickle
 import signal
 import struct
 import subprocess
@@ -175,6 +176,13 @@ def test_foreign_and_malformed_files_are_refused(tmp_path, content, message):
     with pytest.raises(TraceError, match=message) as caught:
         Trace.open(path)
     assert str(path) in str(caught.value)
+
+
+def test_an_error_survives_the_way_between_processes():
+    error = TraceError("/x/t", "is no trace", "name another")
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == str(error) == "/x/t: is no trace; name another"
+    assert copy.path == error.path
 
 
 def test_what_is_not_there_or_a_directory_is_refused(tmp_path):
