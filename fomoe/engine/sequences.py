@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fomoe.model.spec import ModelSpec
 from fomoe.model.state import SequenceState
-from fomoe.residency import LogicalCache
+from fomoe.residency import LogicalCache, LogicalRules
 
 
 class Sequence:
@@ -17,7 +17,9 @@ class Sequence:
 
     def __init__(self, spec: ModelSpec, ctx_size: int, kv_dtype: str, capacity: int) -> None:
         self.state = SequenceState(spec, ctx_size, kv_dtype)
-        self.logical = LogicalCache(spec.n_layers, spec.moe.n_experts, capacity)
+        self.logical = LogicalCache(
+            spec.n_layers, spec.moe.n_experts, LogicalRules(capacity=capacity)
+        )
         self._nothing = self.logical.snapshot()
         self.tokens: list[int] = []
         self.car = 0.0
