@@ -11,4 +11,4 @@ def belady(ids: _I32, scored: _Bool, capacity: int, n_experts: int, missed: _Boo
     """Mark in missed [T, k] what an optimal cache must read of ids [T, k]; returns how many."""
 
 def losses(ids: _I32, p: _F32, run: _I32, weights: _F32, out: npt.NDArray[np.float64]) -> None:
-    """Write [N, 4] mass, squares, distance and router KL of what runs [N, k] in rows [N, C]."""
+    """Write `losses.LOSSES` [N, 5] of what runs [N, k] in rows [N, C]."""

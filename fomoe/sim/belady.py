@@ -11,8 +11,9 @@ giving up the one that ends last (M. Carlisle and E. Lloyd, "On the k-coloring o
 that is Belady's rule (1966), and holds for events of several experts because intervals of one event
 compete like any others.
 
-It is a bound for every policy that reads on demand, ahead or in the background, and runs exactly
-what the router chose. It is none for a policy that leaves experts out or replaces them.
+It is a bound for every policy whose caches begin empty, which runs exactly what the router chose
+and reads on demand, ahead or in the background; where tokens are not scored, it reads there what
+they want. It is none for a policy that leaves experts out or replaces them (`bounds.py`).
 """
 
 from __future__ import annotations

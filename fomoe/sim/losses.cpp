@@ -9,10 +9,11 @@ Losses losses_of(const int32_t* ids, const float* p, int64_t c, int64_t k, const
                  const float* weights) {
   double exact = 0.0, kept = 0.0;
   for (int64_t i = 0; i < k; ++i) exact += p[i];
-  Losses l{0.0, 0.0, 0.0, 0.0};
+  Losses l{};
   for (int64_t i = 0; i < k; ++i) {
     if (std::find(run, run + k, ids[i]) != run + k) continue;
     const double w = p[i] / exact;
+    l.left_out += w;
     l.squares += w * w;
     l.distance += w * w;
   }

@@ -6,7 +6,7 @@
 namespace fomoe::sim {
 
 struct Losses {
-  double mass, squares, distance, router_kl;
+  double mass, left_out, squares, distance, router_kl;
 };
 
 // A row's candidates ids and p [c], best first, of which the router takes k; what runs, [k], id -1

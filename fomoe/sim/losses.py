@@ -4,6 +4,7 @@ p is a row's softmax over all E experts, S the exact top-k, T what runs, P_X the
 w_e = p_e / P_S the exact weights, v_e those that are used (0 outside T):
 
 - lost mass     1 - P_T / P_S: less than the share of S left out where substitutes bring mass back
+- left out      sum of w_e over S without T, whatever stands in for it
 - lost squares  sum of w_e^2 over S without T: the damage of leaving experts out, if outputs are
                 orthogonal and of one norm
 - distance      sum of (w_e - v_e)^2 over S and T: the same with substitutes and weights counted
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from fomoe.sim import _sim
 
-LOSSES = ("lost_mass", "lost_squares", "distance", "router_kl")
+LOSSES = ("lost_mass", "left_out", "lost_squares", "distance", "router_kl")
 
 
 def losses_of(
@@ -27,7 +28,7 @@ def losses_of(
     run: npt.NDArray[np.int32],
     weights: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.float64]:
-    """Return `LOSSES` of each row, float64 [N, 4].
+    """Return `LOSSES` of each row, float64 [N, 5].
 
     Args:
         ids: int32 [N, C], candidates, best first.
@@ -58,7 +59,8 @@ def reference_losses(
         v = {e: w for e, w in zip(row_run, row_weights, strict=True) if e >= 0}
         w = {e: probability[e] / p_s for e in exact}
         p_t = sum(probability.get(e, 0.0) for e in v)
+        left_out = sum(w[e] for e in exact - v.keys())
         squares = sum(w[e] ** 2 for e in exact - v.keys())
         distance = sum((w.get(e, 0.0) - v.get(e, 0.0)) ** 2 for e in exact | v.keys())
-        out.append((1 - p_t / p_s, squares, distance, -np.log(p_t / p_s)))
+        out.append((1 - p_t / p_s, left_out, squares, distance, -np.log(p_t / p_s)))
     return np.array(out).reshape(len(ids), len(LOSSES))

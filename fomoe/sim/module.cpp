@@ -1,6 +1,7 @@
 // Python bindings of offline scores: the optimum of a cache, and what choices lose.
 #include <nanobind/nanobind.h>
 
+#include <algorithm>
 #include <string>
 
 #include "belady.h"
@@ -12,6 +13,8 @@ using namespace nb::literals;
 
 namespace fomoe::sim {
 namespace {
+
+constexpr int64_t kLosses = 5;  // in the order of losses.LOSSES
 
 void check_ids(Array<const int32_t, 2> ids, int32_t least, int64_t n_experts) {
   for (int64_t i = 0; i < ids.size(); ++i)
@@ -39,17 +42,14 @@ void py_losses(Array<const int32_t, 2> ids, Array<const float, 2> p, Array<const
   same("rows of run", run.shape(0), rows);
   same("size of weights", weights.size(), run.size());
   same("rows of out", out.shape(0), rows);
-  same("columns of out", out.shape(1), 4);
+  same("columns of out", out.shape(1), kLosses);
   if (k > c) throw std::invalid_argument("more experts run than there are candidates");
   nb::gil_scoped_release release;
   for (int64_t r = 0; r < rows; ++r) {
     const Losses l = losses_of(ids.data() + r * c, p.data() + r * c, c, k, run.data() + r * k,
                                weights.data() + r * k);
-    double* const to = out.data() + r * 4;
-    to[0] = l.mass;
-    to[1] = l.squares;
-    to[2] = l.distance;
-    to[3] = l.router_kl;
+    const double values[kLosses] = {l.mass, l.left_out, l.squares, l.distance, l.router_kl};
+    std::copy(values, values + kLosses, out.data() + r * kLosses);
   }
 }
 

@@ -1,4 +1,4 @@
-"""The offline optimum against its step-by-step rule, and the rule against all that caches can do."""
+"""The offline optimum against its step-by-step rule, and that against all that caches can do."""
 
 from itertools import combinations
 

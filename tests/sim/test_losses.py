@@ -40,9 +40,10 @@ def test_the_exact_choice_loses_nothing():
 def test_a_choice_by_hand():
     ids = np.array([[4, 2, 9, 0]], np.int32)
     p = np.array([[0.5, 0.25, 0.125, 0.0625]], np.float32)
-    run = np.array([[4, 9]], np.int32)
-    ((mass, squares, distance, kl),) = losses_of(ids, p, run, np.array([[0.75, 0.25]], np.float32))
+    run, weights = np.array([[4, 9]], np.int32), np.array([[0.75, 0.25]], np.float32)
+    ((mass, left_out, squares, distance, kl),) = losses_of(ids, p, run, weights)
     assert mass == pytest.approx(1 - 0.625 / 0.75)
+    assert left_out == pytest.approx(1 / 3)
     assert squares == pytest.approx(1 / 9)
     assert distance == pytest.approx(1 / 9 + (2 / 3 - 0.75) ** 2 + 0.25**2)
     assert kl == pytest.approx(-np.log(0.625 / 0.75))
