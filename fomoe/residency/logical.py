@@ -70,6 +70,8 @@ class LogicalRules:
     @property
     def most_in_flight(self) -> int:
         """Background reads of a layer that can be under way at once."""
+        if not self.backfill:
+            return 0
         return self.delay * (1 + self.backfill.numerator // self.backfill.denominator)
 
 
