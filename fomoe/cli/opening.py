@@ -39,7 +39,11 @@ def llm_arguments(model: ModelOptions, engine: EngineOptions) -> dict[str, Any]:
         "devices": list(devices),
         "vram_budget": vram_budget,
         "ram_budget": ram_budget,
-        "routing": RoutingConfig(car=engine.car, car_capacity=engine.car_capacity),
+        "routing": RoutingConfig(
+            quality=engine.contract,
+            car_capacity=engine.car_capacity,
+            shadow_every=engine.shadow_every,
+        ),
         "ctx_size": engine.ctx_size,
         "threads": engine.threads,
         "kv_dtype": engine.kv_dtype,

@@ -7,12 +7,16 @@ from fomoe.routing.cache_aware import CacheAwareRouting, RouteCounts, count_outc
 from fomoe.routing.groups import ExpertGroups, group_by_expert
 from fomoe.routing.prediction import expect_of_chunk, predict_experts
 from fomoe.routing.router import Route, route_exact
+from fomoe.routing.rules import ExactRouting, PriceRouting, Rule
 
 __all__ = [
     "CacheAwareRouting",
+    "ExactRouting",
     "ExpertGroups",
+    "PriceRouting",
     "Route",
     "RouteCounts",
+    "Rule",
     "count_outcomes",
     "expect_of_chunk",
     "group_by_expert",
