@@ -100,6 +100,14 @@ class Under:
     receipt: Receipt
 
 
+def read_text(path: Path, skip: int, size: int) -> str:
+    """Return `size` characters of a text file, plain or .xz, from character `skip` on."""
+    opened = lzma.open if path.suffix == ".xz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        file.read(skip)
+        return file.read(size)
+
+
 def windows(ids: list[int], size: int, tokens: int, prompt: int) -> Iterator[list[int]]:
     """Yield windows until `tokens` decode steps are covered."""
     steps = size - prompt - 1
@@ -162,12 +170,9 @@ def main() -> None:
     parser.add_argument("--shadow-every", type=int, default=64)
     parser.add_argument("--no-baseline", dest="baseline", action="store_false")
     options = parser.parse_args()
-    opened = lzma.open if options.text.suffix == ".xz" else open
-    with opened(options.text, "rt", encoding="utf-8") as file:
-        file.read(options.skip)
-        text = file.read(options.tokens * 10)
-    bench = Bench(options.model or default_model(), options.capacity, options.window,
-                  options.prompt)  # fmt: skip
+    text = read_text(options.text, options.skip, options.tokens * 10)
+    path = options.model or default_model()
+    bench = Bench(path, options.capacity, options.window, options.prompt)
     print(json.dumps(measure(bench, bench.tokenizer.encode(text), options)))
 
 

@@ -47,6 +47,8 @@ _ENVIRONMENT = {
     "FOMOE_API_KEY_FILE": "api_key_file",
 }
 
+_LEAST_SENSITIVE = 1e-3
+
 _Part = TypeVar("_Part", "Budgets", "RoutingConfig", "EngineConfig", "ServerConfig")
 
 
@@ -173,11 +175,14 @@ class RoutingConfig:
             budgets fix it at start.
         shadow_every: One generated token in so many is also computed exactly where routing is
             lossy, which estimates the loss; 0 does so only where a contract needs it (`kl`).
+        sensitivities: What a substitution costs in each layer, as a multiple of an average one;
+            prices are divided by it. Empty: all layers are alike.
     """
 
     quality: Quality = field(default_factory=Quality)
     car_capacity: int | None = None
     shadow_every: int = 64
+    sensitivities: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         given: Any = self.quality
@@ -188,6 +193,13 @@ class RoutingConfig:
         if self.car_capacity is not None:
             _require_range("car_capacity", self.car_capacity, 1, 1 << 16)
         _require_range("shadow_every", self.shadow_every, 0, 1 << 20)
+        object.__setattr__(self, "sensitivities", tuple(self.sensitivities))
+        wrong = [s for s in self.sensitivities if not _LEAST_SENSITIVE <= s <= 1 / _LEAST_SENSITIVE]
+        _require(
+            not wrong,
+            f"a layer's sensitivity is {wrong[:1]}; it must lie between {_LEAST_SENSITIVE} and "
+            f"{1 / _LEAST_SENSITIVE:.0f}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,7 +285,10 @@ class EngineConfig:
             "routing": {
                 part.name: getattr(self.routing, part.name) for part in fields(RoutingConfig)
             }
-            | {"quality": str(self.routing.quality)},
+            | {
+                "quality": str(self.routing.quality),
+                "sensitivities": list(self.routing.sensitivities),
+            },
         }
 
     @classmethod

@@ -38,7 +38,7 @@ class Brain:
         self, layer: int, scores: F32, rows: slice, sequence: Sequence, route: Route
     ) -> None:
         mask = sequence.logical.mask(layer)
-        lossy = sequence.rule.route(scores[rows], self._top_k, mask)
+        lossy = sequence.rule.route(scores[rows], self._top_k, mask, layer=layer)
         sequence.reads[layer] = np.count_nonzero(~mask[lossy.ids])
         changed = int(np.count_nonzero(lossy.substituted))
         if changed:

@@ -78,7 +78,7 @@ class Generation:
         self._cached = 0 if afresh else sequence.reusable_prefix(request.prompt)
         if not self._cached:
             sequence.reset()
-        self._contract = Contract(quality, routing.shadow_every)
+        self._contract = Contract(quality, routing.shadow_every, routing.sensitivities)
         sequence.rule, sequence.decoding = self._contract.rule, False
         self._shadow: Shadow | None = None
         meter.start(quality, cached=self._cached)
@@ -117,10 +117,11 @@ class Generation:
             with meter.shadow():
                 exact, more = self._shadow.repeat(token)
             missing, loss = missing + more, divergence(exact, logits)
-            meter.shadowed(loss)
         spent = int(missing @ self._forward.experts.expert_bytes)
         meter.stepped(price, spent)
-        contract.stepped(spent, loss)
+        whole = contract.stepped(spent, loss)
+        if loss is not None:
+            meter.shadowed(whole)
         return logits
 
     @property

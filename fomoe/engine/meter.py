@@ -140,7 +140,7 @@ class Meter:
         host.shadow_bytes += host.nvme_bytes - before.nvme_bytes
 
     def shadowed(self, loss: int) -> None:
-        """A shadow step measured a loss in nanonats."""
+        """A shadow step estimated a loss in nanonats."""
         self.loss.shadow_steps += 1
         self.loss.shadow_kl += loss / NANO
 

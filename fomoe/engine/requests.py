@@ -101,7 +101,7 @@ class Receipt:
     the router, `background_bytes` for experts that were wanted earlier, `shadow_bytes` by shadow
     steps; the rest on demand. `logical_bytes` is what the contract's budget counts: expert bytes
     that generated tokens asked for and that were not logically resident, shadow steps included.
-    `shadow_kl` is the sum over `shadow_steps` of KL(exact, answer), in nats.
+    `shadow_kl` is the sum over `shadow_steps` of the estimated KL(exact, answer), in nats.
     `prompt_parts_ms` and `generated_parts_ms` say where the time went, by `waterfall.PARTS`.
     """
 
@@ -150,7 +150,7 @@ class Receipt:
 
     @property
     def estimated_kl(self) -> float | None:
-        """Mean KL(exact, answer) over the shadow steps, in nats per token; None without any."""
+        """Mean KL(exact, answer) in nats per token, by the shadow steps; None without any."""
         return self.shadow_kl / self.shadow_steps if self.shadow_steps else None
 
 

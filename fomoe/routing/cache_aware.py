@@ -31,14 +31,16 @@ class CacheAwareRouting:
             raise ConfigError(f"cache-aware threshold {self.threshold}: give a number >= 0")
 
     def route(
-        self, logits: npt.NDArray[np.float32], k: int, resident: npt.NDArray[np.bool_]
-    ) -> Route:
+        self, logits: npt.NDArray[np.float32], k: int, resident: npt.NDArray[np.bool_],
+        *, layer: int = 0,
+    ) -> Route:  # fmt: skip
         """Choose k experts per token, with substitutes for missing ones.
 
         Args:
             logits: float32 [T, E], router scores.
             k: experts per token, 1 <= k <= E.
             resident: bool [T, E] or [E], the experts that may run without a read.
+            layer: not used.
 
         Returns:
             The route; a substitute stands at the rank of the expert that it replaces.
@@ -47,6 +49,7 @@ class CacheAwareRouting:
             ConfigError: k does not fit E.
             EngineError: a row of logits is not finite.
         """
+        del layer
         probabilities = softmax(logits)
         keys = sort_keys(logits)
         ids = best_ids(keys, k)

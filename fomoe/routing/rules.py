@@ -15,8 +15,9 @@ class Rule(Protocol):
     """Chooses experts and weights."""
 
     def route(
-        self, logits: npt.NDArray[np.float32], k: int, resident: npt.NDArray[np.bool_]
-    ) -> Route:
+        self, logits: npt.NDArray[np.float32], k: int, resident: npt.NDArray[np.bool_],
+        *, layer: int = 0,
+    ) -> Route:  # fmt: skip
         """Return a route for logits [T, E] under what is resident, bool [T, E] or [E]."""
 
 
@@ -25,10 +26,11 @@ class ExactRouting:
     """The router's own choice, whatever is resident."""
 
     def route(
-        self, logits: npt.NDArray[np.float32], k: int, resident: npt.NDArray[np.bool_]
-    ) -> Route:
+        self, logits: npt.NDArray[np.float32], k: int, resident: npt.NDArray[np.bool_],
+        *, layer: int = 0,
+    ) -> Route:  # fmt: skip
         """See `route_exact`."""
-        del resident
+        del resident, layer
         return route_exact(logits, k)
 
 
@@ -39,16 +41,21 @@ class PriceRouting:
     price: float
     protected: int = 2
     kappa: float = 1.0
+    sensitivities: tuple[float, ...] = ()
 
     def route(
-        self, logits: npt.NDArray[np.float32], k: int, resident: npt.NDArray[np.bool_]
-    ) -> Route:
+        self, logits: npt.NDArray[np.float32], k: int, resident: npt.NDArray[np.bool_],
+        *, layer: int = 0,
+    ) -> Route:  # fmt: skip
         """Choose k experts per token by share of the exact choice's mass less the price."""
         exact = route_exact(logits, k)
         p = softmax(logits)
         mass = pick(p, exact.ids).cumsum(axis=1)[:, -1:]
         share = p / mass
-        worth = share - np.float32(self.price) * ~np.broadcast_to(resident, share.shape)
+        price = np.float32(self.price)
+        if self.sensitivities:
+            price /= np.float32(self.sensitivities[layer])
+        worth = share - price * ~np.broadcast_to(resident, share.shape)
         rows = np.arange(len(worth))[:, None]
         worth[rows, exact.ids[:, : self.protected]] = np.inf
         ids = np.argsort(-worth, axis=1, kind="stable")[:, :k].astype(np.int32)

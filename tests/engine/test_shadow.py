@@ -163,10 +163,11 @@ class TestContract:
         assert (fixed.price, fixed.rule.price) == (0.3, 0.3)
         assert budget.price > start
         before = loss.price
-        loss.stepped(0, 0)
+        assert loss.stepped(0, 0) == 0
         assert loss.price > before
         assert loss.rule.price == loss.price
-        assert (loss.steps, loss.shadow_steps, loss.loss) == (4, 1, 0)
+        assert loss.stepped(0, 30) == 40  # what earlier steps did to the state is in it
+        assert (loss.steps, loss.shadow_steps, loss.loss) == (5, 2, 40)
 
     def test_what_is_shadowed_depends_on_the_steps_alone(self):
         lossy = Contract(Quality("car", 0.5), 4)
