@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fomoe.quality import Quality
-from fomoe.routing import CacheAwareRouting, ExactRouting, PriceRouting, Rule
+from fomoe.routing import CacheAwareRouting, ExactRouting, PriceRouting, RoutingRule
 from fomoe.routing.price import BudgetPrice, LossPrice, is_sampled
 
 # A controller of the loss samples one step in so many: often until it has found the price.
@@ -38,14 +38,14 @@ class Contract:
             self._control = BudgetPrice(int(quality.value))
         elif quality.kind == "kl":
             self._control = LossPrice.towards(quality.value)
-        self._fixed: Rule | None = None
+        self._fixed: RoutingRule | None = None
         if quality.is_exact:
             self._fixed = ExactRouting()
         elif quality.kind == "car":
             self._fixed = CacheAwareRouting(quality.value)
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> RoutingRule:
         """The rule of the next decode step."""
         return self._fixed or PriceRouting(self.price, sensitivities=self._sensitivities)
 

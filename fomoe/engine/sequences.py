@@ -7,7 +7,7 @@ import numpy as np
 from fomoe.model.spec import ModelSpec
 from fomoe.model.state import SequenceState
 from fomoe.residency import LogicalCache
-from fomoe.routing import ExactRouting, Rule
+from fomoe.routing import ExactRouting, RoutingRule
 
 
 class Sequence:
@@ -24,7 +24,7 @@ class Sequence:
         self.logical = LogicalCache(spec.n_layers, spec.moe.n_experts, capacity)
         self._nothing = self.logical.snapshot()
         self.tokens: list[int] = []
-        self.rule: Rule = ExactRouting()
+        self.rule: RoutingRule = ExactRouting()
         self.reads = np.zeros(spec.n_layers, np.int64)
         self.decoding = False
         self.lossy = False
