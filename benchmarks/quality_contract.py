@@ -138,6 +138,7 @@ def measure(bench: Bench, ids: list[int], options: argparse.Namespace) -> dict[s
     kl = np.array(kls)
     n_bytes = sum(r.logical_bytes for r in receipts)
     per_window = kl.mean(axis=1)
+    quarters = np.array_split(np.array(prices), 4, axis=1)
     shadow = np.array(estimates).sum(axis=0) if estimates else (0.0, 0)
     return {
         "quality": options.quality, "capacity": options.capacity, "tokens": int(kl.size),
@@ -146,7 +147,7 @@ def measure(bench: Bench, ids: list[int], options: argparse.Namespace) -> dict[s
         "kl_median": float(np.median(kl)), "kl_p99": float(np.quantile(kl, 0.99)),
         "kl_by_quarter": [float(part.mean()) for part in np.array_split(kl, 4, axis=1)],
         "shadow_kl": float(shadow[0] / max(1, shadow[1])), "shadow_steps": int(shadow[1]),
-        "price_by_quarter": [float(np.mean(p)) for p in np.array_split(np.array(prices), 4, axis=1)],
+        "price_by_quarter": [float(part.mean()) for part in quarters],
         "substituted": sum(r.substituted for r in receipts)
         / (kl.size * bench.spec.n_layers * bench.spec.moe.top_k),
         "bytes_per_token": n_bytes / kl.size,

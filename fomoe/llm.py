@@ -35,7 +35,7 @@ from fomoe.model.archs import read_spec
 from fomoe.model.buffers import F32
 from fomoe.model.chat import ChatTemplate
 from fomoe.model.tokenizer import Tokenizer
-from fomoe.quality import car_quality, parse_quality
+from fomoe.quality import car_quality, parse_quality, profile_beside, read_sensitivities
 
 _NUMBERS = itertools.count()
 _CALL_S = 10.0
@@ -60,7 +60,8 @@ class LLM:
         vram_budget: Bytes (or text such as "4GiB") for each device's expert slots.
         ram_budget: The same for each node's RAM tier.
         quality: What answers are held to, e.g. "kl=0.01" (see `fomoe.quality`); None leaves it to
-            `routing`, which is exact unless told otherwise.
+            `routing`, which is exact unless told otherwise. A loss profile beside the file,
+            MODEL.loss.json, is used where `routing` names no sensitivities.
         address: Ray cluster; None finds a running one or starts one, "local" always starts one.
         on_progress: Called with (share done, what) while loading.
         options: Any other field of `EngineConfig`, e.g. `ctx_size=8192` or
@@ -82,11 +83,10 @@ class LLM:
         **options: Any,
     ) -> None:  # fmt: skip
         name = options.pop("name", f"fomoe-{os.getpid()}-{next(_NUMBERS)}")
-        if quality is not None:
-            routing = options.get("routing", RoutingConfig())
-            options["routing"] = replace(routing, quality=parse_quality(quality))
+        model = default_model() if path is None else Path(path)
+        options["routing"] = _routing(options.get("routing", RoutingConfig()), quality, model)
         config = EngineConfig(
-            model=default_model() if path is None else Path(path),
+            model=model,
             devices=tuple(devices),
             budgets=Budgets(vram_bytes=_size(vram_budget), ram_bytes=_size(ram_budget)),
             **options,
@@ -213,6 +213,16 @@ class LLM:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _routing(routing: RoutingConfig, quality: str | None, model: Path) -> RoutingConfig:
+    """Return `routing` under a contract, with the sensitivities of the model's loss profile."""
+    if quality is not None:
+        routing = replace(routing, quality=parse_quality(quality))
+    profile = None if routing.sensitivities else profile_beside(model)
+    if profile is None:
+        return routing
+    return replace(routing, sensitivities=read_sensitivities(profile))
 
 
 def _contract(quality: str | None, car: float | None) -> str | None:

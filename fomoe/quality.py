@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fomoe.errors import ConfigError
@@ -85,6 +87,28 @@ def parse_quality(text: str) -> Quality:
     if _NUMBER.fullmatch(figure) is None:
         raise ConfigError(f"quality {text!r}: {figure!r} is not a number; write {ALLOWED}")
     return Quality(kind, float(figure))  # type: ignore[arg-type]
+
+
+def profile_beside(model: Path) -> Path | None:
+    """Return the loss profile that lies beside a model file, `MODEL.loss.json`; None without."""
+    path = model.with_suffix(".loss.json")
+    return path if path.is_file() else None
+
+
+def read_sensitivities(path: Path) -> tuple[float, ...]:
+    """Return the layers' sensitivities of a loss profile, `{"sensitivities": [1.0, ...]}`.
+
+    A sensitivity is what a saved read costs in a layer, as a multiple of the layers' median;
+    `benchmarks/layer_sensitivity.py` measures it.
+
+    Raises:
+        ConfigError: the file cannot be read or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["sensitivities"]
+        return tuple(float(value) for value in values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a loss profile of a model ({error!r})") from None
 
 
 def car_quality(threshold: float) -> Quality:

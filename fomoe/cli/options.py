@@ -174,6 +174,14 @@ class EngineOptions:
             "needs it.",
         ),
     ] = _DEFAULTS.routing.shadow_every
+    loss_profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What a substitution costs in each layer. Default: MODEL.loss.json, if it is "
+            "there.",
+        ),
+    ] = None
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="Threads of each process's kernels.")
     ] = None

@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fomoe.errors import ConfigError
-from fomoe.quality import Quality, car_quality, parse_quality
+from fomoe.quality import (
+    Quality,
+    car_quality,
+    parse_quality,
+    profile_beside,
+    read_sensitivities,
+)
 from fomoe.units import exact_bytes, parse_bytes
 
 TEXTS = {
@@ -98,3 +104,20 @@ def test_a_threshold_is_short_for_a_contract():
     for wrong in (-0.1, 1.1, float("nan"), "0.3"):
         with pytest.raises(ConfigError, match="between 0"):
             car_quality(wrong)
+
+
+def test_a_loss_profile_lies_beside_its_model(tmp_path):
+    model = tmp_path / "some-Q4.gguf"
+    assert profile_beside(model) is None
+    (tmp_path / "some-Q4.loss.json").write_text('{"model": "x", "sensitivities": [0.5, 2]}')
+    found = profile_beside(model)
+    assert found is not None
+    assert read_sensitivities(found) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"sensitivities": 3}', "\xff"])
+def test_other_files_are_no_loss_profiles(tmp_path, content):
+    path = tmp_path / "x.loss.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="not a loss profile"):
+        read_sensitivities(path)
