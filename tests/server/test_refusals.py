@@ -337,3 +337,10 @@ def test_a_storm_of_bodies_leaves_nothing_behind(serve: Serve) -> None:
 
     assert asyncio.run(storm()) == {200}
     assert not server.engine.running
+
+
+def test_a_threshold_beside_a_contract_is_refused(serve: Serve) -> None:
+    body = CHAT | {"quality": "exact", "car": 0.5}
+    response = serve("a").post("/v1/chat/completions", body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "quality"
