@@ -13,7 +13,9 @@ from fomoe.engine.waterfall import NOTHING, Seconds, Stopwatch, Waterfall, added
 class HostCounters:
     """Running totals of an expert host; activations are (layer, token, expert) triples.
 
-    `prompt_*` are the activations of prefill steps, the others those of decode steps.
+    `prompt_*` are the activations of prefill steps, the others those of decode steps. `guesses`
+    are the prefetches of decode steps: asked for, wanted by the layer that they were for, and
+    dropped before their read began; `prefetch_*` count those of prompts, too.
     """
 
     hits_device: int = 0
@@ -25,8 +27,14 @@ class HostCounters:
     nvme_bytes: int = 0
     ram_bytes: int = 0
     demoted_bytes: int = 0
+    substitutes_device: int = 0
+    substitutes_ram: int = 0
+    substitutes_nvme: int = 0
     prefetch_issued: int = 0
     prefetch_used: int = 0
+    guesses: int = 0
+    guesses_used: int = 0
+    guesses_dropped: int = 0
     stall_s: float = 0.0
     compute_s: float = 0.0
 
@@ -130,6 +138,9 @@ class Meter:
             nvme_bytes=b.nvme_bytes - a.nvme_bytes,
             ram_bytes=b.ram_bytes - a.ram_bytes,
             demoted_bytes=b.demoted_bytes - a.demoted_bytes,
+            prefetched=b.guesses - a.guesses,
+            prefetched_used=b.guesses_used - a.guesses_used,
+            prefetched_dropped=b.guesses_dropped - a.guesses_dropped,
             stall_ms=(b.stall_s - a.stall_s) * 1e3,
             lost_mass=self.loss.lost_mass - self._loss0.lost_mass,
             mode=f"car {self._car:.2f}" if self._car > 0.0 else "exact",

@@ -97,6 +97,9 @@ class Receipt:
     `hits_device`, `hits_ram` and `reads_nvme` count expert activations of decode steps (one per
     layer, token and chosen expert); `substituted` counts those replaced by cache-aware routing,
     which are in none of the three. The prompt's activations are counted apart in `prompt_*`.
+    `prefetched` experts were asked for before a decode step's router spoke, `_used` of them were
+    wanted, `_dropped` never read: used / (prefetched - dropped) is their precision, used /
+    reads_nvme their recall on misses.
     `prompt_parts_ms` and `generated_parts_ms` say where the time went, by `waterfall.PARTS`.
     """
 
@@ -115,6 +118,9 @@ class Receipt:
     nvme_bytes: int = 0
     ram_bytes: int = 0
     demoted_bytes: int = 0
+    prefetched: int = 0
+    prefetched_used: int = 0
+    prefetched_dropped: int = 0
     stall_ms: float = 0.0
     lost_mass: float = 0.0
     prompt_parts_ms: dict[str, float] = field(default_factory=dict)

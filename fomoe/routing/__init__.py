@@ -5,12 +5,13 @@ Shape letters: T tokens, E experts of a layer, k experts per token, P = T * k pa
 
 from fomoe.routing.cache_aware import CacheAwareRouting, RouteCounts, count_outcomes
 from fomoe.routing.groups import ExpertGroups, group_by_expert
-from fomoe.routing.prediction import expect_of_chunk, predict_experts
+from fomoe.routing.prediction import Prediction, expect_of_chunk, predict_experts
 from fomoe.routing.router import Route, route_exact
 
 __all__ = [
     "CacheAwareRouting",
     "ExpertGroups",
+    "Prediction",
     "Route",
     "RouteCounts",
     "count_outcomes",
