@@ -128,8 +128,8 @@ def summary(runs: list[dict[str, float]], plain: list[dict[str, float]]) -> dict
     for name in ("met_landed", "met_begun", "met_queued"):
         out[name] = sum(r[name] for r in runs)
     for name in ("stall_ms", "ms"):
-        pairs = [a[name] - b[name] for a, b in zip(runs, plain, strict=True)]
-        out[f"{name}_saved"] = [round(-x, 3) for x in interval(pairs)]
+        pairs = [b[name] - a[name] for a, b in zip(runs, plain, strict=True)]
+        out[f"{name}_saved"] = [round(x, 3) for x in interval(pairs)]
     return out
 
 

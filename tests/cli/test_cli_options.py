@@ -54,6 +54,8 @@ def test_options_reach_the_model(
         "activations": "f32",
         "ram_policy": "inclusive",
         "prefetch": False,
+        "prefetch_depth": 2,
+        "prefetch_budget": 0.1,
         "overlap": False,
         "prefill_chunk": 5,
         "transport": "tcp",
