@@ -218,7 +218,10 @@ class EngineConfig:
         activations: Input of the quantised kernels: int8 blocks, or float32 for comparisons.
         ram_policy: Whether an expert on a device also keeps its place in RAM.
         eviction: Which resident expert makes room.
-        prefetch: Read the experts that the next layer is expected to need.
+        prefetch: Read experts before the router asks for them, in prompts and in answers.
+        prefetch_depth: Layers that a generated token looks ahead, 0 to 2.
+        prefetch_budget: Bytes that reads in vain may add to a generated token's, as a share of
+            what would be read without them.
         overlap: False runs the serial twin of the loop, which gives the same bits.
         prefill_chunk: Prompt tokens that go through a layer together; 0 lets the budgets fix it.
         read_threads: File reads in flight per node.
@@ -238,6 +241,8 @@ class EngineConfig:
     ram_policy: RamPolicy = "exclusive"
     eviction: Eviction = "lfru"
     prefetch: bool = True
+    prefetch_depth: int = 1
+    prefetch_budget: float = 0.05
     overlap: bool = True
     prefill_chunk: int = 0
     read_threads: int = 4
@@ -257,6 +262,12 @@ class EngineConfig:
         _require_range("sequences", self.sequences, 1, 256)
         _require_range("prefill_chunk", self.prefill_chunk, 0, 4096)
         _require_range("read_threads", self.read_threads, 1, 64)
+        _require_range("prefetch_depth", self.prefetch_depth, 0, 2)
+        budget: Any = self.prefetch_budget
+        _require(
+            isinstance(budget, (int, float)) and 0.0 <= budget <= 1.0,
+            f"prefetch_budget is {budget!r}; it must lie between 0 and 1",
+        )
         _require_range("seed", self.seed, 0, (1 << 64) - 1)
         if self.threads is not None:
             _require_range("threads", self.threads, 1, 1024)

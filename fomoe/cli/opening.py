@@ -53,6 +53,8 @@ def llm_arguments(model: ModelOptions, engine: EngineOptions) -> dict[str, Any]:
         "activations": engine.activations,
         "ram_policy": engine.ram_policy,
         "prefetch": engine.prefetch,
+        "prefetch_depth": engine.prefetch_depth,
+        "prefetch_budget": engine.prefetch_budget,
         "overlap": engine.overlap,
         "prefill_chunk": engine.prefill_chunk,
         "transport": engine.transport,

@@ -193,8 +193,18 @@ class EngineOptions:
         RamPolicy, typer.Option(help="Whether an expert on a device keeps its place in RAM.")
     ] = _DEFAULTS.ram_policy
     prefetch: Annotated[
-        bool, typer.Option(help="Read the experts that the next layer is expected to need.")
+        bool, typer.Option(help="Read experts before the router asks for them.")
     ] = True
+    prefetch_depth: Annotated[
+        int, typer.Option(metavar="0..2", help="Layers that a generated token looks ahead.")
+    ] = _DEFAULTS.prefetch_depth
+    prefetch_budget: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Bytes that reads in vain may add to a generated token's, as a share of them.",
+        ),
+    ] = _DEFAULTS.prefetch_budget
     overlap: Annotated[
         bool, typer.Option("--overlap/--serial", help="Compute and read at the same time.")
     ] = True

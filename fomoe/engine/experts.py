@@ -23,6 +23,10 @@ class ExpertHost(Protocol):
     def expert_bytes(self) -> npt.NDArray[np.int64]:
         """Bytes of one expert of each layer, int64 [L]."""
 
+    @property
+    def guess_depth(self) -> int:
+        """For how many of the next layers a decode step is to call `look_ahead` now."""
+
     def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
 
@@ -31,8 +35,8 @@ class ExpertHost(Protocol):
     ) -> None:
         """Route one sequence's tokens exactly, tell its logical cache, and begin."""
 
-    def look_ahead(self, layer: int, scores: F32) -> None:
-        """Load what `layer` will probably want, behind all demand reads; never waits."""
+    def look_ahead(self, layer: int, scores: F32, depth: int = 1) -> None:
+        """Load what `layer`, `depth` further on, will want, behind all demand; never waits."""
 
     def open_prompt(self, tokens: int) -> None:
         """Begin a chunk of a prompt: `look_ahead` may be called for its first layers."""
@@ -98,7 +102,12 @@ class ResidentExperts:
         logical.observe(layer, route.ids)
         self.begin(layer, h, route, decoding=decoding)
 
-    def look_ahead(self, layer: int, scores: F32) -> None:
+    @property
+    def guess_depth(self) -> int:
+        """Everything is resident already."""
+        return 0
+
+    def look_ahead(self, layer: int, scores: F32, depth: int = 1) -> None:
         """Everything is resident already."""
 
     def open_prompt(self, tokens: int) -> None:
