@@ -50,7 +50,12 @@ class RecordingExperts(ResidentExperts):
         self.chosen.append(route.ids.copy())
         super().begin(layer, h, route, decoding=decoding)
 
-    def look_ahead(self, layer: int, scores: F32) -> None:
+    @property
+    def guess_depth(self) -> int:
+        """One layer, as a driver looks ahead by default."""
+        return 1
+
+    def look_ahead(self, layer: int, scores: F32, depth: int = 1) -> None:
         """Note the experts."""
         self.foreseen.append(route_exact(scores, self._top_k).ids.copy())
 

@@ -12,9 +12,10 @@ from fomoe.actors.layout import StepArena
 from fomoe.actors.messages import Cancel, LogitsRequest, LogitsRows, StatusRequest
 from fomoe.actors.names import CLIENT, arena_name, device_name, storage_name
 from fomoe.actors.process import FabricMember, LoopThread, log
-from fomoe.actors.step import DeviceLink, NodeLink, StepBuffer
+from fomoe.actors.step import DeviceLink, Links, NodeLink, StepBuffer
 from fomoe.actors.wire import MessagePort
 from fomoe.config import EngineConfig
+from fomoe.engine.ahead import AheadArrays, Governor
 from fomoe.engine.fill import fill_order
 from fomoe.engine.forward import Forward
 from fomoe.engine.generation import Generation, check_request
@@ -39,6 +40,7 @@ from fomoe.gguf.reader import open_gguf
 from fomoe.kernels.cpu import ops
 from fomoe.model.archs import read_spec
 from fomoe.model.layers import DenseModel
+from fomoe.quality import Quality
 from fomoe.residency import LFRU, LRU, Residency
 from fomoe.traces import TraceFacts, TraceWriter
 
@@ -145,7 +147,14 @@ class DriverActor(FabricMember):
         policy = LRU() if self._config.eviction == "lru" else LFRU()
         residency = Residency(topology, policy, self._config.ram_policy)
         sizes = [plan.table.expert_bytes(i) for i in range(spec.n_layers)]
-        return TieredExperts(fabric, devices, nodes, topology, residency, sizes, layout)
+        governor = Governor(
+            AheadArrays(spec.n_layers, spec.moe.n_experts, self._config.prefetch_budget),
+            depth=self._config.prefetch_depth,
+            expert_bytes=sum(sizes) // len(sizes),
+        )  # fmt: skip
+        return TieredExperts(
+            fabric, Links(devices, nodes), topology, residency, sizes, layout, governor
+        )
 
     def _fill(self) -> None:
         """Load experts into free slots until they are full, before anyone waits for a token."""
@@ -223,7 +232,7 @@ class DriverActor(FabricMember):
                 return
             self._running = Generation(
                 request, self._sequence, self._forward, self._meter,
-                chunk=self._config.prefill_chunk, default_car=self._config.routing.car,
+                chunk=self._config.prefill_chunk, routing=self._config.routing,
                 serial=not self._config.overlap,
             )  # fmt: skip
             self._running.watch(self._client.send, self._checkpoint)
@@ -287,7 +296,7 @@ class DriverActor(FabricMember):
         sequence.reset()
         whole = GenerateRequest(request_id=request.request_id, prompt=request.tokens, max_tokens=0)
         check_request(whole, sequence.state.ctx_size, self._spec.vocab)
-        self._meter.start(car=0.0, cached=0)
+        self._meter.start(Quality(), cached=0)
         logits = sequence_logits(
             self._forward, sequence, request.tokens, self._config.prefill_chunk
         )

@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.engine.ahead import AheadArrays
 from fomoe.engine.decisions import Decisions
 from fomoe.engine.transfers import SegmentSlots
 from fomoe.engine.waves import WaveArrays
@@ -66,6 +67,7 @@ class WavePlanner:
         planner: Planner,
         segments: list[SegmentSlots],
         arrays: WaveArrays,
+        ahead: AheadArrays,
         demand: int,
         prefetch: int,
     ) -> None: ...
@@ -86,7 +88,7 @@ class WavePlanner:
         out: StepArrays,
     ) -> int: ...
     def wave(self) -> int: ...
-    def look_ahead(self, layer: int, scores: _F32) -> int: ...
+    def look_ahead(self, layer: int, scores: _F32, depth: int) -> int: ...
     @property
     def first(self) -> int: ...
     @property

@@ -18,7 +18,7 @@ from fomoe.residency import LogicalCache
 
 def exact_cache(sequences: tuple[Sequence, ...]) -> LogicalCache | None:
     """Return the logical cache of a sequence that goes alone and exactly, else None."""
-    alone = len(sequences) == 1 and sequences[0].car <= 0.0
+    alone = len(sequences) == 1 and sequences[0].exact
     return sequences[0].logical if alone else None
 
 
@@ -39,8 +39,8 @@ class Forward:
     def step(self, batch: Batch, sequences: tuple[Sequence, ...]) -> F32:
         """Return the last residual stream [T, D]; sequences have advanced by their tokens.
 
-        While the devices compute a layer's experts, the shared expert runs here and the next
-        layer's probable experts are asked for. `finish` is the one place that can wait.
+        While the devices compute a layer's experts, the next layers' probable experts are asked
+        for and the shared expert runs here. `finish` is the one place that can wait.
         """
         model, experts, watch = self.model, self.experts, self.watch
         recorder = self.recorder
@@ -58,19 +58,24 @@ class Forward:
             else:
                 route = self.brain.route(layer, scores, batch, sequences)
                 experts.begin(layer, h, route, decoding=decoding)
+            if ahead:
+                self._look_ahead(layer, x)
             if recorder is not None:
                 recorder.take(layer, scores)
             watch.lap(Lap.BRAIN)
             shared = model.shared(layer, h)
             watch.lap(Lap.DENSE)
-            if ahead and layer + 1 < model.spec.n_layers:
-                experts.look_ahead(layer + 1, model.look_ahead(layer + 1, x))
-                watch.lap(Lap.BRAIN)
             routed = experts.finish()
             watch.lap(Lap.AWAIT)
             model.close(x, routed, shared)
         batch.advance()
         return x
+
+    def _look_ahead(self, layer: int, x: F32) -> None:
+        """Let the next layers' routers say what they would choose for this residual stream."""
+        experts, last = self.experts, self.model.spec.n_layers - 1 - layer
+        for depth in range(1, min(experts.guess_depth, last) + 1):
+            experts.look_ahead(layer + depth, self.model.look_ahead(layer + depth, x), depth)
 
     def logits(self, x: F32, rows: npt.NDArray[np.intp]) -> F32:
         """Return the logits [n, V] of some rows of the last residual stream."""

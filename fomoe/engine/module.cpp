@@ -43,8 +43,23 @@ WaveArrays arrays_of(nb::handle a) {
           reinterpret_cast<Counts*>(field<int64_t, 1>(a, "counts").data())};
 }
 
+AheadArrays ahead_of(nb::handle a, const residency::State& state) {
+  const auto named = field<int64_t, 2>(a, "named"), wanted = field<int64_t, 2>(a, "wanted");
+  const auto allowed = field<bool, 2>(a, "allowed");
+  for (const int64_t rows : {named.shape(0), wanted.shape(0), allowed.shape(0)})
+    same("depths of guesses", rows, kDepths);
+  for (const int64_t columns : {named.shape(1), wanted.shape(1), allowed.shape(1)})
+    same("levels of guesses", columns, kLevels);
+  const auto charged = field<bool, 2>(a, "charged");
+  same("layers of guesses", charged.shape(0), state.n_layers);
+  same("experts of guesses", charged.shape(1), state.n_experts);
+  return {named.view(),   wanted.view(), allowed.view(),
+          charged.view(), field<int64_t, 1>(a, "misses").data(),
+          field<int64_t, 1>(a, "credit").data()};
+}
+
 void init_planner(WavePlanner* self, residency::Planner& planner, nb::list segments,
-                  nb::object arrays, int32_t demand, int32_t prefetch) {
+                  nb::object arrays, nb::object ahead, int32_t demand, int32_t prefetch) {
   std::vector<Segment> all;
   for (const nb::handle s : segments) all.push_back(segment_of(s));
   const auto ids = field<int32_t, 2>(arrays, "ids");
@@ -53,8 +68,10 @@ void init_planner(WavePlanner* self, residency::Planner& planner, nb::list segme
   same("room for reads", nb::cast<Records<Read>>(arrays.attr("reads")).size(), 2 * n);
   same("room for experts", field<int32_t, 1>(arrays, "experts").size(), n);
   same("room for pairs", field<int64_t, 1>(arrays, "pairs").size(), n);
-  new (self) WavePlanner(planner, std::move(all), arrays_of(arrays),
-                         {ids.shape(0), ids.shape(1), demand, prefetch});
+  new (self) WavePlanner(
+      planner, std::move(all), arrays_of(arrays), ahead_of(ahead, planner.state()),
+      {ids.shape(0), ids.shape(1), nb::cast<int64_t>(ahead.attr("budget_permille")), demand,
+       prefetch});
 }
 
 void init_arrays(StepArrays* self, Array<int32_t, 2> order, Array<float, 2> weights,
@@ -122,9 +139,11 @@ int64_t py_place(WavePlanner& w, int32_t layer, Array<const int32_t, 2> ids,
   return w.wave();
 }
 
-int64_t py_look_ahead(WavePlanner& w, int32_t layer, Array<const float, 2> scores) {
+int64_t py_look_ahead(WavePlanner& w, int32_t layer, Array<const float, 2> scores,
+                      int32_t depth) {
   check(w, layer, 0, scores.shape(1));
-  return w.look_ahead(layer, scores.data(), scores.shape(0));
+  if (depth < 1 || depth > kDepths) throw nb::index_error("guesses reach one or two layers ahead");
+  return w.look_ahead(layer, depth - 1, scores.data(), scores.shape(0));
 }
 
 void check_slot(int32_t slot, int64_t n_slots) {
@@ -247,12 +266,13 @@ NB_MODULE(_engine, m) {
            "entries"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(),
            nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>());
   nb::class_<WavePlanner>(m, "WavePlanner")
-      .def("__init__", &init_planner, "planner"_a, "segments"_a, "arrays"_a, "demand"_a,
-           "prefetch"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
+      .def("__init__", &init_planner, "planner"_a, "segments"_a, "arrays"_a, "ahead"_a,
+           "demand"_a, "prefetch"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
+           nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
       .def("decide", &py_decide, "layer"_a, "scores"_a, "tokens"_a, "decision_hash"_a, "out"_a)
       .def("place", &py_place, "layer"_a, "ids"_a, "weights"_a, "substituted"_a, "out"_a)
       .def("wave", &WavePlanner::wave)
-      .def("look_ahead", &py_look_ahead, "layer"_a, "scores"_a)
+      .def("look_ahead", &py_look_ahead, "layer"_a, "scores"_a, "depth"_a)
       .def_prop_ro("first", &WavePlanner::first)
       .def_prop_ro("end", &WavePlanner::end)
       .def_prop_ro("n_experts", &WavePlanner::n_experts);

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fomoe.engine import _engine
 from fomoe.engine._engine import StepArrays
+from fomoe.engine.ahead import AheadArrays
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import READ, SegmentSlots
 from fomoe.residency import LogicalCache, Residency
@@ -22,9 +23,10 @@ from fomoe.routing import Route
 from fomoe.routing.router import refuse_broken
 from fomoe.types import ExpertKey, Tier
 
-__all__ = ["Priorities", "StepArrays", "WaveArrays", "WaveLayout", "WavePlanner"]
+__all__ = ["GUESSED", "Priorities", "StepArrays", "WaveArrays", "WaveLayout", "WavePlanner"]
 
-_COUNTS = 8
+_COUNTS = 12
+GUESSED = 11  # where the prefetches used stand that a look-ahead asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,8 +60,9 @@ class WaveArrays:
         experts: int32 [E], a step's experts in the order they are served.
         pairs: int64 [E], pairs of each of them, substitutes left out.
         reads: records of `READ` [2 E], what the last call asks storage for.
-        counts: int64 [8] of the last call: activations whose bytes came from device, RAM, NVMe;
-            prefetches used; issued; bytes read; promoted; demoted.
+        counts: int64 [12] of the last call: activations whose bytes came from device, RAM, NVMe;
+            substitutes alike; prefetches used; issued; bytes read; promoted; demoted; prefetches
+            used that a look-ahead of this planner asked for.
     """
 
     def __init__(self, layout: WaveLayout, n_experts: int, max_tokens: int, top_k: int) -> None:
@@ -85,15 +88,16 @@ class WavePlanner:
 
     def __init__(
         self, residency: Residency, segments: Sequence[SegmentSlots], layout: WaveLayout,
-        priorities: Priorities, *, max_tokens: int, top_k: int,
+        priorities: Priorities, ahead: AheadArrays, *, max_tokens: int, top_k: int,
     ) -> None:  # fmt: skip
         n_experts = segments[0].slot_of.shape[1]
         self.arrays = WaveArrays(layout, n_experts, max_tokens, top_k)
         self._residency = residency
         self._segments = list(segments)
         self._native = _engine.WavePlanner(
-            residency.native, self._segments, self.arrays, priorities.demand, priorities.prefetch
-        )
+            residency.native, self._segments, self.arrays, ahead,
+            priorities.demand, priorities.prefetch,
+        )  # fmt: skip
 
     def decide(
         self, layer: int, scores: npt.NDArray[np.float32], logical: LogicalCache, out: StepArrays
@@ -125,13 +129,15 @@ class WavePlanner:
         """Plan the next wave, once the last one is computed and released; returns its reads."""
         return self._native.wave()
 
-    def look_ahead(self, layer: int, scores: npt.NDArray[np.float32]) -> int:
-        """Prefetch what the layer will probably want; returns the number of reads.
+    def look_ahead(self, layer: int, scores: npt.NDArray[np.float32], depth: int = 1) -> int:
+        """Prefetch what the layer, `depth` further on, will want for sure enough.
+
+        Returns the number of reads; `AheadArrays` says which guesses are worth one.
 
         Scores that are not finite give none: between the start and the end of a step nothing may
         fail, least of all a guess.
         """
-        return self._native.look_ahead(layer, scores)
+        return self._native.look_ahead(layer, scores, depth)
 
     @property
     def first(self) -> int:
@@ -150,11 +156,17 @@ class WavePlanner:
 
     def charge(self, totals: HostCounters, *, decoding: bool) -> None:
         """Add what the last call cost to the totals."""
-        device, ram, nvme, used, issued, read, promoted, demoted = self.arrays.counts.tolist()
+        device, ram, nvme, on_device, in_ram, in_file, *rest = self.arrays.counts.tolist()
+        used, issued, read, promoted, demoted, guessed = rest
         if decoding:
             totals.hits_device += device
             totals.hits_ram += ram
             totals.reads_nvme += nvme
+            totals.substitutes_device += on_device
+            totals.substitutes_ram += in_ram
+            totals.substitutes_nvme += in_file
+            totals.guesses += issued
+            totals.guesses_used += guessed
         else:
             totals.prompt_hits_device += device
             totals.prompt_hits_ram += ram

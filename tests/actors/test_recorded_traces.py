@@ -84,7 +84,7 @@ def test_what_a_lossy_answer_wanted_is_recorded(path, prompt, tmp_path):
     total, _ = slot_bytes(path)
     file = tmp_path / "t"
     with local_engine(path, vram=total // 5, ram=0, trace=file) as engine:
-        events = list(engine.client.stream(greedy(prompt, TOKENS, car=0.6)))
+        events = list(engine.client.stream(greedy(prompt, TOKENS, quality="car=0.6")))
     receipt = finished(events).receipt
     assert receipt.substituted > 0
     trace = Trace.open(file)

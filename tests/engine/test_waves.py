@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support.reference_waves import ReferenceWaves
 
 from fomoe.engine._engine import landed, part_addresses
+from fomoe.engine.ahead import AheadArrays
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import ENTRY, SegmentSlots
 from fomoe.engine.waves import Priorities, StepArrays, WaveLayout, WavePlanner
@@ -67,12 +68,23 @@ class Engines:
             for residency, segments in ((native, self.segments[0]), (reference, self.segments[1])):
                 for placement in residency.fill(keys):
                     segments[self.layout.layer_node[placement.key.layer]].fill([placement])
+        self.ahead = [AheadArrays(self.n_layers, self.n_experts, 0.1) for _ in "ab"]
+        allowed = rng.random(self.ahead[0].allowed.shape) < 0.7
+        for arrays in self.ahead:
+            arrays.allowed[:] = allowed
+            arrays.credit[0] = 20_000
         self.native = WavePlanner(
-            native, self.segments[0], self.layout, Priorities(*PRIORITIES),
+            native, self.segments[0], self.layout, Priorities(*PRIORITIES), self.ahead[0],
             max_tokens=MAX_TOKENS, top_k=self.top_k,
         )  # fmt: skip
         self.reference = ReferenceWaves(
-            reference, self.segments[1], self.layout, PRIORITIES, MAX_TOKENS, self.top_k
+            reference,
+            self.segments[1],
+            self.layout,
+            PRIORITIES,
+            self.ahead[1],
+            MAX_TOKENS,
+            self.top_k,
         )
         self.residencies = native, reference
         self.logical = [
@@ -104,7 +116,8 @@ class Engines:
         self.same_wave(n_reads)
         self.same_step(tokens)
         if self.rng.random() < 0.6:
-            self.look_ahead((layer + 1) % self.n_layers)
+            for depth in range(1, int(self.rng.integers(1, 3)) + 1):
+                self.look_ahead((layer + depth) % self.n_layers, depth)
         while self.reference.end < len(self.reference.experts):
             self.release(layer)
             n_reads = self.native.wave()
@@ -116,12 +129,12 @@ class Engines:
         for residency in self.residencies:
             residency.release(layer)
 
-    def look_ahead(self, layer):
+    def look_ahead(self, layer, depth):
         scores = self.scores(layer, int(self.rng.integers(1, 3)))
         if self.rng.random() < 0.1:
             scores[0, 0] = np.nan
-        n_reads = self.native.look_ahead(layer, scores)
-        self.reference.look_ahead(layer, scores)
+        n_reads = self.native.look_ahead(layer, scores, depth)
+        self.reference.look_ahead(layer, scores, depth)
         self.same_reads(n_reads)
 
     def forget(self):
@@ -137,6 +150,9 @@ class Engines:
         assert self.native.arrays.reads[:n_reads].tolist() == want.tolist()
         np.testing.assert_array_equal(self.native.arrays.counts, self.reference.counts)
         np.testing.assert_array_equal(self.native.arrays.unproven, self.reference.unproven)
+        for name in ("named", "wanted", "charged", "misses", "credit"):
+            got, wanted = (getattr(arrays, name) for arrays in self.ahead)
+            np.testing.assert_array_equal(got, wanted, err_msg=name)
 
     def same_wave(self, n_reads):
         want, got = self.reference, self.native
@@ -242,7 +258,7 @@ def test_addresses_of_parts():
 
 def test_counts_are_charged_to_prompts_and_answers_apart():
     engines = small()
-    engines.native.arrays.counts[:] = range(1, 9)
+    engines.native.arrays.counts[:] = range(1, 13)
     totals = HostCounters()
     engines.native.charge(totals, decoding=True)
     assert (totals.hits_device, totals.hits_ram, totals.reads_nvme) == (1, 2, 3)
@@ -250,8 +266,11 @@ def test_counts_are_charged_to_prompts_and_answers_apart():
     assert (totals.hits_device, totals.hits_ram, totals.reads_nvme) == (1, 2, 3)
     prompt = totals.prompt_hits_device, totals.prompt_hits_ram, totals.prompt_reads_nvme
     assert prompt == (1, 2, 3)
-    assert (totals.prefetch_used, totals.prefetch_issued) == (8, 10)
-    assert (totals.nvme_bytes, totals.ram_bytes, totals.demoted_bytes) == (12, 14, 16)
+    substitutes = totals.substitutes_device, totals.substitutes_ram, totals.substitutes_nvme
+    assert substitutes == (4, 5, 6)
+    assert (totals.prefetch_used, totals.prefetch_issued) == (14, 16)
+    assert (totals.guesses, totals.guesses_used) == (8, 12)
+    assert (totals.nvme_bytes, totals.ram_bytes, totals.demoted_bytes) == (18, 20, 22)
 
 
 def test_a_broken_row_is_named_and_changes_nothing():
@@ -279,7 +298,9 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(IndexError, match="at most 6"):
         engines.native.decide(0, many, engines.logical[0], engines.step.arrays)
     with pytest.raises(IndexError, match="no such layer"):
-        engines.native.look_ahead(engines.n_layers, engines.scores(0, 1))
+        engines.native.look_ahead(engines.n_layers, engines.scores(0, 1), 1)
+    with pytest.raises(IndexError, match="one or two layers"):
+        engines.native.look_ahead(0, engines.scores(0, 1), 3)
     wide = np.zeros((1, engines.n_experts + 1), np.float32)
     with pytest.raises(ValueError, match="experts of a layer"):
         engines.native.decide(0, wide, engines.logical[0], engines.step.arrays)
