@@ -51,8 +51,8 @@ class Asked:
         str,
         typer.Option(
             metavar="SPEC[,SPEC...]",
-            help="Policies: exact, car=X, price=X, drop=X or belady, and behind a + what the "
-            "caches evict (lru, lfru, mass) or background=N, protected=N, kappa=X.",
+            help="Policies: exact, car=X, price=X, bytes=SIZE, drop=X or belady, and behind "
+            "a + what the caches evict (lru, lfru, mass) or background=N, protected=N, kappa=X.",
         ),
     ] = "lru,lfru,belady"
     capacity: Annotated[

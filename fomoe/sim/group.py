@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.engine.decisions import Decider, Decisions
-from fomoe.residency.logical import LogicalCaches, LogicalRules
-from fomoe.routing.rules import CacheAwareRouting, DropRouting, ExactRouting, PriceRouting
+from fomoe.residency.logical import LogicalCaches
 from fomoe.sim.losses import LOSSES, losses_of
+from fomoe.sim.policies import Policy
+from fomoe.sim.strengths import Strengths
 from fomoe.traces import Trace
 
 COUNTS = ("tokens", "wanted", "demand", "background", "substituted", "dropped")
@@ -21,19 +22,6 @@ _BLOCK_TOKENS = 32
 
 Floats = npt.NDArray[np.float64]
 _Number = TypeVar("_Number", np.int32, np.float32)
-Rule = ExactRouting | CacheAwareRouting | PriceRouting | DropRouting
-_NEVER = 2.0  # no probability is so many times another one of a lower rank
-
-
-def strengths_of(rule: Rule) -> tuple[float, float] | None:
-    """Return the strength of a rule, and the one at which it is exact; None if it always is."""
-    if isinstance(rule, CacheAwareRouting):
-        return rule.threshold, _NEVER
-    if isinstance(rule, PriceRouting):
-        return rule.price, 0.0
-    if isinstance(rule, DropRouting):
-        return rule.weight, 0.0
-    return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,23 +53,25 @@ class TextGroup:
         self._order = np.argsort([-len(rows) for rows in texts], kind="stable")
         self._texts = [texts[i] for i in self._order]
 
-    def run(self, rule: Rule, caches: LogicalRules) -> Floats:
-        """Return the sums of `COSTS` under a rule: float64 [texts, L, costs].
+    def run(self, policy: Policy, capacity: int) -> Floats:
+        """Return the sums of `COSTS` under a policy that has a rule: float64 [texts, L, costs].
 
         Raises:
-            ConfigError: rule or caches do not fit the trace's model.
+            ConfigError: policy or capacity do not fit the trace's model.
         """
-        facts = self._trace.facts
-        n_texts = len(self._texts)
-        logical = LogicalCaches(n_texts, facts.n_layers, facts.n_experts, caches)
-        decider = Decider(rule, logical, facts.top_k)
-        needs_head = strengths_of(rule) is not None or caches.eviction == "mass"
+        facts, n_texts = self._trace.facts, len(self._texts)
+        rules = policy.logical_rules(capacity)
+        caches = LogicalCaches(n_texts, facts.n_layers, facts.n_experts, rules)
+        assert policy.rule is not None
+        decider = Decider(policy.rule, caches, facts.top_k)
+        strengths = Strengths(policy.rule, n_texts, policy.budget_bytes, facts.expert_bytes)
+        needs_head = strengths.is_lossy or rules.eviction == "mass"
         kept = facts.candidates if needs_head else facts.top_k
         sums = np.zeros((n_texts, facts.n_layers, len(COSTS)))
         for start in range(0, max(map(len, self._texts), default=0), _BLOCK_TOKENS):
             block = self._block(start, kept)
-            chosen = _decide(block, decider, rule)
-            _add(sums, block, chosen, is_lossy=strengths_of(rule) is not None)
+            chosen = _decide(block, decider, strengths)
+            _add(sums, block, chosen, is_lossy=strengths.is_lossy)
         by_text = np.empty_like(sums)
         by_text[self._order] = sums
         return by_text
@@ -107,20 +97,20 @@ class TextGroup:
         return block
 
 
-def _decide(block: Block, decider: Decider, rule: Rule) -> Decisions:
+def _decide(block: Block, decider: Decider, strengths: Strengths) -> Decisions:
     """Decide a block's tokens one after the other, each layer of all texts in one call."""
     count, n_layers, n_texts, _ = block.ids.shape
     whole = _reshaped(Decisions.empty(count * n_layers * n_texts, decider.k), block.ids.shape[:3])
-    strengths = strengths_of(rule)
-    prices: npt.NDArray[np.float32] | None = None
     for t in range(count):
         n = block.running[t]
-        if strengths is not None:
-            prices = np.where(block.is_prompt[t, :n], strengths[1], strengths[0])
-            prices = prices.astype(np.float32)
+        is_prompt = block.is_prompt[t, :n]
+        prices = strengths.at(is_prompt)
         for layer in range(n_layers):
             ids, p = block.ids[t, layer, :n], block.p[t, layer, :n]
             decider.decide_compact(layer, ids, p, None, prices, _part(whole, t, layer, n))
+        if strengths.is_steered:
+            reads = whole.read[t, :, :n].sum(axis=2) + (whole.background[t, :, :n] >= 0).sum(axis=2)
+            strengths.spent(is_prompt, reads)
     return whole
 
 

@@ -10,12 +10,13 @@ from typing import Any, get_args
 from fomoe.errors import ConfigError
 from fomoe.residency.logical import Eviction, LogicalRules
 from fomoe.routing.rules import CacheAwareRouting, DropRouting, ExactRouting, PriceRouting
-
-Rule = ExactRouting | CacheAwareRouting | PriceRouting | DropRouting
+from fomoe.sim.strengths import Rule
+from fomoe.units import parse_bytes
 
 _RULES: dict[str, Callable[..., Rule]] = {
     "car": CacheAwareRouting,
     "price": PriceRouting,
+    "bytes": lambda _, **options: PriceRouting(0.0, **options),
     "drop": DropRouting,
 }
 _OF_RULE: dict[str, Callable[[str], Any]] = {"protected": int, "kappa": float, "budget": int}
@@ -23,9 +24,10 @@ _OF_CACHES: dict[str, Callable[[str], Any]] = {
     "background": Fraction, "delay": int, "decay": Fraction, "shift": int,
 }  # fmt: skip
 _HELP = (
-    "write a rule (exact, car=0.35, price=0.05, drop=0.1 or belady) and, with + between them, what "
-    "goes with it: lru, lfru or mass; protected=N, kappa=X or renormalise; background=N (reads per "
-    "layer and token), delay=N, decay=X, shift=N; for example price=0.05+lfru+kappa=0"
+    "write a rule (exact, car=0.35, price=0.05, bytes=500MB/token, drop=0.1 or belady) and, with + "
+    "between them, what goes with it: lru, lfru or mass; protected=N, kappa=X or renormalise; "
+    "background=N (reads per layer and token), delay=N, decay=X, shift=N; for example "
+    "price=0.05+lfru+kappa=0"
 )
 
 
@@ -37,11 +39,13 @@ class Policy:
         text: the spec, as it was written.
         rule: what chooses experts; None for the offline optimum of exact routing.
         caches: what `LogicalRules` gets besides the capacity.
+        budget_bytes: per token, which the rule's price is steered by; 0 where it is not.
     """
 
     text: str
     rule: Rule | None
     caches: tuple[tuple[str, Any], ...] = ()
+    budget_bytes: int = 0
 
     @property
     def is_exact(self) -> bool:
@@ -78,7 +82,7 @@ def parse_policy(text: str) -> Policy:
         elif part == "renormalise":
             _put(options, part, True, text)
         elif name in _RULES:
-            _put(strengths, name, _number(float, value, part), text)
+            _put(strengths, name, _number(_budget if name == "bytes" else float, value, part), text)
         elif name in _OF_RULE:
             _put(options, name, _number(_OF_RULE[name], value, part), text)
         elif name in _OF_CACHES:
@@ -99,8 +103,12 @@ def _put(values: dict[str, Any], name: str, value: Any, text: str) -> None:
 def _number(kind: Callable[[str], Any], value: str, part: str) -> Any:
     try:
         return kind(value)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, ConfigError):
         raise ConfigError(f"{part!r} has no number behind the =; {_HELP}") from None
+
+
+def _budget(text: str) -> float:
+    return float(parse_bytes(text.removesuffix("/token")))
 
 
 def _policy(
@@ -115,8 +123,11 @@ def _policy(
         return Policy(text, None if name == "belady" else ExactRouting(), tuple(caches.items()))
     try:
         rule = _RULES[name](strength, **options)
-    except TypeError:
+    except TypeError:  # an option that the rule has no field for
         raise ConfigError(
             f"policy {text!r}: {name} does not take {', '.join(options)}; {_HELP}"
         ) from None
-    return Policy(text, rule, tuple(caches.items()))
+    budget = int(strength) if name == "bytes" else 0
+    if name == "bytes" and budget < 1:
+        raise ConfigError(f"policy {text!r}: give a budget of at least one byte per token")
+    return Policy(text, rule, tuple(caches.items()), budget)

@@ -60,8 +60,7 @@ def run_point(point: Point) -> Floats:
     if policy.rule is None:
         texts = [_optimum(trace, rows, point) for rows in point.texts]
         return np.stack(texts)
-    group = TextGroup(trace, point.texts, point.warmup)
-    return group.run(policy.rule, policy.logical_rules(point.capacity))
+    return TextGroup(trace, point.texts, point.warmup).run(policy, point.capacity)
 
 
 def scored_tokens(trace: Trace, rows: Rows, warmup: int) -> npt.NDArray[np.bool_]:

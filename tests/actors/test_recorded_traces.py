@@ -7,6 +7,8 @@ from support.local_model import finished, greedy, tokens_of
 
 from fomoe.engine.recorder import Recorder
 from fomoe.errors import TraceError
+from fomoe.sim.policies import parse_policy
+from fomoe.sim.replay import replay
 from fomoe.traces import Trace, TraceFacts, TraceWriter
 
 TOKENS = 6
@@ -91,6 +93,23 @@ def test_what_a_lossy_answer_wanted_is_recorded(path, prompt, tmp_path):
     trace.verify()
     assert trace.records["hash"][-1] == int(receipt.decision_hash, 16)
     assert int(trace.records["hash"][-1]) != decision_hash(trace.ids[:, :, :3])
+
+
+@pytest.mark.parametrize("quality", ["price=0.05", "car=0.6", "bytes=20KB/token"])
+def test_a_replay_repeats_what_the_engine_decided(path, prompt, tmp_path, quality):
+    """Probabilities are rounded in a trace, which on these rows tips no decision."""
+    total, _ = slot_bytes(path)
+    file = tmp_path / "t"
+    with local_engine(path, vram=total // 5, ram=0, trace=file) as engine:
+        receipt = finished(list(engine.client.stream(greedy(prompt, 40, quality=quality)))).receipt
+    trace = Trace.open(file)
+    policy = parse_policy(f"{quality}+lfru")
+    (score,) = replay(trace, [policy], [receipt.logical_capacity])
+    assert score.sums("tokens").max() == 39
+    assert receipt.substituted > 5
+    assert score.sums("substituted").sum() == receipt.substituted
+    lost = score.sums("lost_mass").sum()
+    assert lost == pytest.approx(receipt.lost_mass, rel=0.01)
 
 
 def test_a_file_that_cannot_be_written_is_told_at_start(path, tmp_path):

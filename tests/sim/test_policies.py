@@ -20,6 +20,7 @@ from fomoe.sim.policies import parse_policy
         ("lru+car=0.6+renormalise+budget=2", CacheAwareRouting(0.6, 2, True), {"eviction": "lru"}),
         ("price=0.05+lfru", PriceRouting(0.05), {"eviction": "lfru"}),
         ("price=0.08+protected=1+kappa=0.5", PriceRouting(0.08, 1, 0.5), {"eviction": "lru"}),
+        ("bytes=1MB/token+lfru+protected=3", PriceRouting(0.0, 3), {"eviction": "lfru"}),
         ("drop=0.1+kappa=1", DropRouting(0.1, kappa=1.0), {"eviction": "lru"}),
         (
             "car=0.35+background=28/60+delay=3+decay=0.9",
@@ -31,6 +32,7 @@ from fomoe.sim.policies import parse_policy
 def test_specs(text, rule, caches):
     policy = parse_policy(text)
     assert (policy.text, policy.rule, dict(policy.caches)) == (text, rule, caches)
+    assert policy.budget_bytes == (10**6 if "bytes" in text else 0)
     assert policy.is_exact == (rule is None or rule == ExactRouting())
     rules = policy.logical_rules(20)
     assert rules.capacity == 20
@@ -45,6 +47,9 @@ def test_specs(text, rule, caches):
         ("car", "'car' has no number"),
         ("car=", "has no number"),
         ("price=much", "'price=much' has no number"),
+        ("bytes=much", "has no number"),
+        ("bytes=0", "at least one byte"),
+        ("bytes=1MB+price=0.1", "has 2 rules"),
         ("background=1/0", "has no number"),
         ("lru+lfru", "gives eviction twice"),
         ("car=0.3+price=0.1", "has 2 rules"),

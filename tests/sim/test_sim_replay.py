@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fomoe.engine.decisions import Decider
 from fomoe.errors import ConfigError
 from fomoe.residency.logical import LogicalCaches
+from fomoe.routing.price import BudgetPrice
 from fomoe.sim.belady import belady_misses
 from fomoe.sim.group import COSTS
 from fomoe.sim.losses import LOSSES, reference_losses
@@ -119,6 +120,33 @@ def test_a_warm_up_is_run_and_not_scored(trace, policy):
     first = run_point(Point(trace.path, starts, policy, 9))
     np.testing.assert_allclose(first + behind, whole, atol=1e-9)
     assert column(behind, "tokens")[:, 0].tolist() == [35, 10, 0, 25, 0]
+
+
+def test_a_budget_steers_each_text_for_itself(trace):
+    """Against the controller told of each decode token's bytes, and the rule at its price."""
+    got = costs(trace, "bytes=3+lfru+protected=0")
+    for i, text in enumerate(trace.sequences):
+        policy, price = parse_policy("price=0+lfru+protected=0"), BudgetPrice(3)
+        caches = LogicalCaches(1, 2, 70, policy.logical_rules(9))
+        decider, demand, substituted = Decider(policy.rule, caches, 3), 0, 0
+        for row in text.rows:
+            is_prompt, spent = bool(trace.is_prompt[row]), 0
+            for layer, size in enumerate(FACTS.expert_bytes):
+                ids = np.ascontiguousarray(trace.ids[row, layer][None], np.int32)
+                p = np.ascontiguousarray(trace.probabilities[row, layer][None], np.float32)
+                now = np.array([0.0 if is_prompt else price.price], np.float32)
+                d = decider.decide_compact(layer, ids, p, None, now)
+                spent += size * int(d.read.sum())
+                demand += 0 if is_prompt else int(d.read.sum())
+                substituted += int(d.substituted.sum())
+            if not is_prompt:
+                price = price.after(spent)
+        assert column(got[i], "demand").sum() == demand
+        assert column(got[i], "substituted").sum() == substituted
+    assert column(got, "substituted").sum() > 20
+    np.testing.assert_array_equal(
+        costs(trace, "bytes=3+lfru+protected=0", texts=[3, 1]), got[[3, 1]]
+    )
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfru", "mass", "lfru+decay=0.5"])
