@@ -80,8 +80,9 @@ class DriverActor(FabricMember):
             stored_embedding=not self._plan.holds_all, on_layer=on_layer,
         )  # fmt: skip
         self._sequence = Sequence(
-            self._spec, self._config.ctx_size, self._config.kv_dtype, self._plan.logical_capacity
-        )
+            self._spec, self._config.ctx_size, self._config.kv_dtype,
+            self._plan.logical_rules(self._config.routing),
+        )  # fmt: skip
 
     def start(self) -> None:
         """Begin to fill the tiers and then to serve; `progress` tells how far it is."""
