@@ -201,6 +201,7 @@ int64_t WavePlanner::read_later(int32_t layer, const int32_t* experts, int64_t n
     const int32_t e = plan[i].expert;
     a_.unproven.row(layer)[e] = int8_t(plan[i].source);
     a_.background.row(layer)[e] = true;
+    if (plan[i].source == kNvme) ahead_.earn(layer, e, a_.expert_bytes[layer], false);
     // It was wanted just now, which is all that speaks for keeping it until it is wanted again.
     history.touch(layer, e, history.steps[layer]);
   }
