@@ -83,8 +83,9 @@ class DriverActor(FabricMember):
             stored_embedding=not self._plan.holds_all, on_layer=on_layer,
         )  # fmt: skip
         self._sequence = Sequence(
-            self._spec, self._config.ctx_size, self._config.kv_dtype, self._plan.logical_capacity
-        )
+            self._spec, self._config.ctx_size, self._config.kv_dtype,
+            self._plan.logical_rules(self._config.routing),
+        )  # fmt: skip
         self._recorder = self._open_recorder()
 
     def _open_recorder(self) -> Recorder | None:
