@@ -261,6 +261,19 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TraceOptions:
+    """What is kept of the router's decisions."""
+
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Append what the router said for each token to FILE, for `fomoe replay`.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
     """Where the server listens and who may talk to it."""
 
