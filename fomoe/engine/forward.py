@@ -36,8 +36,8 @@ class Forward:
         for and the shared expert runs here. `finish` is the one place that can wait.
         """
         model, experts, watch = self.model, self.experts, self.watch
-        ahead = self.prefetch and all(sequence.decoding for sequence in sequences)
         recorder = self.recorder
+        ahead = self.prefetch and all(sequence.decoding for sequence in sequences)
         watch.start()
         x = model.embed(batch)
         for layer in range(model.spec.n_layers):
