@@ -2,8 +2,8 @@
 
 Each run starts the actors afresh on Ray, as processes, on a machine drawn by its number: devices,
 slots of device and RAM, RAM policy, eviction, chunks, look-ahead, and a delay for each read. Text,
-log probabilities, decision hash and loss of every request must equal those of a run that holds all
-experts and delays nothing. `--car-capacity` is the same everywhere, as a promise needs.
+log probabilities, decision hash, price and loss of every request must equal those of a run that
+holds all experts and delays nothing. `--car-capacity` is the same everywhere, as a promise needs.
 
 Run: python benchmarks/determinism.py [MODEL] [--runs 20] [--tokens 48]
 The last line is JSON; the status is 1 where anything differed.
@@ -39,8 +39,11 @@ from fomoe.storage.segment import SegmentHandle
 NUMBERS = itertools.count()
 MODES: dict[str, dict[str, Any]] = {
     "exact": {},
-    "car 0.35": {"car": 0.35},
-    "car 0.60, sampled": {"car": 0.6, "sampling": SamplingParams(temperature=0.9, seed=7)},
+    "car": {"quality": "car=0.35"},
+    "sampled": {"quality": "car=0.6", "sampling": SamplingParams(temperature=0.9, seed=7)},
+    "price": {"quality": "price=0.05"},
+    "bytes": {"quality": "bytes=300KB/token"},
+    "kl": {"quality": "kl=0.02"},
 }
 PROMPT = "Once upon a time, in a village by the sea, there lived an old fisherman who"
 SLOWEST_S, SLOW_SHARE = 0.004, 0.4
@@ -140,6 +143,8 @@ class Lab:
                 return {
                     "tokens": tokens, "hash": receipt.decision_hash,
                     "substituted": receipt.substituted, "lost_mass": receipt.lost_mass,
+                    "price": receipt.price, "shadow_kl": receipt.shadow_kl,
+                    "logical_bytes": receipt.logical_bytes,
                 }, receipt  # fmt: skip
         raise EngineError("the request ended without a receipt")
 

@@ -8,7 +8,7 @@ from fomoe.engine.meter import LossCounters
 from fomoe.engine.sequences import Sequence
 from fomoe.model.buffers import F32
 from fomoe.model.state import Batch
-from fomoe.routing import CacheAwareRouting, Route, route_exact
+from fomoe.routing import Route, route_exact
 
 
 class Brain:
@@ -16,7 +16,6 @@ class Brain:
 
     def __init__(self, top_k: int) -> None:
         self._top_k = top_k
-        self._lossy: dict[float, CacheAwareRouting] = {}
         self.loss = LossCounters()
 
     def route(
@@ -26,27 +25,26 @@ class Brain:
         route = route_exact(scores, self._top_k)
         for run, sequence in zip(batch.runs, sequences, strict=True):
             rows = slice(run.start, run.stop)
-            wanted = route.ids[rows]
-            if sequence.car > 0.0:
-                if sequence.decoding:
-                    self._substitute(layer, scores, rows, sequence, route)
-                sequence.logical.commit(layer, route.ids[rows])
+            if sequence.decider is None:
+                sequence.logical.observe(layer, route.ids[rows])
+            elif sequence.decoding:
+                self._decide(layer, scores, rows, sequence, route)
             else:
-                sequence.logical.observe(layer, wanted)
+                sequence.logical.commit(layer, route.ids[rows])
         return route
 
-    def _substitute(
+    def _decide(
         self, layer: int, scores: F32, rows: slice, sequence: Sequence, route: Route
     ) -> None:
-        policy = self._lossy.get(sequence.car)
-        if policy is None:
-            policy = self._lossy[sequence.car] = CacheAwareRouting(sequence.car)
-        lossy = policy.route(scores[rows], self._top_k, sequence.logical.mask(layer))
-        changed = int(np.count_nonzero(lossy.substituted))
+        assert sequence.decider is not None
+        made = sequence.decider.decide(layer, scores[rows], prices=sequence.prices)
+        background = np.count_nonzero(made.background >= 0)
+        sequence.reads[layer] = np.count_nonzero(made.read) + background
+        changed = int(np.count_nonzero(made.substituted))
         if changed:
             sequence.lossy = True
             self.loss.substituted += changed
-            self.loss.lost_mass += float(np.sum(1.0 - lossy.weights.sum(axis=1)))
-        route.ids[rows] = lossy.ids
-        route.weights[rows] = lossy.weights
-        route.substituted[rows] = lossy.substituted
+            self.loss.lost_mass += float(made.lost.sum())
+        route.ids[rows] = made.ids
+        route.weights[rows] = made.weights
+        route.substituted[rows] = made.substituted

@@ -20,6 +20,10 @@ class ExpertHost(Protocol):
     """Computes a layer's routed experts; one step is under way at a time."""
 
     @property
+    def expert_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of one expert of each layer, int64 [L]."""
+
+    @property
     def guess_depth(self) -> int:
         """For how many of the next layers a decode step is to call `look_ahead` now."""
 
@@ -53,6 +57,9 @@ class ResidentExperts:
         table = ExpertTable.from_gguf(file)
         self._spec = spec
         self._device = open_device("cpu", threads=threads, int8=int8)
+        self.expert_bytes = np.array(
+            [table.expert_bytes(i) for i in range(spec.n_layers)], np.int64
+        )
         self._shapes = [expert_shape(table, spec, i) for i in range(spec.n_layers)]
         self._tensors: list[npt.NDArray[np.uint8]] = []
         self._addresses = [self._load(file, table, i) for i in range(spec.n_layers)]

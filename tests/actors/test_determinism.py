@@ -14,7 +14,13 @@ from fomoe.config import RoutingConfig
 from fomoe.engine.requests import TokenEvent
 
 CAPACITY, TOKENS = 6, 40
-MODES = {"exact": {}, "car": {"car": 0.6}, "sampled": {"car": 0.35}}
+MODES = {
+    "exact": {},
+    "car": {"quality": "car=0.6"},
+    "sampled": {"quality": "car=0.35"},
+    "price": {"quality": "price=0.05"},
+    "kl": {"quality": "kl=0.05"},
+}
 
 
 def request(prompt, mode):
@@ -26,10 +32,11 @@ def request(prompt, mode):
 
 
 def told(events):
-    """What a machine may not change: tokens with log probabilities, the decision hash, the loss."""
+    """What a machine may not change: tokens with log probabilities, decisions, price and loss."""
     tokens = [(e.token, e.logprob, e.top) for e in events if isinstance(e, TokenEvent)]
     receipt = finished(events).receipt
-    return tokens, receipt.decision_hash, receipt.substituted, receipt.lost_mass
+    counts = receipt.substituted, receipt.lost_mass, receipt.price, receipt.shadow_kl
+    return tokens, receipt.decision_hash, *counts
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import ENTRY, SegmentSlots
 from fomoe.engine.waves import Priorities, StepArrays, WaveLayout, WavePlanner
 from fomoe.errors import EngineError
-from fomoe.residency import LFRU, LRU, LogicalCache, Residency, Topology
+from fomoe.residency import LFRU, LRU, LogicalCache, LogicalRules, Residency, Topology
 from fomoe.residency.reference import ReferenceResidency
 from fomoe.routing import Route, route_exact
 from fomoe.types import ExpertKey, Tier
@@ -87,7 +87,10 @@ class Engines:
             self.top_k,
         )
         self.residencies = native, reference
-        self.logical = [LogicalCache(self.n_layers, self.n_experts, self.n_experts) for _ in "ab"]
+        self.logical = [
+            LogicalCache(self.n_layers, self.n_experts, LogicalRules(capacity=self.n_experts))
+            for _ in "ab"
+        ]
         self.step = Step(MAX_TOKENS, self.top_k, self.n_experts)
         self.popularity = 2 * rng.normal(size=(self.n_layers, self.n_experts))
 
@@ -266,7 +269,7 @@ def test_counts_are_charged_to_prompts_and_answers_apart():
     substitutes = totals.substitutes_device, totals.substitutes_ram, totals.substitutes_nvme
     assert substitutes == (4, 5, 6)
     assert (totals.prefetch_used, totals.prefetch_issued) == (14, 16)
-    assert (totals.guesses, totals.guesses_used) == (8, 12)
+    assert (totals.prefetched, totals.prefetched_used) == (8, 12)
     assert (totals.nvme_bytes, totals.ram_bytes, totals.demoted_bytes) == (18, 20, 22)
 
 
