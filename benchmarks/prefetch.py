@@ -151,7 +151,7 @@ def main() -> None:
         engines = {
             way.name: stack.enter_context(
                 LLM(args.model, vram_budget=budget, ram_budget=0, threads=args.threads,
-                    ctx_size=args.prompt + args.tokens + 2, **way.options())
+                    address="local", ctx_size=args.prompt + args.tokens + 2, **way.options())
             )
             for way in ways
         }  # fmt: skip

@@ -151,8 +151,9 @@ def served(llm: LLM) -> Iterator[str]:
 def decode(llm: LLM, first: int, warm: int, tokens: int, quality: str) -> Receipt:
     """Run ids `first`.. exactly as a prompt of `warm`, then `tokens` of them one by one."""
     request = GenerateRequest(
-        request_id=f"seed-{next(NUMBERS)}", prompt=list(range(first, first + warm)), quality=quality,
-        max_tokens=tokens + 1, forced=list(range(first + warm, first + warm + tokens + 1)),
+        request_id=f"seed-{next(NUMBERS)}", prompt=list(range(first, first + warm)),
+        quality=quality, max_tokens=tokens + 1,
+        forced=list(range(first + warm, first + warm + tokens + 1)),
         sampling=SamplingParams(temperature=0.0),
     )  # fmt: skip
     for event in llm.engine.stream(request):
@@ -193,9 +194,8 @@ def main() -> None:
         ctx_size=args.warm + args.tokens + 2, address="local",
     ) as llm, served(llm) as url:  # fmt: skip
         print(llm.plan_text())
-        for number, (name, quality) in enumerate(
-            (("exact", "exact"), ("car", f"car={args.car:g}"))
-        ):
+        contracts = {"exact": "exact", "car": f"car={args.car:g}"}
+        for number, (name, quality) in enumerate(contracts.items()):
             first = number * (args.warm + args.tokens + 1)
             began = time.monotonic()
             with Watch(url, name, args.period) as watch:
