@@ -3,8 +3,8 @@
 One engine decodes one text of consecutive ids. Every few tokens it is told how far to look ahead;
 the ways take turns in random order inside each round, so that what else the machine does meets all
 of them alike. Per way: stall and wall time per token with the paired difference to the first way
-(mean and median over rounds, bootstrap intervals), how much of what was prefetched was wanted (precision), and
-how much of what had to be read had been asked for ahead (recall on misses).
+(mean and median over rounds, bootstrap intervals), how much of what was prefetched was wanted
+(precision), and how much of what had to be read had been asked for ahead (recall on misses).
 
 Whole answers (`--whole`) compare bytes instead: an engine per way, of its own history, decodes the
 same text; reads in vain and what they displace show in what storage read.
