@@ -34,6 +34,7 @@ from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
 from fomoe.model.layers import DenseModel
 from fomoe.model.tokenizer import Tokenizer
+from fomoe.residency import LogicalRules
 from fomoe.routing.price import NANO
 
 CHUNK = 128
@@ -52,8 +53,8 @@ class Bench:
         self.forward = Forward(model, experts, prefetch=False)
         self.prompt = prompt
         self.window = window
-        self.sequence = Sequence(self.spec, window, "f16", capacity)
-        self._plain = Sequence(self.spec, window, "f16", capacity)
+        self.sequence = Sequence(self.spec, window, "f16", LogicalRules(capacity=capacity))
+        self._plain = Sequence(self.spec, window, "f16", LogicalRules(capacity=capacity))
 
     def exact(self, ids: list[int]) -> np.ndarray:
         """Return the logits [T, V] of a window, all exact."""

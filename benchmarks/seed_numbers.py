@@ -87,6 +87,17 @@ class Totals:
         return {name: round(share, 4) for name, share in shares.items()}
 
 
+def settled(url: str) -> Totals:
+    """Scrape until two readings agree: the driver publishes its totals about once a second."""
+    last = Totals.scrape(url)
+    while True:
+        time.sleep(1.5)
+        now = Totals.scrape(url)
+        if now == last:
+            return now
+        last = now
+
+
 def line(shares: dict[str, float]) -> str:
     """Return shares for people."""
     ours = "  ".join(f"{name} {shares[name]:.1%}" for name in (*TIERS, "substituted"))
@@ -104,14 +115,14 @@ class Watch:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Watch:
-        self.start = Totals.scrape(self._url)
+        self.start = settled(self._url)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        self.samples.append(Totals.scrape(self._url).shares(self.start))
+        self.samples.append(settled(self._url).shares(self.start))
 
     def _run(self) -> None:
         while not self._end.wait(self._period_s):

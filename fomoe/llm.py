@@ -95,7 +95,10 @@ class LLM:
         self.spec = read_spec(self.file)
         table = ExpertTable.from_gguf(self.file, self.spec.n_layers)
         free = psutil.virtual_memory().available
-        self.config = resolve(replace(config, model=config.model.resolve()), table, self.spec, free)
+        # Actors have working directories of their own.
+        trace = None if config.trace is None else config.trace.absolute()
+        config = replace(config, model=config.model.resolve(), trace=trace)
+        self.config = resolve(config, table, self.spec, free)
         self.tokenizer = Tokenizer.from_gguf(self.file.metadata)
         self.cluster = Cluster(address)
         try:

@@ -25,9 +25,10 @@ from fomoe.actors.messages import (
 from fomoe.actors.step import DeviceLink, Links, NodeLink, Step
 from fomoe.actors.sweep_driver import PromptSweeps
 from fomoe.engine.ahead import Governor
+from fomoe.engine.decisions import Decider
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import READ, Read
-from fomoe.engine.waves import GUESSED, Priorities, WaveLayout, WavePlanner
+from fomoe.engine.waves import BACKGROUND, GUESSED, Priorities, WaveLayout, WavePlanner
 from fomoe.errors import PeerStalledError, StorageError
 from fomoe.model.buffers import F32
 from fomoe.residency import LogicalCache, Placement, Residency, Topology
@@ -65,7 +66,8 @@ class TieredExperts:
         self.expert_bytes = layout.expert_bytes
         self._planner = WavePlanner(
             residency, [node.slots for node in links.nodes], layout,
-            Priorities(int(Priority.DEMAND), int(Priority.PREFETCH)), governor.arrays,
+            Priorities(int(Priority.DEMAND), int(Priority.PREFETCH), int(Priority.BACKGROUND)),
+            governor.arrays,
             max_tokens=arena.max_tokens, top_k=arena.top_k,
         )  # fmt: skip
         self._buffer = bytearray(fabric.spec.slot_bytes)
@@ -82,6 +84,7 @@ class TieredExperts:
         self._asked = 0.0  # when the step's reads were sent
         self._window_s = 0.0  # from the answer before to then
         self.unproven = self._planner.arrays.unproven
+        self.background = self._planner.arrays.background
         self.sweeps = PromptSweeps(self, arena.top_k)
 
     def decide(
@@ -95,6 +98,20 @@ class TieredExperts:
             return
         step = self._open(layer, h, decoding)
         self._send_wave(step, self._planner.decide(layer, scores, logical, step.buffer.arrays))
+
+    def decide_by(
+        self, layer: int, h: F32, scores: F32, decider: Decider, prices: F32 | None
+    ) -> None:
+        """Let a rule choose for one sequence's decode step and begin the layer with that."""
+        step = self._open(layer, h, decoding=True)
+        arrays = step.buffer.arrays
+        self._send_wave(step, self._planner.decide_by(layer, scores, decider, prices, arrays))
+
+    def read_later(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
+        """Load what a rule left out, behind all demand; never waits."""
+        reads = self._planner.read_later(layer, experts)
+        self._planner.charge(self.counters, decoding=True)
+        self._send_reads(self._home[layer].node, self._planner.arrays.reads[:reads])
 
     def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
@@ -255,7 +272,7 @@ class TieredExperts:
         self._asked = time.monotonic()
         self._window_s = self._asked - self._answered
         step.guessed = int(self._planner.arrays.counts[GUESSED])
-        step.reads = reads - step.guessed
+        step.reads = reads - step.guessed - int(self._planner.arrays.counts[BACKGROUND])
         in_vain = self._guesses[step.layer] - step.guessed
         self._guesses[step.layer] = 0
         if in_vain > 0:
@@ -350,10 +367,12 @@ class TieredExperts:
                 if self.unproven[layer, expert] == Tier.DEVICE:
                     continue
                 self._planner.forget(key)
-            cost = int(self._planner.arrays.expert_bytes[layer])
+            cost = int(self.expert_bytes[layer])
             self.counters.nvme_bytes -= cost
             if self.governor.refund(layer, expert, cost):
                 self.counters.prefetched_dropped += 1
                 self.counters.prefetch_bytes -= cost
+            elif self.background[layer, expert]:
+                self.counters.background_bytes -= cost
             else:
                 self.counters.prompt_bytes -= cost

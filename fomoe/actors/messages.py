@@ -63,6 +63,7 @@ class Priority(IntEnum):
     DEMAND = 0
     PREFETCH = 1
     PRELOAD = 2
+    BACKGROUND = 3  # as a prefetch, but not to be forgotten
 
 
 # step id u64, layer, tokens, top_k, first entry, entries, flags, buffer: i32

@@ -21,6 +21,7 @@ from fomoe.storage.reader import DirectReader
 from fomoe.storage.segment import Segment, SegmentHandle
 
 _SEND_BOUND_S = 5.0
+_IDLE = (Priority.PREFETCH, Priority.BACKGROUND)  # read when nothing is demanded
 _PAGE = 4096
 
 
@@ -128,7 +129,8 @@ class StorageActor(FabricMember):
             self._announce.add((slot, generation))
         return Fetch(slot=slot, address=address + self._slots_at, generation=generation,
                      layer=layer, expert=expert,
-                     priority=PREFETCH if priority == Priority.PREFETCH else DEMAND)  # fmt: skip
+                     priority=PREFETCH if priority in _IDLE else DEMAND,
+                     keep=priority == Priority.BACKGROUND)  # fmt: skip
 
     def _on_landed(self, job: Fetch, error: StorageError | None) -> None:
         """Announce a job; runs on a reader thread."""

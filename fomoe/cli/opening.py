@@ -44,6 +44,9 @@ def llm_arguments(model: ModelOptions, engine: EngineOptions) -> dict[str, Any]:
         "routing": RoutingConfig(
             quality=engine.contract,
             car_capacity=engine.car_capacity,
+            logical_eviction=engine.logical_eviction,
+            backfill=engine.backfill,
+            warmup=engine.warmup,
             shadow_every=engine.shadow_every,
             sensitivities=() if profile is None else read_sensitivities(profile),
         ),

@@ -16,6 +16,7 @@ from fomoe.config import (
     Activations,
     EngineConfig,
     KVDtype,
+    LogicalEviction,
     RamPolicy,
     ServerConfig,
     Transport,
@@ -27,6 +28,7 @@ from fomoe.errors import ConfigError
 from fomoe.quality import Quality, car_quality, parse_quality
 
 _DEFAULTS = EngineConfig(model=Path())
+_ROUTING = _DEFAULTS.routing
 
 
 def flattened(verb: Callable[..., None]) -> Callable[..., None]:
@@ -165,6 +167,27 @@ class EngineOptions:
             "Default: what the budgets hold.",
         ),
     ] = None
+    logical_eviction: Annotated[
+        LogicalEviction,
+        typer.Option(
+            help="Lossy routing: who leaves what it takes as resident, by decayed frequency and "
+            "age, by age, or by mean probability.",
+        ),
+    ] = _ROUTING.logical_eviction
+    backfill: Annotated[
+        str,
+        typer.Option(
+            metavar="N|N/M",
+            help="Lossy routing: experts read in the background per layer and token, of those "
+            "left out, for example 28/60.",
+        ),
+    ] = _ROUTING.backfill
+    warmup: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS", min=0, help="Lossy routing: the first generated tokens are exact."
+        ),
+    ] = _ROUTING.warmup
     shadow_every: Annotated[
         int,
         typer.Option(
@@ -235,6 +258,19 @@ class EngineOptions:
         if self.car is not None:
             return car_quality(self.car)
         return self.quality or Quality()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceOptions:
+    """What is kept of the router's decisions."""
+
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Append what the router said for each token to FILE, for `fomoe replay`.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

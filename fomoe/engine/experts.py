@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.engine.decisions import Decider
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
 from fomoe.kernels.device import ExpertShape, open_device
@@ -34,6 +35,17 @@ class ExpertHost(Protocol):
         self, layer: int, h: F32, scores: F32, logical: LogicalCache, *, decoding: bool
     ) -> None:
         """Route one sequence's tokens exactly, tell its logical cache, and begin."""
+
+    def decide_by(
+        self, layer: int, h: F32, scores: F32, decider: Decider, prices: F32 | None
+    ) -> None:
+        """Let a rule choose for one sequence's decode step, and begin; `decider.out` has it.
+
+        `prices` float32 [1] stands in for the rule's own.
+        """
+
+    def read_later(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
+        """Load experts that were wanted and did not run, behind all demand; never waits."""
 
     def look_ahead(self, layer: int, scores: F32, depth: int = 1) -> None:
         """Load what `layer`, `depth` further on, will want, behind all demand; never waits."""
@@ -101,6 +113,16 @@ class ResidentExperts:
         route = route_exact(scores, self._spec.moe.top_k)
         logical.observe(layer, route.ids)
         self.begin(layer, h, route, decoding=decoding)
+
+    def decide_by(
+        self, layer: int, h: F32, scores: F32, decider: Decider, prices: F32 | None
+    ) -> None:
+        """Let a rule choose for one sequence's decode step and compute the layer."""
+        made = decider.decide(layer, scores, prices=prices)
+        self.begin(layer, h, Route(made.ids, made.weights, made.substituted), decoding=True)
+
+    def read_later(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
+        """Everything is resident already."""
 
     @property
     def guess_depth(self) -> int:

@@ -7,22 +7,19 @@ import numpy.typing as npt
 
 from fomoe.engine.brain import Brain
 from fomoe.engine.experts import ExpertHost
+from fomoe.engine.recorder import Recorder
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.waterfall import Lap, Stopwatch
 from fomoe.model.buffers import F32
 from fomoe.model.layers import DenseModel
 from fomoe.model.state import Batch
-from fomoe.residency import LogicalCache
-
-
-def exact_cache(sequences: tuple[Sequence, ...]) -> LogicalCache | None:
-    """Return the logical cache of a sequence that goes alone and exactly, else None."""
-    alone = len(sequences) == 1 and sequences[0].exact
-    return sequences[0].logical if alone else None
 
 
 class Forward:
-    """Runs batches through the model; where experts lie is the host's business."""
+    """Runs batches through the model; where experts lie is the host's business.
+
+    `recorder`, where there is one, gets the router's scores of every pass.
+    """
 
     def __init__(self, model: DenseModel, experts: ExpertHost, *, prefetch: bool) -> None:
         self.model = model
@@ -30,6 +27,7 @@ class Forward:
         self.brain = Brain(model.spec.moe.top_k)
         self.watch = Stopwatch()
         self.prefetch = prefetch
+        self.recorder: Recorder | None = None
 
     def step(self, batch: Batch, sequences: tuple[Sequence, ...]) -> F32:
         """Return the last residual stream [T, D]; sequences have advanced by their tokens.
@@ -38,22 +36,19 @@ class Forward:
         for and the shared expert runs here. `finish` is the one place that can wait.
         """
         model, experts, watch = self.model, self.experts, self.watch
-        decoding = all(sequence.decoding for sequence in sequences)
-        plain = exact_cache(sequences)
-        ahead = self.prefetch and decoding
+        recorder = self.recorder
+        ahead = self.prefetch and all(sequence.decoding for sequence in sequences)
         watch.start()
         x = model.embed(batch)
         for layer in range(model.spec.n_layers):
             model.mix(layer, x, batch)
             h, scores = model.scores(layer, x)
             watch.lap(Lap.DENSE)
-            if plain is not None:
-                experts.decide(layer, h, scores, plain, decoding=decoding)
-            else:
-                route = self.brain.route(layer, scores, batch, sequences)
-                experts.begin(layer, h, route, decoding=decoding)
+            self._begin(layer, h, scores, batch, sequences)
             if ahead:
                 self._look_ahead(layer, x)
+            if recorder is not None:
+                recorder.take(layer, scores)
             watch.lap(Lap.BRAIN)
             shared = model.shared(layer, h)
             watch.lap(Lap.DENSE)
@@ -62,6 +57,23 @@ class Forward:
             model.close(x, routed, shared)
         batch.advance()
         return x
+
+    def _begin(
+        self, layer: int, h: F32, scores: F32, batch: Batch, sequences: tuple[Sequence, ...]
+    ) -> None:
+        """Choose the layer's experts and begin with them; one sequence alone takes one call."""
+        experts, sequence = self.experts, sequences[0]
+        decoding = all(one.decoding for one in sequences)
+        if len(sequences) == 1 and sequence.decider is None:
+            experts.decide(layer, h, scores, sequence.logical, decoding=decoding)
+        elif len(sequences) == 1 and sequence.decider is not None and decoding:
+            experts.decide_by(layer, h, scores, sequence.decider, sequence.prices)
+            self.brain.take(layer, sequence, sequence.decider.out)
+        else:
+            route = self.brain.route(layer, scores, batch, sequences)
+            experts.begin(layer, h, route, decoding=decoding)
+            for later in self.brain.later:
+                experts.read_later(layer, later)
 
     def _look_ahead(self, layer: int, x: F32) -> None:
         """Let the next layers' routers say what they would choose for this residual stream."""
@@ -79,19 +91,16 @@ class Forward:
     def step_serial(self, batch: Batch, sequences: tuple[Sequence, ...]) -> F32:
         """The same pass with nothing overlapped and nothing prefetched; gives the same bits."""
         model, experts, watch = self.model, self.experts, self.watch
-        decoding = all(sequence.decoding for sequence in sequences)
-        plain = exact_cache(sequences)
+        recorder = self.recorder
         watch.start()
         x = model.embed(batch)
         for layer in range(model.spec.n_layers):
             model.mix(layer, x, batch)
             h, scores = model.scores(layer, x)
             watch.lap(Lap.DENSE)
-            if plain is not None:
-                experts.decide(layer, h, scores, plain, decoding=decoding)
-            else:
-                route = self.brain.route(layer, scores, batch, sequences)
-                experts.begin(layer, h, route, decoding=decoding)
+            self._begin(layer, h, scores, batch, sequences)
+            if recorder is not None:
+                recorder.take(layer, scores)
             watch.lap(Lap.BRAIN)
             routed = experts.finish()
             watch.lap(Lap.AWAIT)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from fomoe.engine import _engine
 from fomoe.engine._engine import StepArrays
 from fomoe.engine.ahead import AheadArrays
+from fomoe.engine.decisions import Decider
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import READ, SegmentSlots
 from fomoe.residency import LogicalCache, Residency
@@ -23,10 +24,19 @@ from fomoe.routing import Route
 from fomoe.routing.router import refuse_broken
 from fomoe.types import ExpertKey, Tier
 
-__all__ = ["GUESSED", "Priorities", "StepArrays", "WaveArrays", "WaveLayout", "WavePlanner"]
+__all__ = [
+    "BACKGROUND",
+    "GUESSED",
+    "Priorities",
+    "StepArrays",
+    "WaveArrays",
+    "WaveLayout",
+    "WavePlanner",
+]
 
-_COUNTS = 12
+_COUNTS = 14
 GUESSED = 11  # where the prefetches used stand that a look-ahead asked for
+BACKGROUND = 12  # where the background reads stand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,10 +50,11 @@ class WaveLayout:
 
 @dataclass(frozen=True, slots=True)
 class Priorities:
-    """What the `priority` of demand reads and of prefetches is."""
+    """What the `priority` of demand reads, of prefetches and of background reads is."""
 
     demand: int
     prefetch: int
+    background: int
 
 
 class WaveArrays:
@@ -55,14 +66,16 @@ class WaveArrays:
         expert_bytes: int64 [L].
         unproven: int8 [L, E], the `Tier` that a prefetched expert came from until it is wanted;
             Tier.DEVICE for all others.
+        background: bool [L, E], whether what was last read ahead was so in the background: it had
+            been wanted and did not run. Its next use counts as a hit.
         ids: int32 [T, k], the route, best rank first.
         weights: float32 [T, k], its weights.
         experts: int32 [E], a step's experts in the order they are served.
         pairs: int64 [E], pairs of each of them, substitutes left out.
         reads: records of `READ` [2 E], what the last call asks storage for.
-        counts: int64 [12] of the last call: activations whose bytes came from device, RAM, NVMe;
+        counts: int64 [14] of the last call: activations whose bytes came from device, RAM, NVMe;
             substitutes alike; prefetches used; issued; bytes read; promoted; demoted; prefetches
-            used that a look-ahead of this planner asked for.
+            used that a look-ahead of this planner asked for; background reads and their bytes.
     """
 
     def __init__(self, layout: WaveLayout, n_experts: int, max_tokens: int, top_k: int) -> None:
@@ -70,6 +83,7 @@ class WaveArrays:
         self.layer_device = np.ascontiguousarray(layout.layer_device, dtype=np.int32)
         self.expert_bytes = np.ascontiguousarray(layout.expert_bytes, dtype=np.int64)
         self.unproven = np.full((len(self.layer_node), n_experts), Tier.DEVICE, np.int8)
+        self.background = np.zeros(self.unproven.shape, np.bool_)
         self.ids = np.zeros((max_tokens, top_k), np.int32)
         self.weights = np.zeros((max_tokens, top_k), np.float32)
         self.experts = np.zeros(n_experts, np.int32)
@@ -95,9 +109,8 @@ class WavePlanner:
         self._residency = residency
         self._segments = list(segments)
         self._native = _engine.WavePlanner(
-            residency.native, self._segments, self.arrays, ahead,
-            priorities.demand, priorities.prefetch,
-        )  # fmt: skip
+            residency.native, self._segments, self.arrays, ahead, priorities
+        )
 
     def decide(
         self, layer: int, scores: npt.NDArray[np.float32], logical: LogicalCache, out: StepArrays
@@ -120,6 +133,38 @@ class WavePlanner:
         if n < 0:
             refuse_broken(-1 - n, len(scores))
         return n
+
+    def decide_by(
+        self, layer: int, scores: npt.NDArray[np.float32], decider: Decider,
+        prices: npt.NDArray[np.float32] | None, out: StepArrays,
+    ) -> int:  # fmt: skip
+        """Let a rule choose for one sequence's token, start the step, ask for what it left out.
+
+        Args:
+            layer: index of the layer.
+            scores: float32 [1, E], router scores.
+            decider: of one sequence, whose logical cache it advances; `decider.out` has the rest.
+            prices: float32 [1], in place of the rule's own price.
+            out: where the step is written.
+
+        Returns:
+            The number of reads, those in the background last; `arrays.counts` says how many.
+
+        Raises:
+            EngineError: the scores are not finite; nothing is decided then.
+        """
+        n = self._native.decide_by(layer, scores, decider.native, prices, out)
+        if n < 0:
+            refuse_broken(0, 1)
+        return n
+
+    def read_later(self, layer: int, experts: npt.NDArray[np.int32]) -> int:
+        """Ask for experts that were wanted and did not run; returns the number of reads.
+
+        Nothing waits for them; the layer's next steps ask for them again, as demand, when they are
+        wanted.
+        """
+        return self._native.read_later(layer, experts)
 
     def place(self, layer: int, route: Route, out: StepArrays) -> int:
         """Start the step of a route that was made elsewhere; returns the number of reads."""
@@ -157,7 +202,7 @@ class WavePlanner:
     def charge(self, totals: HostCounters, *, decoding: bool) -> None:
         """Add what the last call cost to the totals."""
         device, ram, nvme, on_device, in_ram, in_file, *rest = self.arrays.counts.tolist()
-        used, issued, read, promoted, demoted, guessed = rest
+        used, issued, read, promoted, demoted, guessed, _, later = rest
         if decoding:
             totals.hits_device += device
             totals.hits_ram += ram
@@ -171,6 +216,7 @@ class WavePlanner:
             totals.prompt_hits_device += device
             totals.prompt_hits_ram += ram
             totals.prompt_reads_nvme += nvme
+        totals.background_bytes += later
         totals.prefetch_used += used
         totals.prefetch_issued += issued
         totals.nvme_bytes += read

@@ -277,7 +277,8 @@ class LogicalCache:
 
     def mask(self, layer: int) -> npt.NDArray[np.bool_]:
         """Return bool [E]: the resident experts of the layer, a copy."""
-        return self.caches.resident[0, layer].copy()
+        mask: npt.NDArray[np.bool_] = self.caches.resident[0, layer].copy()
+        return mask
 
     def commit(
         self, layer: int, ids: npt.NDArray[np.int32],

@@ -108,11 +108,15 @@ class FetchQueue:
     def cancel_prefetch(self, layer: int | None = None) -> tuple[Fetch, ...]:
         """Drop the queued prefetches, of a layer or all, that no demand read waits for.
 
+        Those marked `keep` stay.
+
         Returns those that were dropped.
         """
         with self._changed:
             queued = [
-                job for job in self._jobs() if job.droppable and layer in (None, job.fetch.layer)
+                job
+                for job in self._jobs()
+                if job.droppable and not job.fetch.keep and layer in (None, job.fetch.layer)
             ]
             for job in queued:
                 self._drop(job)

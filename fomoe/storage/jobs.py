@@ -24,6 +24,7 @@ class Fetch:
         expert: the expert's number in the layer.
         priority: DEMAND (0) or PREFETCH (1).
         source_address: byte offset of the slot to copy from, or -1 to read the file.
+        keep: a prefetch that goes on when those of its layer are forgotten.
     """
 
     slot: int
@@ -33,6 +34,7 @@ class Fetch:
     expert: int
     priority: int = DEMAND
     source_address: int = -1
+    keep: bool = False
 
 
 def same_read(one: Fetch, other: Fetch) -> bool:

@@ -1,5 +1,7 @@
 """The native steps against those in Python: the same arrays, the same state, call by call."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,16 +10,25 @@ from support.reference_waves import ReferenceWaves
 
 from fomoe.engine._engine import landed, part_addresses
 from fomoe.engine.ahead import AheadArrays
+from fomoe.engine.decisions import Decider
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import ENTRY, SegmentSlots
 from fomoe.engine.waves import Priorities, StepArrays, WaveLayout, WavePlanner
 from fomoe.errors import EngineError
-from fomoe.residency import LFRU, LRU, LogicalCache, LogicalRules, Residency, Topology
+from fomoe.residency import (
+    LFRU,
+    LRU,
+    LogicalCache,
+    LogicalCaches,
+    LogicalRules,
+    Residency,
+    Topology,
+)
 from fomoe.residency.reference import ReferenceResidency
-from fomoe.routing import Route, route_exact
+from fomoe.routing import PriceRouting, Route, route_exact
 from fomoe.types import ExpertKey, Tier
 
-MAX_TOKENS, PRIORITIES = 6, (7, 9)
+MAX_TOKENS, PRIORITIES = 6, (7, 9, 11)
 
 
 class Step:
@@ -91,6 +102,15 @@ class Engines:
             LogicalCache(self.n_layers, self.n_experts, LogicalRules(capacity=self.n_experts))
             for _ in "ab"
         ]
+        rules = LogicalRules(
+            capacity=int(rng.integers(self.top_k, self.n_experts + 1)), backfill=Fraction(1, 2)
+        )
+        if rules.most_in_flight > rules.capacity:
+            rules = LogicalRules(capacity=rules.capacity)
+        self.deciders = [
+            Decider(rule, LogicalCaches(1, self.n_layers, self.n_experts, rules), self.top_k)
+            for rule in (PriceRouting(0.1, 1), PriceRouting(0.1, 1))
+        ]
         self.step = Step(MAX_TOKENS, self.top_k, self.n_experts)
         self.popularity = 2 * rng.normal(size=(self.n_layers, self.n_experts))
 
@@ -101,7 +121,10 @@ class Engines:
     def run(self, layer, tokens):
         """A step of a layer with guesses for the next one between its waves, as in the loop."""
         scores = self.scores(layer, tokens)
-        if self.rng.random() < 0.7:
+        if tokens == 1 and self.rng.random() < 0.5:
+            n_reads = self.native.decide_by(layer, scores, self.deciders[0], None, self.step.arrays)
+            self.reference.decide_by(layer, scores, self.deciders[1])
+        elif self.rng.random() < 0.7:
             n_reads = self.native.decide(layer, scores, self.logical[0], self.step.arrays)
             self.reference.decide(layer, scores, self.logical[1])
             route = route_exact(scores, self.top_k)
@@ -115,6 +138,8 @@ class Engines:
             self.reference.place(layer, route)
         self.same_wave(n_reads)
         self.same_step(tokens)
+        if self.rng.random() < 0.1:
+            self.read_later(layer)
         if self.rng.random() < 0.6:
             for depth in range(1, int(self.rng.integers(1, 3)) + 1):
                 self.look_ahead((layer + depth) % self.n_layers, depth)
@@ -137,6 +162,13 @@ class Engines:
         self.reference.look_ahead(layer, scores, depth)
         self.same_reads(n_reads)
 
+    def read_later(self, layer):
+        n = int(self.rng.integers(0, self.top_k + 1))
+        experts = self.rng.permutation(self.n_experts)[:n].astype(np.int32)
+        n_reads = self.native.read_later(layer, experts)
+        self.reference.read_later(layer, experts)
+        self.same_reads(n_reads)
+
     def forget(self):
         layer = int(self.rng.integers(self.n_layers))
         present = np.flatnonzero(self.residencies[0].mask(layer))
@@ -150,6 +182,7 @@ class Engines:
         assert self.native.arrays.reads[:n_reads].tolist() == want.tolist()
         np.testing.assert_array_equal(self.native.arrays.counts, self.reference.counts)
         np.testing.assert_array_equal(self.native.arrays.unproven, self.reference.unproven)
+        np.testing.assert_array_equal(self.native.arrays.background, self.reference.background)
         for name in ("named", "wanted", "charged", "misses", "credit"):
             got, wanted = (getattr(arrays, name) for arrays in self.ahead)
             np.testing.assert_array_equal(got, wanted, err_msg=name)
@@ -173,6 +206,7 @@ class Engines:
 
     def same_state(self):
         assert self.logical[0].hash == self.logical[1].hash
+        assert self.deciders[0].caches.hashes[0] == self.deciders[1].caches.hashes[0]
         for tier in (Tier.DEVICE, Tier.RAM):
             a, b = (residency.slots(tier) for residency in self.residencies)
             np.testing.assert_array_equal(a, b)
@@ -258,7 +292,7 @@ def test_addresses_of_parts():
 
 def test_counts_are_charged_to_prompts_and_answers_apart():
     engines = small()
-    engines.native.arrays.counts[:] = range(1, 13)
+    engines.native.arrays.counts[:] = range(1, 15)
     totals = HostCounters()
     engines.native.charge(totals, decoding=True)
     assert (totals.hits_device, totals.hits_ram, totals.reads_nvme) == (1, 2, 3)
@@ -271,6 +305,7 @@ def test_counts_are_charged_to_prompts_and_answers_apart():
     assert (totals.prefetch_used, totals.prefetch_issued) == (14, 16)
     assert (totals.prefetched, totals.prefetched_used) == (8, 12)
     assert (totals.nvme_bytes, totals.ram_bytes, totals.demoted_bytes) == (18, 20, 22)
+    assert totals.background_bytes == 28
 
 
 def test_a_broken_row_is_named_and_changes_nothing():

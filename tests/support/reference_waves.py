@@ -4,17 +4,17 @@ import numpy as np
 
 from fomoe.engine.ahead import LEVELS
 from fomoe.engine.transfers import READ, Read
-from fomoe.routing import group_by_expert, predict_experts, route_exact
+from fomoe.routing import Route, group_by_expert, predict_experts, route_exact
 from fomoe.types import ExpertKey, Tier
 
 
 class ReferenceWaves:
-    """Works on a residency and segments of its own; `priorities` are (demand, prefetch)."""
+    """Works on a residency and segments of its own; `priorities` are those of `Priorities`."""
 
     def __init__(self, residency, segments, layout, priorities, ahead, max_tokens, top_k):
         self.ahead, self.guesses = ahead, {}
         self.residency, self.segments, self.layout = residency, segments, layout
-        self.demand, self.prefetch = priorities
+        self.demand, self.prefetch, self.background_priority = priorities
         self.top_k = top_k
         n_experts = residency.mask(0).size
         pairs = max_tokens * top_k
@@ -23,11 +23,39 @@ class ReferenceWaves:
         self.pair_token = np.zeros(pairs, np.int32)
         self.pair_start = np.zeros(min(pairs, n_experts) + 1, np.int32)
         self.unproven = np.full((len(layout.layer_node), n_experts), Tier.DEVICE, np.int8)
+        self.background = np.zeros(self.unproven.shape, bool)
 
     def decide(self, layer, scores, logical):
         route = route_exact(scores, self.top_k)
         logical.observe(layer, route.ids)
         self.place(layer, route)
+
+    def decide_by(self, layer, scores, decider):
+        made = decider.decide(layer, scores)
+        self.place(layer, Route(made.ids, made.weights, made.substituted))
+        first, later = self.reads, made.background[0][made.background[0] >= 0]
+        if later.size:
+            counts = self.counts
+            self.read_later(layer, later)
+            counts[8:] += self.counts[8:]
+            self.counts, self.reads = counts, np.concatenate([first, self.reads])
+
+    def read_later(self, layer, experts):
+        self.counts = np.zeros(14, np.int64)
+        plan = self.residency.prefetch(layer, experts, len(experts), eager=True)
+        reads = self._fetch(plan)
+        self.reads = self._records(reads, self.background_priority)
+        nbytes = int(self.layout.expert_bytes[layer])
+        for fetch in plan.fetches:
+            self.unproven[layer, fetch.expert] = fetch.source
+            self.background[layer, fetch.expert] = True
+            history = self.residency._history
+            history.touch(layer, fetch.expert, int(history.steps[layer]))
+            if fetch.source == Tier.NVME:
+                self.ahead.charged[layer, fetch.expert] = False
+                self.ahead.misses += 1
+                self.ahead.credit += nbytes * self.ahead.budget_permille // 1000
+        self.counts[12:] = len(reads), len(reads) * nbytes
 
     def place(self, layer, route):
         groups = group_by_expert(route.ids)
@@ -66,6 +94,7 @@ class ReferenceWaves:
         for fetch in plan.fetches:
             if fetch.source == Tier.NVME:
                 self.unproven[layer, fetch.expert] = Tier.DEVICE
+                self.background[layer, fetch.expert] = False
         self.counts = self._by_tier(plan, experts)
         self._earn(plan, experts)
         reads = self._fetch(plan)
@@ -76,7 +105,7 @@ class ReferenceWaves:
         self.entries = [tuple(int(x) for x in row) for row in rows]
 
     def look_ahead(self, layer, scores, depth):
-        self.counts = np.zeros(12, np.int64)
+        self.counts = np.zeros(14, np.int64)
         if not np.isfinite(scores.max(axis=1)).all():
             self.reads = self._records([], self.prefetch)
             return
@@ -95,6 +124,7 @@ class ReferenceWaves:
         self.reads = self._records(self._fetch(plan), self.prefetch)
         for fetch in plan.fetches:
             self.unproven[layer, fetch.expert] = fetch.source
+            self.background[layer, fetch.expert] = False
             self.ahead.charged[layer, fetch.expert] = True
             self.ahead.credit -= 2 * nbytes
         self.counts[7] = len(plan.fetches)
@@ -108,8 +138,8 @@ class ReferenceWaves:
         return self.segments[self.layout.layer_node[layer]]
 
     def _by_tier(self, plan, experts):
-        source = self.unproven[self.layer].copy()
-        counts = np.zeros(12, np.int64)
+        source = np.where(self.background[self.layer], Tier.DEVICE, self.unproven[self.layer])
+        counts = np.zeros(14, np.int64)
         counts[6] = np.count_nonzero(source[experts] != Tier.DEVICE)
         for fetch in plan.fetches:
             if source[fetch.expert] != Tier.NVME:
@@ -131,7 +161,7 @@ class ReferenceWaves:
             if expert in read:
                 self.ahead.misses += 1
                 self.ahead.credit += share
-            elif self.unproven[layer, expert] != Tier.DEVICE:
+            elif self.unproven[layer, expert] != Tier.DEVICE and not self.background[layer, expert]:
                 self.ahead.charged[layer, expert] = False
                 if paid:
                     self.ahead.misses += 1
