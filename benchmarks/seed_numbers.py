@@ -28,7 +28,7 @@ from pathlib import Path
 
 import httpx
 import uvicorn
-from synthetic.locality import Locality, measure
+from synthetic.locality import lfru_hits, measure
 from synthetic.model_file import Recipe, write_model
 from synthetic.shapes import SHAPES
 from synthetic.verify import trace
@@ -47,6 +47,7 @@ SHAPE = SHAPES["397b-narrow"]
 # sublayer the last layers would see more of their predecessors than of the text.
 UPDATE = 0.1 * math.sqrt(4 / SHAPE.full_layers)
 DEVICES, DEVICE_SLOTS, RAM_SLOTS = 2, 50, 36
+SLOTS = (DEVICE_SLOTS, DEVICE_SLOTS + RAM_SLOTS, 128)
 TIERS = ("device", "ram", "nvme")
 SAMPLE = re.compile(r'^(fomoe_\w+)(?:\{tier="(\w+)"\})? (\S+)$', re.MULTILINE)
 NUMBERS = itertools.count()
@@ -175,10 +176,13 @@ def decode(llm: LLM, first: int, warm: int, tokens: int, quality: str) -> Receip
     raise EngineError("the request ended without a receipt")
 
 
-def locality(path: Path, warm: int, tokens: int) -> Locality:
+def locality(path: Path, warm: int, tokens: int) -> dict[str, object]:
     """Measure what caches of the usual sizes give on the file's own routing."""
     ids, _ = trace(path, list(range(warm + tokens)), threads=2)
-    return measure(ids, SHAPE.experts, (50, 86, 128), warm)
+    found = measure(ids, SHAPE.experts, SLOTS, warm)
+    lfru = {n: round(lfru_hits(ids, SHAPE.experts, n, warm), 4) for n in SLOTS}
+    print(f"{found.text()}; LFRU hits {', '.join(f'{x:.1%}' for x in lfru.values())}")
+    return asdict(found) | {"lfru_hits": lfru}
 
 
 def main() -> None:
@@ -196,9 +200,7 @@ def main() -> None:
         write_model(args.model, Recipe(shape=SHAPE, layers=SHAPE.full_layers, update=UPDATE))
     result: dict[str, object] = {"model": args.model.name, "warm": args.warm, "tokens": args.tokens}
     if args.locality:
-        found = locality(args.model, args.warm, args.tokens)
-        result["locality"] = asdict(found)
-        print(found.text())
+        result["locality"] = locality(args.model, args.warm, args.tokens)
     vram, ram = slots_bytes(args.model)
     with LLM(
         args.model, devices=["cpu"] * DEVICES, vram_budget=vram, ram_budget=ram,
