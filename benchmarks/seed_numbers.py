@@ -28,7 +28,7 @@ from pathlib import Path
 
 import httpx
 import uvicorn
-from synthetic.locality import Locality, measure
+from synthetic.locality import lfru_hits, measure
 from synthetic.model_file import Recipe, write_model
 from synthetic.shapes import SHAPES
 from synthetic.verify import trace
@@ -47,6 +47,7 @@ SHAPE = SHAPES["397b-narrow"]
 # sublayer the last layers would see more of their predecessors than of the text.
 UPDATE = 0.1 * math.sqrt(4 / SHAPE.full_layers)
 DEVICES, DEVICE_SLOTS, RAM_SLOTS = 2, 50, 36
+SLOTS = (DEVICE_SLOTS, DEVICE_SLOTS + RAM_SLOTS, 128)
 TIERS = ("device", "ram", "nvme")
 SAMPLE = re.compile(r'^(fomoe_\w+)(?:\{tier="(\w+)"\})? (\S+)$', re.MULTILINE)
 NUMBERS = itertools.count()
@@ -87,6 +88,17 @@ class Totals:
         return {name: round(share, 4) for name, share in shares.items()}
 
 
+def settled(url: str) -> Totals:
+    """Scrape until two readings agree: the driver publishes its totals about once a second."""
+    last = Totals.scrape(url)
+    while True:
+        time.sleep(1.5)
+        now = Totals.scrape(url)
+        if now == last:
+            return now
+        last = now
+
+
 def line(shares: dict[str, float]) -> str:
     """Return shares for people."""
     ours = "  ".join(f"{name} {shares[name]:.1%}" for name in (*TIERS, "substituted"))
@@ -104,14 +116,14 @@ class Watch:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Watch:
-        self.start = Totals.scrape(self._url)
+        self.start = settled(self._url)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        self.samples.append(Totals.scrape(self._url).shares(self.start))
+        self.samples.append(settled(self._url).shares(self.start))
 
     def _run(self) -> None:
         while not self._end.wait(self._period_s):
@@ -148,12 +160,12 @@ def served(llm: LLM) -> Iterator[str]:
             thread.join(30)
 
 
-def decode(llm: LLM, first: int, warm: int, tokens: int, car: float) -> Receipt:
+def decode(llm: LLM, first: int, warm: int, tokens: int, quality: str) -> Receipt:
     """Run ids `first`.. exactly as a prompt of `warm`, then `tokens` of them one by one."""
     request = GenerateRequest(
         request_id=f"seed-{next(NUMBERS)}", prompt=list(range(first, first + warm)),
-        quality=f"car={car}" if car else "exact",
-        max_tokens=tokens + 1, forced=list(range(first + warm, first + warm + tokens + 1)),
+        quality=quality, max_tokens=tokens + 1,
+        forced=list(range(first + warm, first + warm + tokens + 1)),
         sampling=SamplingParams(temperature=0.0),
     )  # fmt: skip
     for event in llm.engine.stream(request):
@@ -164,10 +176,13 @@ def decode(llm: LLM, first: int, warm: int, tokens: int, car: float) -> Receipt:
     raise EngineError("the request ended without a receipt")
 
 
-def locality(path: Path, warm: int, tokens: int) -> Locality:
+def locality(path: Path, warm: int, tokens: int) -> dict[str, object]:
     """Measure what caches of the usual sizes give on the file's own routing."""
     ids, _ = trace(path, list(range(warm + tokens)), threads=2)
-    return measure(ids, SHAPE.experts, (50, 86, 128), warm)
+    found = measure(ids, SHAPE.experts, SLOTS, warm)
+    lfru = {n: round(lfru_hits(ids, SHAPE.experts, n, warm), 4) for n in SLOTS}
+    print(f"{found.text()}; LFRU hits {', '.join(f'{x:.1%}' for x in lfru.values())}")
+    return asdict(found) | {"lfru_hits": lfru}
 
 
 def main() -> None:
@@ -185,20 +200,19 @@ def main() -> None:
         write_model(args.model, Recipe(shape=SHAPE, layers=SHAPE.full_layers, update=UPDATE))
     result: dict[str, object] = {"model": args.model.name, "warm": args.warm, "tokens": args.tokens}
     if args.locality:
-        found = locality(args.model, args.warm, args.tokens)
-        result["locality"] = asdict(found)
-        print(found.text())
+        result["locality"] = locality(args.model, args.warm, args.tokens)
     vram, ram = slots_bytes(args.model)
     with LLM(
         args.model, devices=["cpu"] * DEVICES, vram_budget=vram, ram_budget=ram,
         ctx_size=args.warm + args.tokens + 2, address="local",
     ) as llm, served(llm) as url:  # fmt: skip
         print(llm.plan_text())
-        for number, (name, car) in enumerate((("exact", 0.0), ("car", args.car))):
+        contracts = {"exact": "exact", "car": f"car={args.car:g}"}
+        for number, (name, quality) in enumerate(contracts.items()):
             first = number * (args.warm + args.tokens + 1)
             began = time.monotonic()
             with Watch(url, name, args.period) as watch:
-                receipt = decode(llm, first, args.warm, args.tokens, car)
+                receipt = decode(llm, first, args.warm, args.tokens, quality)
             shares = watch.samples[-1]
             print(f"{name}: {line(shares)}")
             result[name] = {

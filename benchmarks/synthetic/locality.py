@@ -68,3 +68,28 @@ def recency(ids: I32, experts: int) -> I32:
         stamps = np.broadcast_to(token * k + np.arange(k), (layers, k))
         np.put_along_axis(keys, ids[token].astype(np.int64), stamps, axis=1)
     return ranks
+
+
+def lfru_hits(ids: I32, experts: int, slots: int, warmup: int) -> float:
+    """Return the hit rate of a per-layer LFRU of n slots: the least uses / (age + 1) leaves.
+
+    As `fomoe.residency.LFRU`: a token's choices are one step, looked up before any comes in, and
+    none of them leaves for another.
+    """
+    tokens, layers, k = ids.shape
+    rows = np.arange(layers)[:, None]
+    uses, last = np.zeros((layers, experts)), np.full((layers, experts), -1.0)
+    held = np.zeros((layers, experts), bool)
+    hits = 0
+    for token in range(tokens):
+        chosen = ids[token]
+        hits += int(held[rows, chosen].sum()) if token >= warmup else 0
+        uses[rows, chosen] += 1
+        last[rows, chosen] = token
+        held[rows, chosen] = True
+        worth = np.where(held, uses / (token - last + 1), -1.0)
+        worth[rows, chosen] = np.inf
+        # At equal worth the lower id leaves first.
+        order = np.lexsort((-np.tile(np.arange(experts), (layers, 1)), -worth), axis=1)
+        held[rows, order[:, slots:]] = False
+    return hits / ((tokens - warmup) * layers * k)

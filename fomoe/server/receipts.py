@@ -32,6 +32,9 @@ _SUMMED = (
     "background_bytes",
     "shadow_bytes",
     "logical_bytes",
+    "prefetched",
+    "prefetched_used",
+    "prefetched_dropped",
     "shadow_steps",
     "shadow_kl",
     "stall_ms",
@@ -165,12 +168,30 @@ def timings(receipt: Receipt) -> dict[str, Any]:
             "nvme_bytes": receipt.nvme_bytes,
             "ram_bytes": receipt.ram_bytes,
             "demoted_bytes": receipt.demoted_bytes,
+            "prefetch": prefetch_report(receipt),
             "stall_ms": receipt.stall_ms,
             "prompt_parts_ms": receipt.prompt_parts_ms,
             "predicted_parts_ms": receipt.generated_parts_ms,
             "logical_capacity": receipt.logical_capacity,
             "decision_hash": receipt.decision_hash,
         },
+    }
+
+
+def prefetch_report(receipt: Receipt) -> dict[str, Any]:
+    """Return what became of experts that were asked for before the router spoke.
+
+    `precision` is of those that were read, `recall` of the experts that no tier held when they
+    were wanted, or asked for ahead; null without any.
+    """
+    read = receipt.prefetched - receipt.prefetched_dropped
+    used, misses = receipt.prefetched_used, receipt.reads_nvme
+    return {
+        "asked": receipt.prefetched,
+        "used": used,
+        "dropped": receipt.prefetched_dropped,
+        "precision": used / read if read > 0 else None,
+        "recall": used / misses if misses > 0 else None,
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic.locality import measure, recency
+from synthetic.locality import lfru_hits, measure, recency
 from synthetic.mix import Mix
 from synthetic.model_file import Recipe, write_model
 from synthetic.routing import (
@@ -26,6 +26,7 @@ from fomoe.engine.local import local_logits
 from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
 from fomoe.model.tokenizer import Tokenizer
+from fomoe.residency import LFRU, Residency, Topology
 
 SMALL = replace(SHAPES["tiny60"], name="small", experts=64, hidden=512, vocab=600)
 
@@ -142,3 +143,25 @@ def test_the_script_writes_file_and_recipe(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == recipe
     assert recipe["locality"]["tokens"] == 512
     assert recipe["bytes"] == (tmp_path / "tiny60-4l.gguf").stat().st_size
+
+
+def test_lfru_hits_are_those_of_the_residency():
+    """Against fomoe's own tables: one device, no RAM, one layer at a time."""
+    rng = np.random.default_rng(5)
+    layers, experts, k, slots = 2, 24, 3, 8
+    popular = rng.gumbel(size=(layers, experts)) * 2
+    scores = popular + rng.gumbel(size=(120, layers, experts))
+    ids = np.argsort(-scores, axis=2)[:, :, :k].astype(np.int32)
+    hits = 0
+    for layer in range(layers):
+        zeros = np.zeros(1, np.int32)
+        topology = Topology(
+            n_layers=1, n_experts=experts, layer_device=zeros, layer_class=zeros,
+            device_node=(0,), device_slots={(0, 0): slots}, ram_slots={(0, 0): 0},
+        )  # fmt: skip
+        residency = Residency(topology, LFRU())
+        for token, chosen in enumerate(ids[:, layer]):
+            plan = residency.plan(0, np.sort(chosen))
+            residency.release(0)
+            hits += len(plan.hits) if token >= 40 else 0
+    assert lfru_hits(ids, experts, slots, 40) == hits / (80 * layers * k)

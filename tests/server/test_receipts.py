@@ -115,6 +115,10 @@ def test_timings_hold_the_fields_of_llama_cpp_and_ours() -> None:
             shadow_steps=2,
             shadow_kl=0.5,
             price=0.25,
+            reads_nvme=20,
+            prefetched=9,
+            prefetched_used=6,
+            prefetched_dropped=1,
             stall_ms=12.0,
             logical_capacity=64,
             decision_hash="0f",
@@ -132,7 +136,10 @@ def test_timings_hold_the_fields_of_llama_cpp_and_ours() -> None:
         "predicted_per_token_ms": 50.0,
         "predicted_per_second": 20.0,
     }
-    assert ours["hit"] == {"device": 3, "ram": 0, "nvme": 0}
+    assert ours["hit"] == {"device": 3, "ram": 0, "nvme": 20}
+    ahead = {"asked": 9, "used": 6, "dropped": 1, "precision": 0.75, "recall": 0.3}
+    assert ours["prefetch"] == ahead
+    assert timings(Receipt())["fomoe"]["prefetch"]["precision"] is None
     assert ours["prompt_hit"]["nvme"] == 9
     assert (ours["substituted"], ours["router_mass_lost"], ours["stall_ms"]) == (4, 0.5, 12.0)
     assert ours["bytes"] == {
