@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.engine.decisions import Decider, Decisions
+from fomoe.engine.decisions import TALLIES, Decider
 from fomoe.residency.logical import LogicalCaches
 from fomoe.sim.losses import LOSSES, losses_of
 from fomoe.sim.policies import Policy
@@ -70,8 +70,7 @@ class TextGroup:
         sums = np.zeros((n_texts, facts.n_layers, len(COSTS)))
         for start in range(0, max(map(len, self._texts), default=0), _BLOCK_TOKENS):
             block = self._block(start, kept)
-            chosen = _decide(block, decider, strengths)
-            _add(sums, block, chosen, is_lossy=strengths.is_lossy)
+            _add(sums, block, _decide(block, decider, strengths), facts.top_k)
         by_text = np.empty_like(sums)
         by_text[self._order] = sums
         return by_text
@@ -97,58 +96,60 @@ class TextGroup:
         return block
 
 
-def _decide(block: Block, decider: Decider, strengths: Strengths) -> Decisions:
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """What a block's tokens run, arrays [tokens, L, texts, ...].
+
+    Attributes:
+        tally: int64 [..., 3], demand reads, background reads and substitutes, as in `Decisions`.
+        ids: int32 [..., k], -1 for what is dropped; empty where the rule is exact.
+        weights: float32 [..., k], likewise.
+    """
+
+    tally: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+
+
+def _decide(block: Block, decider: Decider, strengths: Strengths) -> Chosen:
     """Decide a block's tokens one after the other, each layer of all texts in one call."""
-    count, n_layers, n_texts, _ = block.ids.shape
-    whole = _reshaped(Decisions.empty(count * n_layers * n_texts, decider.k), block.ids.shape[:3])
-    for t in range(count):
-        n = block.running[t]
+    shape = block.ids.shape[:3]
+    k = decider.k if strengths.is_lossy else 0
+    tally = np.zeros((*shape, TALLIES), np.int64)
+    ids, weights = np.zeros((*shape, k), np.int32), np.zeros((*shape, k), np.float32)
+    for t, n in enumerate(block.running):
         is_prompt = block.is_prompt[t, :n]
         prices = strengths.at(is_prompt)
-        for layer in range(n_layers):
-            ids, p = block.ids[t, layer, :n], block.p[t, layer, :n]
-            decider.decide_compact(layer, ids, p, None, prices, _part(whole, t, layer, n))
+        for layer in range(shape[1]):
+            head = block.ids[t, layer, :n], block.p[t, layer, :n]
+            made = decider.decide_compact(layer, *head, None, prices)
+            tally[t, layer, :n] = made.tally
+            if k:
+                ids[t, layer, :n] = made.ids
+                weights[t, layer, :n] = made.weights
         if strengths.is_steered:
-            reads = whole.read[t, :, :n].sum(axis=2) + (whole.background[t, :, :n] >= 0).sum(axis=2)
-            strengths.spent(is_prompt, reads)
-    return whole
+            strengths.spent(is_prompt, tally[t, :, :n, :2].sum(axis=2))
+    return Chosen(tally, ids, weights)
 
 
-def _reshaped(d: Decisions, shape: tuple[int, ...]) -> Decisions:
-    k = d.ids.shape[1:]
-    return Decisions(
-        d.ids.reshape(shape + k), d.weights.reshape(shape + k), d.substituted.reshape(shape + k),
-        d.read.reshape(shape + k), d.wanted.reshape(shape + k), d.background.reshape(shape + k),
-        d.lost.reshape(shape), d.tally.reshape((*shape, -1)),
-    )  # fmt: skip
-
-
-def _part(d: Decisions, t: int, layer: int, n: int) -> Decisions:
-    return Decisions(
-        d.ids[t, layer, :n], d.weights[t, layer, :n], d.substituted[t, layer, :n],
-        d.read[t, layer, :n], d.wanted[t, layer, :n], d.background[t, layer, :n],
-        d.lost[t, layer, :n], d.tally[t, layer, :n],
-    )  # fmt: skip
-
-
-def _add(sums: Floats, block: Block, chosen: Decisions, *, is_lossy: bool) -> None:
+def _add(sums: Floats, block: Block, chosen: Chosen, k: int) -> None:
     """Add a block's costs to `sums`."""
-    k = chosen.ids.shape[-1]
     scored = block.is_scored
     per_text = scored.sum(axis=0)
     sums[:, :, 0] += per_text[:, None]
     sums[:, :, 1] += k * per_text[:, None]
-    counted = scored[:, None, :, None]
-    causes = chosen.read, chosen.background >= 0, chosen.substituted, chosen.ids < 0
-    for column, flags in enumerate(causes, start=2):
-        sums[:, :, column] += (flags & counted).sum(axis=(0, 3)).T
-    if not is_lossy:
+    counted = chosen.tally * scored[:, None, :, None]
+    sums[:, :, 2 : 2 + TALLIES] += counted.sum(axis=0).swapaxes(0, 1)
+    if not chosen.ids.size:
         return
     token, text = scored.nonzero()
     at = token, slice(None), text
+    run = chosen.ids[at]
     losses = losses_of(
-        _flat(block.ids[at]), _flat(block.p[at]), _flat(chosen.ids[at]), _flat(chosen.weights[at])
+        _flat(block.ids[at]), _flat(block.p[at]), _flat(run), _flat(chosen.weights[at])
     )
+    dropped = (run < 0).sum(axis=2)
+    np.add.at(sums[:, :, COUNTS.index("dropped")], text, dropped)
     by_row = losses.reshape(len(token), sums.shape[1], len(LOSSES))
     np.add.at(sums[:, :, len(COUNTS) :], text, by_row)
 

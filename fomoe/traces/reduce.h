@@ -11,7 +11,7 @@ namespace fomoe::traces {
 class Reducer {
  public:
   Reducer(int64_t n_experts, int64_t candidates)
-      : n_(n_experts), c_(candidates), p_(n_experts), keys_(n_experts) {}
+      : n_(n_experts), c_(candidates), p_(n_experts), bins_(n_experts), keys_(n_experts) {}
 
   int64_t n_experts() const { return n_; }
   int64_t candidates() const { return c_; }
@@ -21,8 +21,13 @@ class Reducer {
   bool reduce(const float* scores, uint16_t* ids, float* probabilities, float* tail);
 
  private:
+  static constexpr int32_t kBins = 256;
+
+  int64_t collect(const float* scores, float peak);
+
   int64_t n_, c_;
   std::vector<float> p_;
+  std::vector<uint8_t> bins_;
   std::vector<uint64_t> keys_;
 };
 
