@@ -103,12 +103,12 @@ class LossPrice:
     def towards(cls, target: float) -> LossPrice:
         """Return a controller at its safe start for a target in nats per token.
 
-        The start is a fraction of the target's root, to the next half of an octave: 0.011 for
-        0.01 nats, where a model of 96 experts lost 0.008 and finer ones lose less.
+        The start is the target's power of two: 0.011 for 0.01 nats, where a model of 96 experts
+        lost 0.008, and finer ones lose less. Losses fall about as the price or faster.
         """
         nano = max(1, round(target * NANO))
         octaves = nano.bit_length() - NANO.bit_length()
-        return cls(nano, 0, _moved(octaves * OCTAVE // 2, -7 * OCTAVE // 2))
+        return cls(nano, 0, _moved(octaves * OCTAVE, -OCTAVE // 2))
 
     @property
     def price(self) -> float:
