@@ -35,6 +35,7 @@ from fomoe.model.archs import read_spec
 from fomoe.model.layers import DenseModel
 from fomoe.model.tokenizer import Tokenizer
 from fomoe.quality import profile_beside, read_sensitivities
+from fomoe.residency import LogicalRules
 from fomoe.routing.price import NANO
 
 CHUNK = 128
@@ -53,8 +54,8 @@ class Bench:
         self.forward = Forward(model, experts, prefetch=False)
         self.prompt = prompt
         self.window = window
-        self.sequence = Sequence(self.spec, window, "f16", capacity)
-        self._plain = Sequence(self.spec, window, "f16", capacity)
+        self.sequence = Sequence(self.spec, window, "f16", LogicalRules(capacity=capacity))
+        self._plain = Sequence(self.spec, window, "f16", LogicalRules(capacity=capacity))
 
     def exact(self, ids: list[int]) -> np.ndarray:
         """Return the logits [T, V] of a window, all exact."""
