@@ -258,6 +258,7 @@ class EngineConfig:
         read_threads: File reads in flight per node.
         transport: How actors talk: shared memory, TCP, or by handshake.
         seed: Seed of everything that draws random numbers outside a request.
+        profile: Frequencies of experts; the most frequent are in memory from the start.
         trace: File to which the router's rows of every request are appended; None records nothing.
     """
 
@@ -280,12 +281,14 @@ class EngineConfig:
     read_threads: int = 4
     transport: Transport = "auto"
     seed: int = 0
+    profile: Path | None = None
     trace: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))
-        if self.trace is not None:
-            object.__setattr__(self, "trace", Path(self.trace))
+        for name in ("profile", "trace"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
         object.__setattr__(self, "devices", tuple(self.devices))
         self._check_devices()
         _require_choice("kv_dtype", self.kv_dtype, KVDtype)
@@ -326,6 +329,7 @@ class EngineConfig:
         values = {part.name: getattr(self, part.name) for part in fields(self)}
         return values | {
             "model": str(self.model),
+            "profile": None if self.profile is None else str(self.profile),
             "trace": None if self.trace is None else str(self.trace),
             "devices": list(self.devices),
             "budgets": {part.name: getattr(self.budgets, part.name) for part in fields(Budgets)},

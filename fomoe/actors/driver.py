@@ -16,7 +16,7 @@ from fomoe.actors.step import DeviceLink, Links, NodeLink, StepBuffer
 from fomoe.actors.wire import MessagePort
 from fomoe.config import EngineConfig
 from fomoe.engine.ahead import AheadArrays, Governor
-from fomoe.engine.fill import fill_order
+from fomoe.engine.fill import PROFILE_TOKENS, fill_order, read_profile
 from fomoe.engine.forward import Forward
 from fomoe.engine.generation import Generation, check_request
 from fomoe.engine.local import sequence_logits
@@ -72,6 +72,9 @@ class DriverActor(FabricMember):
             ExpertTable.from_gguf(file, self._spec.n_layers), self._spec, self._config,
             tuple(device_node),
         )  # fmt: skip
+        path = self._config.profile
+        shape = self._spec.n_layers, self._spec.moe.n_experts
+        self._frequencies = None if path is None else read_profile(path, *shape)
         int8 = self._config.activations == "int8"
         count = self._spec.n_layers
 
@@ -84,7 +87,7 @@ class DriverActor(FabricMember):
         )  # fmt: skip
         self._sequence = Sequence(
             self._spec, self._config.ctx_size, self._config.kv_dtype,
-            self._plan.logical_rules(self._config.routing),
+            self._plan.logical_rules(self._config.routing), self._frequencies,
         )  # fmt: skip
         self._recorder = self._open_recorder()
 
@@ -159,7 +162,10 @@ class DriverActor(FabricMember):
 
     def _fill(self) -> None:
         """Load experts into free slots until they are full, before anyone waits for a token."""
-        placements = self._experts.residency.fill(fill_order(self._plan.topology))
+        residency, frequencies = self._experts.residency, self._frequencies
+        if frequencies is not None:
+            residency.warm(frequencies, PROFILE_TOKENS)
+        placements = residency.fill(fill_order(self._plan.topology, frequencies))
         wanted, landed = self._experts.preload(placements), 0
         moved = time.monotonic()
         while landed < wanted:

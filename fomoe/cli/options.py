@@ -167,6 +167,14 @@ class EngineOptions:
             "Default: what the budgets hold.",
         ),
     ] = None
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Frequencies of experts, from fomoe profile: the most frequent are in memory "
+            "from the start.",
+        ),
+    ] = None
     logical_eviction: Annotated[
         LogicalEviction,
         typer.Option(

@@ -145,7 +145,10 @@ class Meter:
         host = self.host
         host.hits_device, host.hits_ram = before.hits_device, before.hits_ram
         host.reads_nvme = before.reads_nvme
-        host.shadow_bytes += host.nvme_bytes - before.nvme_bytes
+        # A read ahead that storage gives up meanwhile is taken back from its own cause.
+        ahead = ("nvme_bytes", "prefetch_bytes", "background_bytes")
+        read, prefetch, background = (getattr(host, n) - getattr(before, n) for n in ahead)
+        host.shadow_bytes += read - prefetch - background
 
     def shadowed(self, loss: int) -> None:
         """A shadow step estimated a loss in nanonats."""
