@@ -8,7 +8,6 @@ that nothing downstream has to check again.
 from __future__ import annotations
 
 import ipaddress
-import math
 import os
 import re
 import tempfile
@@ -18,6 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from fomoe.errors import ConfigError
+from fomoe.quality import Quality, parse_quality
+from fomoe.units import format_bytes as format_bytes
+from fomoe.units import parse_bytes as parse_bytes
 
 KVDtype = Literal["f16", "f32"]
 Activations = Literal["int8", "f32"]
@@ -27,16 +29,6 @@ Transport = Literal["auto", "shm", "tcp"]
 
 BUNDLED_MODEL = "fomoe-demo-Q4_K_M.gguf"
 
-# Decimal units as on a disk's label, binary ones as the kernel counts memory; a bare letter is
-# binary because that is what docker, systemd and ulimit mean by it.
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS |= {
-        _letter: 1024**_power,
-        f"{_letter}IB": 1024**_power,
-        f"{_letter}B": 1000**_power,
-    }
-_BYTES_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 # A device may stand on another node of the cluster: cpu@192.168.1.20.
 _DEVICE_PATTERN = re.compile(r"(cpu(:\d+)?|(hip|cuda):\d+)(@[\w.:-]+)?")
 
@@ -55,37 +47,9 @@ _ENVIRONMENT = {
     "FOMOE_API_KEY_FILE": "api_key_file",
 }
 
+_LEAST_SENSITIVE = 1e-3
+
 _Part = TypeVar("_Part", "Budgets", "RoutingConfig", "EngineConfig", "ServerConfig")
-
-
-def parse_bytes(text: str) -> int:
-    """Return the number of bytes in a text such as `4GiB`, `512MB`, `1.5G` or `1048576`.
-
-    KB, MB, GB, TB are powers of 1000; KiB, MiB, GiB, TiB and the bare letters K, M, G, T are
-    powers of 1024; no unit means bytes. Fractions round down to a whole byte.
-
-    Raises:
-        ConfigError: the text is not a number followed by one of these units.
-    """
-    match = _BYTES_PATTERN.fullmatch(text)
-    unit = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None:
-        raise ConfigError(
-            f"{text!r} is not a size: write a number and a unit, for example 4GiB, 512MB or 1.5G"
-        )
-    return int(float(match.group(1)) * unit) if "." in match.group(1) else int(match[1]) * unit
-
-
-def format_bytes(n_bytes: int) -> str:
-    """Return a size for people in binary units with three digits, for example `1.50 GiB`."""
-    if abs(n_bytes) < 1024:
-        return f"{n_bytes} B"
-    power = min(int(math.log2(abs(n_bytes)) // 10), 4)
-    value = n_bytes / 1024**power
-    if abs(value) >= 999.5 and power < 4:
-        value, power = value / 1024, power + 1
-    digits = max(0, 2 - int(math.log10(max(abs(value), 1.0))))
-    return f"{value:.{digits}f} {'KMGT'[power - 1]}iB"
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
@@ -206,23 +170,36 @@ class RoutingConfig:
     """How experts are chosen; the default is exact.
 
     Attributes:
-        car: Threshold of cache-aware routing, 0 (off) to 1: a missing expert is replaced when the
-            best resident one scores at least this fraction of it.
-        car_capacity: Experts per layer that cache-aware routing takes as resident; None lets the
+        quality: What a request is held to that asks for nothing else; a text is parsed.
+        car_capacity: Experts per layer that lossy routing takes as resident; None lets the
             budgets fix it at start.
+        shadow_every: One generated token in so many is also computed exactly where routing is
+            lossy, which estimates the loss; 0 does so only where a contract needs it (`kl`).
+        sensitivities: What a substitution costs in each layer, as a multiple of an average one;
+            prices are divided by it. Empty: all layers are alike.
     """
 
-    car: float = 0.0
+    quality: Quality = field(default_factory=Quality)
     car_capacity: int | None = None
+    shadow_every: int = 64
+    sensitivities: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        car: Any = self.car
-        _require(
-            isinstance(car, (int, float)) and 0.0 <= car <= 1.0,
-            f"car is {self.car!r}; it must lie between 0 (exact) and 1",
-        )
+        given: Any = self.quality
+        if isinstance(given, str):
+            object.__setattr__(self, "quality", parse_quality(given))
+        else:
+            _require(isinstance(given, Quality), f"quality is {given!r}; give a text or a Quality")
         if self.car_capacity is not None:
             _require_range("car_capacity", self.car_capacity, 1, 1 << 16)
+        _require_range("shadow_every", self.shadow_every, 0, 1 << 20)
+        object.__setattr__(self, "sensitivities", tuple(self.sensitivities))
+        wrong = [s for s in self.sensitivities if not _LEAST_SENSITIVE <= s <= 1 / _LEAST_SENSITIVE]
+        _require(
+            not wrong,
+            f"a layer's sensitivity is {wrong[:1]}; it must lie between {_LEAST_SENSITIVE} and "
+            f"{1 / _LEAST_SENSITIVE:.0f}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,6 +284,10 @@ class EngineConfig:
             "budgets": {part.name: getattr(self.budgets, part.name) for part in fields(Budgets)},
             "routing": {
                 part.name: getattr(self.routing, part.name) for part in fields(RoutingConfig)
+            }
+            | {
+                "quality": str(self.routing.quality),
+                "sensitivities": list(self.routing.sensitivities),
             },
         }
 

@@ -57,6 +57,7 @@ class TieredExperts:
             layer_device=topology.layer_device,
             expert_bytes=np.array(expert_bytes, np.int64),
         )
+        self.expert_bytes = layout.expert_bytes
         self._planner = WavePlanner(
             residency, [node.slots for node in nodes], layout,
             Priorities(int(Priority.DEMAND), int(Priority.PREFETCH)),
@@ -105,7 +106,9 @@ class TieredExperts:
         reads = self._planner.look_ahead(layer, scores)
         if reads:
             self._send_reads(self._home[layer].node, self._planner.arrays.reads[:reads])
+            before = self.counters.nvme_bytes
             self._planner.charge(self.counters, decoding=True)
+            self.counters.prefetch_bytes += self.counters.nvme_bytes - before
 
     def open_prompt(self, tokens: int) -> None:
         """Begin a chunk of a prompt: `look_ahead` may be called for its first layers."""
@@ -158,7 +161,9 @@ class TieredExperts:
     def ask(self, layer: int, reads: list[Read], priority: Priority) -> None:
         """See `SweepHost`."""
         self._ask(self._home[layer].node, reads, priority)
-        self.counters.nvme_bytes += len(reads) * int(self._planner.arrays.expert_bytes[layer])
+        n_bytes = len(reads) * int(self.expert_bytes[layer])
+        self.counters.nvme_bytes += n_bytes
+        self.counters.prompt_bytes += n_bytes
 
     def prove(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
         """See `SweepHost`."""

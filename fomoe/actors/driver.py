@@ -38,6 +38,7 @@ from fomoe.gguf.reader import open_gguf
 from fomoe.kernels.cpu import ops
 from fomoe.model.archs import read_spec
 from fomoe.model.layers import DenseModel
+from fomoe.quality import Quality
 from fomoe.residency import LFRU, LRU, Residency
 
 _PRELOAD_STALL_S = 60.0
@@ -207,7 +208,7 @@ class DriverActor(FabricMember):
                 return
             self._running = Generation(
                 request, self._sequence, self._forward, self._meter,
-                chunk=self._config.prefill_chunk, default_car=self._config.routing.car,
+                chunk=self._config.prefill_chunk, routing=self._config.routing,
                 serial=not self._config.overlap,
             )  # fmt: skip
             self._running.watch(self._client.send, self._checkpoint)
@@ -271,7 +272,7 @@ class DriverActor(FabricMember):
         sequence.reset()
         whole = GenerateRequest(request_id=request.request_id, prompt=request.tokens, max_tokens=0)
         check_request(whole, sequence.state.ctx_size, self._spec.vocab)
-        self._meter.start(car=0.0, cached=0)
+        self._meter.start(Quality(), cached=0)
         logits = sequence_logits(
             self._forward, sequence, request.tokens, self._config.prefill_chunk
         )

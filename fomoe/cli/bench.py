@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def _decode_figures(receipts: list[Receipt], sizes: Sizes, rates: Rates) -> dict
         for part in PARTS
     }
     weights = sizes.dense + sizes.experts
-    read = sum(r.nvme_bytes for r in receipts) / steps / len(receipts)
+    read = sum(r.nvme_bytes - r.prompt_bytes for r in receipts) / steps / len(receipts)
     return {
         "tokens": steps,
         "tokens_per_s": _spread([1e3 * steps / r.generated_ms for r in receipts]),
@@ -161,10 +162,40 @@ def _decode_figures(receipts: list[Receipt], sizes: Sizes, rates: Rates) -> dict
             "ram": sum(r.hits_ram for r in receipts),
             "nvme": sum(r.reads_nvme for r in receipts),
         },
+        "contract": _contract_figures(receipts, steps),
         "weight_bytes_per_token": weights,
         "share_of_memory": weights / seconds / rates.memory,
         "nvme_bytes_per_token": read,
     }
+
+
+def _contract_figures(receipts: list[Receipt], steps: int) -> dict[str, Any]:
+    """Return what the quality contract was, what it cost and what was read for it, per token."""
+    tokens = steps * len(receipts)
+    shadows = sum(r.shadow_steps for r in receipts)
+    causes = Counter[str]()
+    for receipt in receipts:
+        causes.update(receipt.bytes_by_cause)
+    return {
+        "quality": receipts[0].mode,
+        "substituted_per_token": sum(r.substituted for r in receipts) / tokens,
+        "router_mass_lost_per_token": sum(r.lost_mass for r in receipts) / tokens,
+        "estimated_kl": sum(r.shadow_kl for r in receipts) / shadows if shadows else None,
+        "shadow_steps": shadows,
+        "price": receipts[-1].price,
+        "bytes_per_token": {cause: n / tokens for cause, n in causes.items() if cause != "prompt"},
+        "logical_bytes_per_token": sum(r.logical_bytes for r in receipts) / tokens,
+    }
+
+
+def _contract_line(contract: dict[str, Any]) -> str:
+    kl = contract["estimated_kl"]
+    said = "no shadow steps" if kl is None else f"KL {kl:.2g} ({contract['shadow_steps']} steps)"
+    read = ", ".join(f"{cause} {n / 1e6:.3g}" for cause, n in contract["bytes_per_token"].items())
+    return (
+        f"         {contract['quality']}: {contract['substituted_per_token']:.1f} substituted a "
+        f"token, {said}, price {contract['price']:.2g}; MB read a token: {read}"
+    )
 
 
 def _read_figures(reads: dict[str, float], rates: Rates) -> dict[str, float]:
@@ -203,6 +234,8 @@ def _lines(figures: dict[str, Any]) -> list[str]:
             f"{d['share_of_memory']:.0%} of memory's rate; "
             f"{d['nvme_bytes_per_token'] / 1e6:,.1f} MB read from the drive"
         )
+        if d["contract"]["quality"] != "exact":
+            lines.append(_contract_line(d["contract"]))
     reads = figures["reads"]
     if reads["bytes"]:
         lines.append(

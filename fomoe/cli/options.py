@@ -24,6 +24,7 @@ from fomoe.config import (
     parse_devices,
 )
 from fomoe.errors import ConfigError
+from fomoe.quality import Quality, car_quality, parse_quality
 
 _DEFAULTS = EngineConfig(model=Path())
 
@@ -72,6 +73,13 @@ def _parameters_of(group: Any) -> list[inspect.Parameter]:
 def _size(text: str) -> int:
     try:
         return parse_bytes(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _quality(text: str) -> Quality:
+    try:
+        return parse_quality(text)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -132,19 +140,46 @@ class EngineOptions:
     ctx_size: Annotated[
         int, typer.Option(metavar="TOKENS", help="Longest prompt and answer together.")
     ] = _DEFAULTS.ctx_size
+    quality: Annotated[
+        Quality | None,
+        typer.Option(
+            parser=_quality,
+            metavar="CONTRACT",
+            help="What answers are held to: exact (default), kl=0.01 (mean loss), "
+            "bytes=500MB/token (mean reads), price=0.05 or car=0.35.",
+        ),
+    ] = None
     car: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="0..1",
-            help="Cache-aware routing: lets a resident expert stand in for a missing one that it "
-            "comes this close to. 0 is exact.",
+            help="Short for --quality car=...: lets a resident expert stand in for a missing one "
+            "that it comes this close to. 0 is exact.",
         ),
-    ] = 0.0
+    ] = None
     car_capacity: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Experts per layer that --car takes as resident. Default: what the budgets hold.",
+            help="Experts per layer that lossy routing takes as resident. "
+            "Default: what the budgets hold.",
+        ),
+    ] = None
+    shadow_every: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Lossy routing: measure the loss at one token in N; 0 only where a contract "
+            "needs it.",
+        ),
+    ] = _DEFAULTS.routing.shadow_every
+    loss_profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What a substitution costs in each layer. Default: MODEL.loss.json, if it is "
+            "there.",
         ),
     ] = None
     threads: Annotated[
@@ -177,6 +212,19 @@ class EngineOptions:
         str | None,
         typer.Option(metavar="HOST:PORT", help="Ray cluster to join; found by itself if local."),
     ] = None
+
+    @property
+    def contract(self) -> Quality:
+        """What answers are held to.
+
+        Raises:
+            ConfigError: both --quality and --car are given, or --car is out of range.
+        """
+        if self.quality is not None and self.car is not None:
+            raise ConfigError("--car is short for --quality car=...; give one of the two")
+        if self.car is not None:
+            return car_quality(self.car)
+        return self.quality or Quality()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

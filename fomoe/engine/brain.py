@@ -8,7 +8,7 @@ from fomoe.engine.meter import LossCounters
 from fomoe.engine.sequences import Sequence
 from fomoe.model.buffers import F32
 from fomoe.model.state import Batch
-from fomoe.routing import CacheAwareRouting, Route, route_exact
+from fomoe.routing import Route, route_exact
 
 
 class Brain:
@@ -16,7 +16,6 @@ class Brain:
 
     def __init__(self, top_k: int) -> None:
         self._top_k = top_k
-        self._lossy: dict[float, CacheAwareRouting] = {}
         self.loss = LossCounters()
 
     def route(
@@ -27,7 +26,7 @@ class Brain:
         for run, sequence in zip(batch.runs, sequences, strict=True):
             rows = slice(run.start, run.stop)
             wanted = route.ids[rows]
-            if sequence.car > 0.0:
+            if not sequence.exact:
                 if sequence.decoding:
                     self._substitute(layer, scores, rows, sequence, route)
                 sequence.logical.commit(layer, route.ids[rows])
@@ -38,10 +37,9 @@ class Brain:
     def _substitute(
         self, layer: int, scores: F32, rows: slice, sequence: Sequence, route: Route
     ) -> None:
-        policy = self._lossy.get(sequence.car)
-        if policy is None:
-            policy = self._lossy[sequence.car] = CacheAwareRouting(sequence.car)
-        lossy = policy.route(scores[rows], self._top_k, sequence.logical.mask(layer))
+        mask = sequence.logical.mask(layer)
+        lossy = sequence.rule.route(scores[rows], self._top_k, mask, layer=layer)
+        sequence.reads[layer] = np.count_nonzero(~mask[lossy.ids])
         changed = int(np.count_nonzero(lossy.substituted))
         if changed:
             sequence.lossy = True

@@ -19,6 +19,10 @@ from fomoe.routing import Route, group_by_expert, route_exact
 class ExpertHost(Protocol):
     """Computes a layer's routed experts; one step is under way at a time."""
 
+    @property
+    def expert_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of one expert of each layer, int64 [L]."""
+
     def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
 
@@ -49,6 +53,9 @@ class ResidentExperts:
         table = ExpertTable.from_gguf(file)
         self._spec = spec
         self._device = open_device("cpu", threads=threads, int8=int8)
+        self.expert_bytes = np.array(
+            [table.expert_bytes(i) for i in range(spec.n_layers)], np.int64
+        )
         self._shapes = [expert_shape(table, spec, i) for i in range(spec.n_layers)]
         self._tensors: list[npt.NDArray[np.uint8]] = []
         self._addresses = [self._load(file, table, i) for i in range(spec.n_layers)]

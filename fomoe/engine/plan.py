@@ -85,9 +85,13 @@ def make_plan(
 
     Raises:
         BudgetError: a budget cannot hold one layer's top-k of each size class.
-        ConfigError: a budget is missing, or the logical capacity does not fit.
+        ConfigError: a budget is missing, or the logical capacity or the loss profile does not fit.
     """
-    budgets = config.budgets
+    budgets, known = config.budgets, len(config.routing.sensitivities)
+    if known not in (0, spec.n_layers):
+        raise ConfigError(
+            f"the loss profile has {known} layers, the model {spec.n_layers}; measure one for it"
+        )
     if budgets.vram_bytes is None or budgets.ram_bytes is None:
         raise ConfigError("budgets must be resolved before a plan is made")
     n = len(device_node)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from fomoe.model.spec import ModelSpec
 from fomoe.model.state import SequenceState
 from fomoe.residency import LogicalCache
+from fomoe.routing import ExactRouting, RoutingRule
 
 
 class Sequence:
     """One text under way; `tokens` are those that have gone through the layers.
 
-    `car` is the cache-aware threshold that decode steps use (0: exact); it never acts in prefill.
+    `rule` chooses the experts of decode steps; it never acts in prefill. `reads` int64 [L] counts
+    the experts of the last step that were not logically resident, where the rule is lossy.
     `decoding` says whether the next step is a decode step. `lossy` stays set once a substituted
     expert may have touched the state, so that no exact request continues from it.
     """
@@ -20,7 +24,8 @@ class Sequence:
         self.logical = LogicalCache(spec.n_layers, spec.moe.n_experts, capacity)
         self._nothing = self.logical.snapshot()
         self.tokens: list[int] = []
-        self.car = 0.0
+        self.rule: RoutingRule = ExactRouting()
+        self.reads = np.zeros(spec.n_layers, np.int64)
         self.decoding = False
         self.lossy = False
 
@@ -29,9 +34,14 @@ class Sequence:
         self.state.reset()
         self.logical.restore(self._nothing)
         self.tokens.clear()
-        self.car = 0.0
+        self.rule = ExactRouting()
         self.decoding = False
         self.lossy = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing may differ from the router's choice."""
+        return isinstance(self.rule, ExactRouting)
 
     def reusable_prefix(self, prompt: list[int]) -> int:
         """Return how many leading tokens of `prompt` this state already holds (all or nothing).

@@ -19,3 +19,27 @@ def group(
     ids: _I32, experts: _I32, pair_start: _I32, pair_token: _I32, order: _I32, ranks: _I32
 ) -> int:
     """Group ids [T, k]; P = T * k entries in each array, P + 1 in pair_start; returns experts."""
+
+class Rule:
+    """A rule as native code runs it; `limit` is its threshold, price or weight."""
+
+    def __init__(
+        self,
+        kind: str,
+        limit: float,
+        kappa: float,
+        guarded: int,
+        budget: int,
+        sensitivities: list[float],
+    ) -> None: ...
+
+def choose(
+    rule: Rule,
+    layer: int,
+    scores: _F32,
+    resident: npt.NDArray[np.bool_],
+    ids: _I32,
+    weights: _F32,
+    substituted: npt.NDArray[np.bool_],
+) -> int:
+    """Route [T, E] by a rule into [T, k]; returns the first row not finite, -1 if none."""

@@ -134,3 +134,22 @@ def test_ids_that_do_not_fit_are_refused(bench: Any, tmp_path: Path, content: st
 def test_memory_is_read_at_a_plausible_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MEMORY_BYTES", 1 << 22)
     assert 1e7 < module.memory_read_rate(1) < 1e13
+
+
+def test_a_contracts_cost_is_told_per_token() -> None:
+    receipts = [
+        Receipt(
+            mode="kl=0.01", substituted=30, lost_mass=5.0, nvme_bytes=9_000_000,
+            prompt_bytes=1_000_000, prefetch_bytes=2_000_000, shadow_bytes=500_000,
+            logical_bytes=7_000_000, shadow_steps=steps, shadow_kl=0.01 * steps, price=0.02,
+        )
+        for steps in (1, 3)
+    ]  # fmt: skip
+    figures = module._contract_figures(receipts, 10)
+    assert figures["bytes_per_token"] == {
+        "demand": 550_000, "prefetch": 200_000, "background": 0, "shadow": 50_000,
+    }  # fmt: skip
+    assert (figures["substituted_per_token"], figures["shadow_steps"]) == (3.0, 4)
+    assert figures["estimated_kl"] == pytest.approx(0.01)
+    assert "kl=0.01: 3.0 substituted a token, KL 0.01 (4 steps)" in module._contract_line(figures)
+    assert module._contract_figures([Receipt()], 10)["estimated_kl"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fomoe.config import RoutingConfig
 from fomoe.engine.experts import ResidentExperts
 from fomoe.engine.forward import Forward
 from fomoe.engine.generation import Generation
@@ -25,6 +26,7 @@ class LocalModel:
         self.path = path
         self.spec = read_spec(file)
         self.chunk = chunk
+        self.routing = RoutingConfig(shadow_every=0)
         model = DenseModel(file, self.spec, chunk, int8=True)
         experts = ResidentExperts(file, self.spec, chunk, int8=True, threads=1)
         self.forward = Forward(model, experts, prefetch=False)
@@ -38,7 +40,9 @@ class LocalModel:
             HostCounters(), self.forward.brain.loss, self.forward.watch, devices="none",
             capacity=sequence.logical.capacity,
         )  # fmt: skip
-        return Generation(request, sequence, self.forward, meter, chunk=self.chunk, default_car=0.0)
+        return Generation(
+            request, sequence, self.forward, meter, chunk=self.chunk, routing=self.routing
+        )
 
     def run(self, request: GenerateRequest, sequence: Sequence | None = None) -> list[Event]:
         generation = self.generation(request, sequence)
