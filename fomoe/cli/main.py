@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fomoe.cli.bench import bench
+from fomoe.cli.eval_quality import quality
 from fomoe.cli.evaluate import ppl
 from fomoe.cli.logits import logits
 from fomoe.cli.options import flattened
@@ -33,8 +34,8 @@ def make_app() -> typer.Typer:
     for verb in (serve, run, show, logits, bench, stop):
         app.command()(flattened(verb))
     evaluation = typer.Typer(no_args_is_help=True, help="Measure a model's quality.")
-    evaluation.callback()(_evaluation)
     evaluation.command()(flattened(ppl))
+    evaluation.command()(flattened(quality))
     app.add_typer(evaluation, name="eval")
     return app
 
@@ -46,10 +47,6 @@ def main() -> None:
     except FomoeError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(USAGE_ERROR if isinstance(error, ConfigError) else 1)
-
-
-def _evaluation() -> None:
-    """Keep `ppl` a verb of its own under `eval`."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -67,4 +64,4 @@ def _before_any_verb(
     # Variables stand in for options that are not given; each verb takes those that it knows.
     values = environment()
     verbs = dict.fromkeys(("serve", "run", "show", "logits", "bench", "stop"), values)
-    context.default_map = {**verbs, "eval": {"ppl": values}}
+    context.default_map = {**verbs, "eval": dict.fromkeys(("ppl", "quality"), values)}

@@ -9,6 +9,7 @@ from fomoe.engine.sequences import Sequence
 from fomoe.model.buffers import F32
 from fomoe.model.state import Batch
 from fomoe.routing import Route, route_exact
+from fomoe.routing.nulls import round_to_bf16, touched_sites
 
 
 class Brain:
@@ -32,6 +33,11 @@ class Brain:
                 sequence.logical.commit(layer, route.ids[rows])
             else:
                 sequence.logical.observe(layer, wanted)
+            if sequence.touched > 0.0 and sequence.decoding:
+                touched = touched_sites(scores[rows], self._top_k, sequence.touched)
+                weights = route.weights[rows]
+                weights[touched] = round_to_bf16(weights[touched])
+                sequence.lossy = True
         return route
 
     def _substitute(

@@ -17,7 +17,7 @@ from fomoe.residency import LogicalCache
 
 def exact_cache(sequences: tuple[Sequence, ...]) -> LogicalCache | None:
     """Return the logical cache of a sequence that goes alone and exactly, else None."""
-    alone = len(sequences) == 1 and sequences[0].exact
+    alone = len(sequences) == 1 and sequences[0].exact and sequences[0].touched == 0.0
     return sequences[0].logical if alone else None
 
 

@@ -15,8 +15,10 @@ class Sequence:
 
     `rule` chooses the experts of decode steps; it never acts in prefill. `reads` int64 [L] counts
     the experts of the last step that were not logically resident, where the rule is lossy.
-    `decoding` says whether the next step is a decode step. `lossy` stays set once a substituted
-    expert may have touched the state, so that no exact request continues from it.
+    `touched` is the share of routing weights that decode steps round to bfloat16 (the null of
+    evaluations, `routing.nulls`). `decoding` says whether the next step is a decode step. `lossy`
+    stays set once a substituted expert may have touched the state, so that no exact request
+    continues from it.
     """
 
     def __init__(self, spec: ModelSpec, ctx_size: int, kv_dtype: str, capacity: int) -> None:
@@ -25,6 +27,7 @@ class Sequence:
         self._nothing = self.logical.snapshot()
         self.tokens: list[int] = []
         self.rule: RoutingRule = ExactRouting()
+        self.touched = 0.0
         self.reads = np.zeros(spec.n_layers, np.int64)
         self.decoding = False
         self.lossy = False
@@ -35,6 +38,7 @@ class Sequence:
         self.logical.restore(self._nothing)
         self.tokens.clear()
         self.rule = ExactRouting()
+        self.touched = 0.0
         self.decoding = False
         self.lossy = False
 

@@ -6,7 +6,6 @@ B bootstrap draws, V vocabulary.
 
 from fomoe.evaluation.accuracy import McNemar, mcnemar
 from fomoe.evaluation.divergence import TokenScores, compare, kl_divergence, top1_agreement
-from fomoe.evaluation.nulls import NullRouting, matched_sites, round_to_bf16
 from fomoe.evaluation.segments import SEGMENTS, Segment
 from fomoe.evaluation.statistics import (
     ClusterSums,
@@ -25,7 +24,6 @@ __all__ = [
     "ClusterSums",
     "Estimate",
     "McNemar",
-    "NullRouting",
     "Ratio",
     "Segment",
     "TokenScores",
@@ -35,9 +33,7 @@ __all__ = [
     "estimate_mean",
     "estimate_ratio",
     "kl_divergence",
-    "matched_sites",
     "mcnemar",
-    "round_to_bf16",
     "top1_agreement",
     "worst_mean",
     "worst_ratio",

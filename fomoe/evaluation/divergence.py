@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,12 @@ class TokenScores:
     policy_nll: F64
     kl: F64
     agrees: npt.NDArray[np.bool_]
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenScores]) -> TokenScores:
+        """Return several runs' scores one behind the other; at least one."""
+        names = [part.name for part in fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     @property
     def excess(self) -> F64:

@@ -8,13 +8,10 @@ to bfloat16. A random swap of experts would be no null: it is a policy, and a ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import ConfigError
-from fomoe.routing import Route, route_exact
 
 
 def round_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -42,31 +39,23 @@ def matched_sites(
     return mask
 
 
-@dataclass(frozen=True, slots=True)
-class NullRouting:
-    """The exact route with a share of its weights rounded to bfloat16.
+def touched_sites(
+    logits: npt.NDArray[np.float32], k: int, share: float, *, seed: int = 0
+) -> npt.NDArray[np.bool_]:
+    """Return bool [T, k]: a share of the sites of T tokens in one layer, by a hash.
 
-    Which sites are touched is a hash of the router's scores, the rank and the seed: the rule is a
-    pure function like every other, and a policy's share of substitutions gives as many sites in the
-    mean.
+    Which sites is a function of the bits of a token's router scores, the rank and the seed, so the
+    null is as reproducible as a rule. With a policy's share of substitutions there are as many
+    sites as the policy had in the mean; over n sites their number varies by sqrt(n).
+
+    Args:
+        logits: float32 [T, E], router scores.
+        k: experts per token.
+        share: 0 to 1.
+        seed: another one touches other sites.
     """
-
-    share: float
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ConfigError(f"null share {self.share}: give a number from 0 to 1")
-
-    def route(
-        self, logits: npt.NDArray[np.float32], k: int, resident: npt.NDArray[np.bool_]
-    ) -> Route:
-        """Return the exact route of logits [T, E], touched sites marked as substituted."""
-        del resident
-        exact = route_exact(logits, k)
-        touched = _uniform(logits, k, self.seed) < self.share
-        weights = np.where(touched, round_to_bf16(exact.weights), exact.weights)
-        return Route(exact.ids, weights.astype(np.float32), touched)
+    mask: npt.NDArray[np.bool_] = _uniform(logits, k, seed) < share
+    return mask
 
 
 def _uniform(logits: npt.NDArray[np.float32], k: int, seed: int) -> npt.NDArray[np.float64]:

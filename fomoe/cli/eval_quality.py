@@ -1,0 +1,149 @@
+"""`fomoe eval quality`: what a policy loses and reads against exact mode, on the real engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fomoe.cli.eval_options import LoopOptions, ReportOptions
+from fomoe.cli.eval_table import tables
+from fomoe.cli.forcing import ModelRunner
+from fomoe.cli.opening import opened, progress_bar
+from fomoe.cli.options import EngineOptions, ModelOptions
+from fomoe.errors import ConfigError
+from fomoe.evaluation.closed_loop import EXACT, Results, closed_loop, free_running
+from fomoe.evaluation.pareto import Measured, ParetoPoint, read_points, to_json
+from fomoe.evaluation.plot import save_pareto
+from fomoe.evaluation.statistics import Estimate
+from fomoe.evaluation.summary import (
+    PolicyFigures,
+    measured,
+    pareto_point,
+    read_bytes,
+    summarise,
+    total_cost,
+)
+from fomoe.evaluation.texts import Document, Window, of_part, split_documents, windows
+from fomoe.evaluation.tokens import TokenTable
+from fomoe.quality import parse_quality
+
+TOKENS, POINTS, FIGURES, PLOT = "tokens.npz", "pareto.json", "figures.json", "pareto"
+
+
+def quality(
+    model: ModelOptions, engine: EngineOptions, loop: LoopOptions, report: ReportOptions
+) -> None:
+    """Measure policies in the closed loop: exact prompt, then the text's own tokens one by one.
+
+    The policy acts at each decoded token; exact mode does the same on the same tokens. Intervals
+    resample documents. Shadow steps are off except where a contract needs them.
+    """
+    baseline = _baseline(loop.specs, report.baseline)
+    found = of_part(_documents(loop.text), loop.part)
+    earlier = None if report.reference is None else TokenTable.load(report.reference / TOKENS)
+    report.prepare()
+    engine = dataclasses.replace(
+        engine, ctx_size=max(engine.ctx_size, loop.ctx_size), shadow_every=0
+    )
+    with opened(model, engine) as llm:
+        rows = windows(
+            found, llm.tokenizer.encode,
+            prefix=loop.prefix, scored=loop.scored, limit=loop.documents,
+        )  # fmt: skip
+        results = _measure(ModelRunner(llm), rows, loop)
+    figures = {
+        spec: summarise(results, spec, baseline=baseline, seed=report.seed) for spec in loop.specs
+    }
+    table = TokenTable.of(results, rows)
+    points = _points(model.path.stem, results, figures)
+    if earlier is not None and report.reference is not None:
+        others = read_points(report.reference / POINTS)
+        points = _beside(points, others, table.excess_over(earlier, seed=report.seed))
+    summary = _summary(results, figures, points)
+    if report.output is not None:
+        table.save(report.output / TOKENS)
+        (report.output / POINTS).write_text(to_json(points), encoding="utf-8")
+        text = json.dumps(summary, indent=1) + "\n"
+        (report.output / FIGURES).write_text(text, encoding="utf-8")
+        save_pareto(points, report.output / PLOT)
+    typer.echo(json.dumps(summary) if report.as_json else tables(results, figures, points))
+
+
+def _baseline(specs: Sequence[str], text: str | None) -> str | None:
+    if text is None:
+        return None
+    baseline = str(parse_quality(text))
+    if baseline not in specs:
+        raise ConfigError(f"--baseline {text} must be one of --policy {','.join(specs)}")
+    return baseline
+
+
+def _documents(paths: Sequence[Path]) -> list[Document]:
+    try:
+        texts = [path.read_text(encoding="utf-8") for path in paths]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the text cannot be read: {error}") from None
+    found = {each.name: each for text in texts for each in split_documents(text)}
+    return list(found.values())
+
+
+def _measure(runner: ModelRunner, rows: Sequence[Window], loop: LoopOptions) -> Results:
+    specs = loop.specs
+    modes = 1 + len(specs) * (2 if loop.null else 1) + (1 + len(specs) if loop.free else 0)
+    with progress_bar() as progress:
+        task = progress.add_task("decoding", total=modes * len(rows))
+
+        def advance() -> None:
+            progress.advance(task)
+
+        results = closed_loop(runner, rows, specs, null=loop.null, on_run=advance)
+        texts = free_running(runner, rows, specs, loop.free, advance) if loop.free else {}
+    return dataclasses.replace(results, texts=texts)
+
+
+def _points(name: str, results: Results, figures: dict[str, PolicyFigures]) -> list[ParetoPoint]:
+    """Return exact mode and every policy as points."""
+    runs = results.runs[EXACT]
+    exact = ParetoPoint(
+        name=name,
+        series=EXACT,
+        read=read_bytes(total_cost(runs)),
+        excess=Measured(mean=0.0, low=0.0, high=0.0),
+        top1=1.0,
+        documents=len(runs),
+        tokens=sum(len(run.scores.kl) for run in runs),
+    )
+    return [exact, *(pareto_point(spec, each) for spec, each in figures.items())]
+
+
+def _beside(
+    points: list[ParetoPoint], others: list[ParetoPoint], excess: Estimate
+) -> list[ParetoPoint]:
+    """Return the reference's points and our exact mode, its loss counted from the reference's.
+
+    Only exact mode is paired with the reference; our policies would need their own pairing.
+    """
+    own = dataclasses.replace(
+        points[0], series="another file, exact", excess=measured(excess), top1=None
+    )
+    return [*others, own]
+
+
+def _summary(
+    results: Results, figures: dict[str, PolicyFigures], points: Sequence[ParetoPoint]
+) -> dict[str, Any]:
+    exact = results.runs[EXACT]
+    return {
+        "exact": {
+            "nll": float(sum(run.scores.exact_nll.sum() for run in exact))
+            / sum(len(run.scores.kl) for run in exact),
+            "cost": dataclasses.asdict(total_cost(exact)),
+        },
+        "policies": {spec: dataclasses.asdict(each) for spec, each in figures.items()},
+        "points": json.loads(to_json(points))["points"],
+    }
