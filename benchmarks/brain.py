@@ -25,7 +25,7 @@ from fomoe.engine.brain import Brain
 from fomoe.engine.transfers import ENTRY, SegmentSlots
 from fomoe.engine.waves import Priorities, StepArrays, WaveLayout, WavePlanner
 from fomoe.model.state import Batch
-from fomoe.residency import LFRU, LogicalCache, Residency, Topology
+from fomoe.residency import LFRU, LogicalCache, LogicalRules, Residency, Topology
 from fomoe.residency.reference import ReferenceResidency
 from fomoe.residency.replay import synthetic_trace
 from fomoe.routing import group_by_expert, predict_experts, reference, route_exact
@@ -98,7 +98,7 @@ class Native:
             self.residency, [segment], layout, Priorities(0, 1), max_tokens=1, top_k=K
         )
         self.brain = Brain(K)
-        logical = LogicalCache(t.n_layers, E, E)
+        logical = LogicalCache(t.n_layers, E, LogicalRules(capacity=E))
         self.sequence: Any = SimpleNamespace(car=0.0, decoding=True, logical=logical)
         self.step = StepArrays(
             np.zeros((1, K), np.int32), np.zeros((1, K), np.float32), np.zeros(K, np.int32),
@@ -151,7 +151,7 @@ def parts(t: Topology, trace: npt.NDArray[np.int32], python: bool) -> dict[str, 
     """Single calls; with `python` those of the reference."""
     rng, clock = np.random.default_rng(1), Clock()
     residency = (ReferenceResidency if python else Residency)(t, LFRU())
-    logical = LogicalCache(t.n_layers, E, E)
+    logical = LogicalCache(t.n_layers, E, LogicalRules(capacity=E))
     for token, ids in enumerate(trace):
         if token == len(trace) // 3:
             clock.us.clear()

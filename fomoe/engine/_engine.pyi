@@ -3,9 +3,11 @@
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.engine.decisions import Decisions
 from fomoe.engine.transfers import SegmentSlots
 from fomoe.engine.waves import WaveArrays
-from fomoe.residency._residency import Planner
+from fomoe.residency._residency import LogicalCaches, Planner
+from fomoe.routing._routing import Rule
 
 _F32 = npt.NDArray[np.float32]
 _I32 = npt.NDArray[np.int32]
@@ -25,6 +27,21 @@ def part_addresses(parts: _U64, entries: npt.NDArray[np.void], out: _U64) -> Non
     `parts` [3, E] holds where gate, up and down of each expert would begin if its slot had address
     0. IndexError for an expert that is not there.
     """
+
+class Decider:
+    """Decides many sequences' tokens of a layer with the GIL released."""
+
+    def __init__(self, caches: LogicalCaches, rule: Rule, k: int, threads: int) -> None: ...
+    def decide(
+        self,
+        layer: int,
+        scores: _F32,
+        ids: _I32 | None,
+        sequences: _I32,
+        prices: _F32 | None,
+        out: Decisions,
+    ) -> int:
+        """Write decisions into `out`; returns the first row not finite, with nothing decided."""
 
 class StepArrays:
     """Where a step is written for the device, in place.

@@ -26,13 +26,12 @@ class Brain:
         route = route_exact(scores, self._top_k)
         for run, sequence in zip(batch.runs, sequences, strict=True):
             rows = slice(run.start, run.stop)
-            wanted = route.ids[rows]
-            if not sequence.exact:
-                if sequence.decoding:
-                    self._substitute(layer, scores, rows, sequence, route)
-                sequence.logical.commit(layer, route.ids[rows])
+            if sequence.decider is None:
+                sequence.logical.observe(layer, route.ids[rows])
+            elif sequence.decoding:
+                self._decide(layer, scores, rows, sequence, route)
             else:
-                sequence.logical.observe(layer, wanted)
+                sequence.logical.commit(layer, route.ids[rows])
             if sequence.touched > 0.0 and sequence.decoding:
                 touched = touched_sites(scores[rows], self._top_k, sequence.touched)
                 weights = route.weights[rows]
@@ -40,17 +39,18 @@ class Brain:
                 sequence.lossy = True
         return route
 
-    def _substitute(
+    def _decide(
         self, layer: int, scores: F32, rows: slice, sequence: Sequence, route: Route
     ) -> None:
-        mask = sequence.logical.mask(layer)
-        lossy = sequence.rule.route(scores[rows], self._top_k, mask, layer=layer)
-        sequence.reads[layer] = np.count_nonzero(~mask[lossy.ids])
-        changed = int(np.count_nonzero(lossy.substituted))
+        assert sequence.decider is not None
+        made = sequence.decider.decide(layer, scores[rows], prices=sequence.prices)
+        background = np.count_nonzero(made.background >= 0)
+        sequence.reads[layer] = np.count_nonzero(made.read) + background
+        changed = int(np.count_nonzero(made.substituted))
         if changed:
             sequence.lossy = True
             self.loss.substituted += changed
-            self.loss.lost_mass += float(np.sum(1.0 - lossy.weights.sum(axis=1)))
-        route.ids[rows] = lossy.ids
-        route.weights[rows] = lossy.weights
-        route.substituted[rows] = lossy.substituted
+            self.loss.lost_mass += float(made.lost.sum())
+        route.ids[rows] = made.ids
+        route.weights[rows] = made.weights
+        route.substituted[rows] = made.substituted

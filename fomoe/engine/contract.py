@@ -21,6 +21,7 @@ class Contract:
 
     Attributes:
         quality: what is held.
+        rule: what chooses the experts of decode steps, at each one's `price`.
         steps: decode steps done.
         shadow_steps: those of them that were also computed exactly.
         loss: the sum of their losses against a wholly exact answer, estimated, in nanonats.
@@ -30,7 +31,6 @@ class Contract:
         self, quality: Quality, shadow_every: int, sensitivities: tuple[float, ...] = ()
     ) -> None:
         self.quality = quality
-        self._sensitivities = sensitivities
         self.steps = self.shadow_steps = self.loss = 0
         self._every = 0 if quality.is_exact else shadow_every
         self._control: BudgetPrice | LossPrice | None = None
@@ -38,23 +38,14 @@ class Contract:
             self._control = BudgetPrice(int(quality.value))
         elif quality.kind == "kl":
             self._control = LossPrice.towards(quality.value)
-        self._fixed: RoutingRule | None = None
-        if quality.is_exact:
-            self._fixed = ExactRouting()
-        elif quality.kind == "car":
-            self._fixed = CacheAwareRouting(quality.value)
+        self.rule = _rule(quality, sensitivities)
 
     @property
-    def rule(self) -> RoutingRule:
-        """The rule of the next decode step."""
-        return self._fixed or PriceRouting(self.price, sensitivities=self._sensitivities)
-
-    @property
-    def price(self) -> float:
-        """The price of a read in the next step; 0 where the rule has none."""
+    def price(self) -> float | None:
+        """The price of a read in the next step; None where the rule has none."""
         if self._control is not None:
             return self._control.price
-        return self.quality.value if self.quality.kind == "price" else 0.0
+        return self.quality.value if self.quality.kind == "price" else None
 
     @property
     def is_shadowed(self) -> bool:
@@ -86,3 +77,11 @@ class Contract:
         if isinstance(self._control, LossPrice):
             self._control = self._control.after(loss)
         return loss
+
+
+def _rule(quality: Quality, sensitivities: tuple[float, ...]) -> RoutingRule:
+    if quality.is_exact:
+        return ExactRouting()
+    if quality.kind == "car":
+        return CacheAwareRouting(quality.value)
+    return PriceRouting(0.0, sensitivities=sensitivities)

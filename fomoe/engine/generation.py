@@ -79,7 +79,8 @@ class Generation:
         if not self._cached:
             sequence.reset()
         self._contract = Contract(quality, routing.shadow_every, routing.sensitivities)
-        sequence.rule, sequence.decoding = self._contract.rule, False
+        sequence.hold(self._contract.rule)
+        sequence.decoding = False
         sequence.touched = request.null_share
         self._shadow: Shadow | None = None
         meter.start(quality, cached=self._cached)
@@ -108,7 +109,8 @@ class Generation:
         if shadowed:
             self._shadow = self._shadow or Shadow(self._forward, sequence)
             self._shadow.take()
-        sequence.decoding, sequence.rule = True, contract.rule
+        sequence.decoding = True
+        sequence.prices = None if price is None else np.array([price], np.float32)
         logits: F32 = self._forward.logits(self._run([token]), _LAST)[0]
         if contract.quality.is_exact:
             return logits
@@ -119,7 +121,7 @@ class Generation:
                 exact, more = self._shadow.repeat(token)
             missing, loss = missing + more, divergence(exact, logits)
         spent = int(missing @ self._forward.experts.expert_bytes)
-        meter.stepped(price, spent)
+        meter.stepped(price or 0.0, spent)
         whole = contract.stepped(spent, loss)
         if loss is not None:
             meter.shadowed(whole)

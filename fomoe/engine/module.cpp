@@ -1,5 +1,6 @@
 // Python bindings of the wave planner; it works on the residency of fomoe.residency._residency.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 
 #include <algorithm>
 #include <optional>
@@ -7,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "decisions.h"
 #include "fomoe/native/array.h"
 #include "waves.h"
 
@@ -158,6 +160,72 @@ void py_part_addresses(Array<const uint64_t, 2> parts, Records<Entry> entries,
   }
 }
 
+void init_decider(Decider* self, const residency::LogicalCaches& caches, const routing::Rule& rule,
+                  int64_t k, int64_t threads) {
+  const residency::LogicalShape& s = caches.shape();
+  if (k < 1 || k > s.capacity) throw std::invalid_argument("k does not fit the caches");
+  if (threads < 1) throw std::invalid_argument("a decider needs a thread");
+  if (!rule.sensitivities.empty())
+    same("layer sensitivities", int64_t(rule.sensitivities.size()), s.layers);
+  new (self) Decider(caches, rule, k, threads);
+}
+
+DecisionArrays decisions_of(nb::handle out, int64_t rows, int64_t k) {
+  const auto pairs = [&](auto array, const char* name) {
+    same(name, array.shape(0), rows);
+    same(name, array.shape(1), k);
+    return array.data();
+  };
+  const auto lost = field<float, 1>(out, "lost");
+  same("length of lost", lost.size(), rows);
+  return {pairs(field<int32_t, 2>(out, "ids"), "size of ids"),
+          pairs(field<float, 2>(out, "weights"), "size of weights"),
+          pairs(field<bool, 2>(out, "substituted"), "size of substituted"),
+          pairs(field<bool, 2>(out, "read"), "size of read"),
+          pairs(field<int32_t, 2>(out, "wanted"), "size of wanted"),
+          pairs(field<int32_t, 2>(out, "background"), "size of background"),
+          lost.data()};
+}
+
+// Rows must name different sequences: threads share nothing.
+void check_sequences(const residency::LogicalShape& s, const Array<const int32_t, 1>& sequences) {
+  std::vector<uint8_t> seen(s.sequences);
+  for (int64_t i = 0; i < sequences.size(); ++i) {
+    const int32_t row = sequences.data()[i];
+    if (row < 0 || row >= s.sequences)
+      throw nb::index_error(("sequence " + std::to_string(row) + " of " +
+                             std::to_string(s.sequences)).c_str());
+    if (seen[row]++)
+      throw std::invalid_argument("sequence " + std::to_string(row) + " has two rows");
+  }
+}
+
+int64_t py_decide_rows(Decider& d, int64_t layer, Array<const float, 2> scores,
+                       std::optional<Array<const int32_t, 2>> ids,
+                       Array<const int32_t, 1> sequences,
+                       std::optional<Array<const float, 1>> prices, nb::handle out) {
+  const residency::LogicalShape& s = d.caches().shape();
+  const int64_t rows = scores.shape(0), width = scores.shape(1);
+  if (layer < 0 || layer >= s.layers) throw nb::index_error("no such layer");
+  same("number of sequences", sequences.size(), rows);
+  check_sequences(s, sequences);
+  if (prices) same("number of prices", prices->size(), rows);
+  if (!ids) same("experts of a layer", width, s.experts);
+  if (ids) {
+    same("rows of ids", ids->shape(0), rows);
+    same("columns of ids", ids->shape(1), width);
+    if (width < d.k()) throw std::invalid_argument("heads must have at least k experts");
+    for (int64_t i = 0; i < ids->size(); ++i)
+      if (ids->data()[i] < 0 || ids->data()[i] >= s.experts)
+        throw nb::index_error("no such expert");
+  }
+  const DecisionArrays arrays = decisions_of(out, rows, d.k());
+  const DecisionInputs in{sequences.data(), prices ? prices->data() : nullptr, scores.data(),
+                          ids ? ids->data() : nullptr, rows, width};
+  nb::gil_scoped_release released;
+  return d.decide(layer, in, arrays);
+}
+
 }  // namespace
 }  // namespace fomoe::engine
 
@@ -169,6 +237,11 @@ NB_MODULE(_engine, m) {
   m.def("landed", &py_landed, "words"_a, "entries"_a, "ready"_a);
   m.def("part_addresses", &py_part_addresses, "parts"_a, "entries"_a, "out"_a);
 
+  nb::class_<Decider>(m, "Decider")
+      .def("__init__", &init_decider, "caches"_a, "rule"_a, "k"_a, "threads"_a,
+           nb::keep_alive<1, 2>())
+      .def("decide", &py_decide_rows, "layer"_a, "scores"_a, "ids"_a.none(), "sequences"_a,
+           "prices"_a.none(), "out"_a);
   nb::class_<StepArrays>(m, "StepArrays")
       .def("__init__", &init_arrays, "order"_a, "weights"_a, "pair_token"_a, "pair_start"_a,
            "entries"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(),

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import numpy as np
 
+from fomoe.engine.decisions import Decider
+from fomoe.model.buffers import F32
 from fomoe.model.spec import ModelSpec
 from fomoe.model.state import SequenceState
-from fomoe.residency import LogicalCache
+from fomoe.residency import LogicalCache, LogicalRules
 from fomoe.routing import ExactRouting, RoutingRule
 
 
 class Sequence:
     """One text under way; `tokens` are those that have gone through the layers.
 
-    `rule` chooses the experts of decode steps; it never acts in prefill. `reads` int64 [L] counts
-    the experts of the last step that were not logically resident, where the rule is lossy.
-    `touched` is the share of routing weights that decode steps round to bfloat16 (the null of
-    evaluations, `routing.nulls`). `decoding` says whether the next step is a decode step. `lossy`
-    stays set once a substituted expert may have touched the state, so that no exact request
-    continues from it.
+    `decider` chooses the experts of decode steps under a lossy rule, at `prices` float32 [1] in
+    place of the rule's own; None is exact. It never acts in prefill. `reads` int64 [L] counts what
+    the last such step read, by its logical cache.
+    `touched` is the share of routing weights that decode steps round to bfloat16, the null of
+    evaluations (`routing.nulls`).
+    `decoding` says whether the next step is a decode step. `lossy` stays set once a substituted
+    expert may have touched the state, so that no exact request continues from it.
     """
 
     def __init__(self, spec: ModelSpec, ctx_size: int, kv_dtype: str, capacity: int) -> None:
         self.state = SequenceState(spec, ctx_size, kv_dtype)
-        self.logical = LogicalCache(spec.n_layers, spec.moe.n_experts, capacity)
+        self.logical = LogicalCache(
+            spec.n_layers, spec.moe.n_experts, LogicalRules(capacity=capacity)
+        )
         self._nothing = self.logical.snapshot()
         self.tokens: list[int] = []
-        self.rule: RoutingRule = ExactRouting()
+        self.decider: Decider | None = None
+        self.prices: F32 | None = None
+        self._top_k = spec.moe.top_k
         self.touched = 0.0
         self.reads = np.zeros(spec.n_layers, np.int64)
         self.decoding = False
@@ -37,7 +44,7 @@ class Sequence:
         self.state.reset()
         self.logical.restore(self._nothing)
         self.tokens.clear()
-        self.rule = ExactRouting()
+        self.hold(ExactRouting())
         self.touched = 0.0
         self.decoding = False
         self.lossy = False
@@ -45,7 +52,13 @@ class Sequence:
     @property
     def exact(self) -> bool:
         """Whether nothing may differ from the router's choice."""
-        return isinstance(self.rule, ExactRouting)
+        return self.decider is None
+
+    def hold(self, rule: RoutingRule) -> None:
+        """Let a rule choose the experts of decode steps, at its own price."""
+        lossy = not isinstance(rule, ExactRouting)
+        self.decider = Decider(rule, self.logical.caches, self._top_k) if lossy else None
+        self.prices = None
 
     def reusable_prefix(self, prompt: list[int]) -> int:
         """Return how many leading tokens of `prompt` this state already holds (all or nothing).

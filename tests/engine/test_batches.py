@@ -134,7 +134,7 @@ def test_a_reset_sequence_is_as_new(model, alone):
     sequence = model.sequence()
     feed(model, [(sequence, text(9, 16))])
     sequence.lossy, sequence.decoding = True, True
-    sequence.rule = CacheAwareRouting(0.5)
+    sequence.hold(CacheAwareRouting(0.5))
     sequence.reset()
     assert (sequence.lossy, sequence.exact, sequence.decoding) == (False, True, False)
     tokens = text(10, 6)

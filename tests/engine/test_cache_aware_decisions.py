@@ -100,7 +100,8 @@ class TestBrain:
         n, k = model.spec.moe.n_experts, model.spec.moe.top_k
         brain = Brain(k)
         exact, decoding, prompting = (model.sequence(capacity=CAPACITY) for _ in range(3))
-        decoding.rule = prompting.rule = CacheAwareRouting(0.2)
+        decoding.hold(CacheAwareRouting(0.2))
+        prompting.hold(CacheAwareRouting(0.2))
         decoding.decoding = exact.decoding = True
         total = 0
         for _ in range(12):
@@ -125,7 +126,8 @@ class TestBrain:
         n, k = model.spec.moe.n_experts, model.spec.moe.top_k
         brain = Brain(k)
         exact, lossy_one = model.sequence(capacity=CAPACITY), model.sequence(capacity=CAPACITY)
-        lossy_one.rule, lossy_one.decoding = CacheAwareRouting(0.01), True
+        lossy_one.hold(CacheAwareRouting(0.01))
+        lossy_one.decoding = True
         for _ in range(5):
             scores = self.scores(2, n)
             batch = Batch.of([(exact.state, [0]), (lossy_one.state, [0])])

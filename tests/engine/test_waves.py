@@ -11,7 +11,7 @@ from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import ENTRY, SegmentSlots
 from fomoe.engine.waves import Priorities, StepArrays, WaveLayout, WavePlanner
 from fomoe.errors import EngineError
-from fomoe.residency import LFRU, LRU, LogicalCache, Residency, Topology
+from fomoe.residency import LFRU, LRU, LogicalCache, LogicalRules, Residency, Topology
 from fomoe.residency.reference import ReferenceResidency
 from fomoe.routing import Route, route_exact
 from fomoe.types import ExpertKey, Tier
@@ -75,7 +75,10 @@ class Engines:
             reference, self.segments[1], self.layout, PRIORITIES, MAX_TOKENS, self.top_k
         )
         self.residencies = native, reference
-        self.logical = [LogicalCache(self.n_layers, self.n_experts, self.n_experts) for _ in "ab"]
+        self.logical = [
+            LogicalCache(self.n_layers, self.n_experts, LogicalRules(capacity=self.n_experts))
+            for _ in "ab"
+        ]
         self.step = Step(MAX_TOKENS, self.top_k, self.n_experts)
         self.popularity = 2 * rng.normal(size=(self.n_layers, self.n_experts))
 

@@ -6,9 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fomoe.errors import ConfigError
-from fomoe.residency import LogicalCache
+from fomoe.residency import LogicalRules
+from fomoe.residency.logical import LogicalCache as _LogicalCache
 
 N_LAYERS, N_EXPERTS, K = 2, 10, 3
+
+
+def LogicalCache(n_layers, n_experts, capacity):  # noqa: N802
+    return _LogicalCache(n_layers, n_experts, LogicalRules(capacity=capacity, eviction="lru"))
 
 
 @st.composite
