@@ -195,6 +195,7 @@ class LLM:
             request_id=f"llm-{os.getpid()}-{next(_NUMBERS)}",
             prompt=[index(i) for i in prompt],
             max_tokens=len(tokens),
+            sampling=SamplingParams(temperature=0.0),
             forced=[index(i) for i in tokens],
             **fields,
         )

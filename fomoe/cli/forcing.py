@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.engine.requests import Receipt, TokenEvent
+from fomoe.evaluation.choices import Continuation, Said
 from fomoe.evaluation.closed_loop import Cost, Mode
 from fomoe.evaluation.divergence import negative_log_likelihoods
 from fomoe.evaluation.texts import Window
@@ -47,6 +48,16 @@ class ModelRunner:
             logits=True,
         )  # fmt: skip
         return cost_of(receipt, self._activations)
+
+    def say(self, row: Continuation, mode: Mode) -> Said:
+        """Return what the mode thinks of a continuation's choice."""
+        events: list[TokenEvent] = []
+        self._llm.force(row.prefix, row.forced, events.append, quality=mode.spec, logprobs=1)
+        scored = events[-row.scored :]
+        return Said(
+            logprob=sum(event.logprob or 0.0 for event in scored),
+            is_greedy=all(event.top[0][0] == event.token for event in scored),
+        )
 
     def free(self, prefix: list[int], tokens: int, mode: Mode) -> list[int]:
         """Return the greedy continuation of a prompt; nothing ends it early."""

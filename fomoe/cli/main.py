@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fomoe.cli.bench import bench
+from fomoe.cli.eval_choices import choices
 from fomoe.cli.eval_quality import quality
 from fomoe.cli.evaluate import ppl
 from fomoe.cli.logits import logits
@@ -36,6 +37,7 @@ def make_app() -> typer.Typer:
     evaluation = typer.Typer(no_args_is_help=True, help="Measure a model's quality.")
     evaluation.command()(flattened(ppl))
     evaluation.command()(flattened(quality))
+    evaluation.command()(flattened(choices))
     app.add_typer(evaluation, name="eval")
     return app
 
@@ -64,4 +66,4 @@ def _before_any_verb(
     # Variables stand in for options that are not given; each verb takes those that it knows.
     values = environment()
     verbs = dict.fromkeys(("serve", "run", "show", "logits", "bench", "stop"), values)
-    context.default_map = {**verbs, "eval": dict.fromkeys(("ppl", "quality"), values)}
+    context.default_map = {**verbs, "eval": dict.fromkeys(("ppl", "quality", "choices"), values)}

@@ -73,8 +73,8 @@ class TokenTable:
             ConfigError: the file cannot be read or holds something else.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+                arrays = dict(archive)
             return cls(arrays.pop("documents"), arrays.pop("steps"), arrays.pop("targets"), arrays)
         except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise ConfigError(f"{path}: not a table of scored tokens ({error!r})") from None
