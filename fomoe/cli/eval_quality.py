@@ -45,7 +45,7 @@ def quality(
     """
     baseline = _baseline(loop.specs, report.baseline)
     found = of_part(_documents(loop.text), loop.part)
-    earlier = None if report.reference is None else TokenTable.load(report.reference / TOKENS)
+    earlier = None if report.reference is None else _earlier(report.reference)
     report.prepare()
     engine = dataclasses.replace(
         engine, ctx_size=max(engine.ctx_size, loop.ctx_size), shadow_every=0
@@ -60,10 +60,10 @@ def quality(
         spec: summarise(results, spec, baseline=baseline, seed=report.seed) for spec in loop.specs
     }
     table = TokenTable.of(results, rows)
-    points = _points(model.path.stem, results, figures)
-    if earlier is not None and report.reference is not None:
-        others = read_points(report.reference / POINTS)
-        points = _beside(points, others, table.excess_over(earlier, seed=report.seed))
+    points, beside = _points(model.path.stem, results, figures), None
+    if earlier is not None:
+        beside = _beside(points[0], table.excess_over(earlier[0], seed=report.seed))
+        points = [*earlier[1], beside]
     summary = _summary(results, figures, points)
     if report.output is not None:
         table.save(report.output / TOKENS)
@@ -71,7 +71,7 @@ def quality(
         text = json.dumps(summary, indent=1) + "\n"
         (report.output / FIGURES).write_text(text, encoding="utf-8")
         save_pareto(points, report.output / PLOT)
-    typer.echo(json.dumps(summary) if report.as_json else tables(results, figures, points))
+    typer.echo(json.dumps(summary) if report.as_json else tables(results, figures, beside))
 
 
 def _baseline(specs: Sequence[str], text: str | None) -> str | None:
@@ -121,17 +121,19 @@ def _points(name: str, results: Results, figures: dict[str, PolicyFigures]) -> l
     return [exact, *(pareto_point(spec, each) for spec, each in figures.items())]
 
 
-def _beside(
-    points: list[ParetoPoint], others: list[ParetoPoint], excess: Estimate
-) -> list[ParetoPoint]:
-    """Return the reference's points and our exact mode, its loss counted from the reference's.
+def _earlier(folder: Path) -> tuple[TokenTable, list[ParetoPoint]]:
+    """Return the tokens and points of an earlier run's folder."""
+    return TokenTable.load(folder / TOKENS), read_points(folder / POINTS)
 
-    Only exact mode is paired with the reference; our policies would need their own pairing.
+
+def _beside(exact: ParetoPoint, excess: Estimate) -> ParetoPoint:
+    """Return this file's exact mode with its loss counted from the reference's exact mode.
+
+    Policies are not carried over: they would need a pairing of their own.
     """
-    own = dataclasses.replace(
-        points[0], series="another file, exact", excess=measured(excess), top1=None
+    return dataclasses.replace(
+        exact, series="another file, exact", excess=measured(excess), top1=None
     )
-    return [*others, own]
 
 
 def _summary(

@@ -16,10 +16,8 @@ _DRIFT_HEAD = ("mode", "texts that differ", "shared tokens", "NLL in exact mode 
 _RATIO_HEAD = ("mode", "excess over the baseline's (95 %)", "one-sided bound", "baseline's excess")
 
 
-def tables(
-    results: Results, figures: dict[str, PolicyFigures], points: Sequence[ParetoPoint]
-) -> str:
-    """Return what was measured as text for people."""
+def tables(results: Results, figures: dict[str, PolicyFigures], beside: ParetoPoint | None) -> str:
+    """Return what was measured as text for people; `beside` is exact mode against a reference."""
     exact = results.runs[EXACT]
     tokens = sum(len(run.scores.kl) for run in exact)
     nll = sum(float(run.scores.exact_nll.sum()) for run in exact) / tokens
@@ -34,12 +32,12 @@ def tables(
         parts.append(_drift(figures))
     if any(each.ratio is not None for each in figures.values()):
         parts.append(_ratios(figures))
-    others = [p for p in points if p.name not in figures and p.excess.mean != 0.0]
-    parts += [
-        f"{p.name} in exact mode, against the reference: ΔNLL {p.excess.mean:+.4f} "
-        f"[{p.excess.low:.4f}, {p.excess.high:.4f}], {p.read.total:,.0f} bytes read per token"
-        for p in others
-    ]
+    if beside is not None:
+        loss = beside.excess
+        parts.append(
+            f"{beside.name} in exact mode, against the reference: ΔNLL {loss.mean:+.4f} "
+            f"[{loss.low:.4f}, {loss.high:.4f}], {beside.read.total:,.0f} bytes read per token"
+        )
     return "\n\n".join(parts)
 
 
