@@ -19,7 +19,10 @@ class LoopOptions:
     """Which texts are decoded, under which policies."""
 
     text: Annotated[
-        list[Path], typer.Option(metavar="FILE", help="UTF-8 text; may be given several times.")
+        list[Path],
+        typer.Option(
+            metavar="FILE", help="UTF-8 text; each file is a domain, several may be given."
+        ),
     ]
     policy: Annotated[
         str, typer.Option(metavar="LIST", help="Contracts with commas: car=0.35,price=0.05.")
@@ -27,7 +30,8 @@ class LoopOptions:
     prefix: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of exact prompt.")] = 64
     scored: Annotated[int, typer.Option(metavar="N", min=1, help="Scored tokens after it.")] = 64
     documents: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="At most this many documents.")
+        int | None,
+        typer.Option(metavar="N", min=2, help="At most this many documents of each text."),
     ] = None
     part: Annotated[
         Part, typer.Option(help="Documents to take: constants are fixed on those that tune.")

@@ -44,17 +44,21 @@ def quality(
     resample documents. Shadow steps are off except where a contract needs them.
     """
     baseline = _baseline(loop.specs, report.baseline)
-    found = of_part(_documents(loop.text), loop.part)
+    found = {name: of_part(each, loop.part) for name, each in _documents(loop.text).items()}
     earlier = None if report.reference is None else _earlier(report.reference)
     report.prepare()
     engine = dataclasses.replace(
         engine, ctx_size=max(engine.ctx_size, loop.ctx_size), shadow_every=0
     )
     with opened(model, engine) as llm:
-        rows = windows(
-            found, llm.tokenizer.encode,
-            prefix=loop.prefix, scored=loop.scored, limit=loop.documents,
-        )  # fmt: skip
+        rows = [
+            window
+            for name, documents in found.items()
+            for window in windows(
+                documents, llm.tokenizer.encode, prefix=loop.prefix, scored=loop.scored,
+                limit=loop.documents, domain=name,
+            )
+        ]  # fmt: skip
         results = _measure(ModelRunner(llm), rows, loop)
     figures = {
         spec: summarise(results, spec, baseline=baseline, seed=report.seed) for spec in loop.specs
@@ -83,13 +87,20 @@ def _baseline(specs: Sequence[str], text: str | None) -> str | None:
     return baseline
 
 
-def _documents(paths: Sequence[Path]) -> list[Document]:
+def _documents(paths: Sequence[Path]) -> dict[str, list[Document]]:
+    """Return each file's documents by its name; one that occurs in several counts in the first."""
     try:
-        texts = [path.read_text(encoding="utf-8") for path in paths]
+        texts = {path.stem: path.read_text(encoding="utf-8") for path in paths}
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the text cannot be read: {error}") from None
-    found = {each.name: each for text in texts for each in split_documents(text)}
-    return list(found.values())
+    if len(texts) < len(paths):
+        raise ConfigError("two texts have the same file name, which names their domain; rename one")
+    seen: set[str] = set()
+    found = {}
+    for name, text in texts.items():
+        found[name] = [each for each in split_documents(text) if each.name not in seen]
+        seen |= {each.name for each in found[name]}
+    return found
 
 
 def _measure(runner: ModelRunner, rows: Sequence[Window], loop: LoopOptions) -> Results:

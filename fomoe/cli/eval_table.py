@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from fomoe.evaluation.closed_loop import EXACT, Cost, Results
 from fomoe.evaluation.pareto import ParetoPoint
 from fomoe.evaluation.statistics import Estimate
-from fomoe.evaluation.summary import PolicyFigures, total_cost
+from fomoe.evaluation.summary import PolicyFigures, read_bytes, total_cost
 
 _HEAD = ("mode", "read/token", "reads", "subst.", "ΔNLL (95 %)", "PPL", "KL", "over null", "top-1")
-_SEGMENT_HEAD = ("mode", "segment", "tokens", "ΔNLL (95 %)", "KL", "top-1")
+_PART_HEAD = ("mode", "part", "tokens", "ΔNLL (95 %)", "KL", "top-1")
+_CAUSE_HEAD = ("MB per token", "demand", "background", "prefetch", "shadow", "logical")
+_WORST_HEAD = ("mode", "worst domain", "its figure", "bound of the worst", "of")
 _DRIFT_HEAD = ("mode", "texts that differ", "shared tokens", "NLL in exact mode - exact texts'")
 _RATIO_HEAD = ("mode", "excess over the baseline's (95 %)", "one-sided bound", "baseline's excess")
 
@@ -25,13 +27,16 @@ def tables(results: Results, figures: dict[str, PolicyFigures], beside: ParetoPo
         f"{len(exact)} documents, {tokens:,} scored tokens; exact mode {nll:.4f} nats per token, "
         f"perplexity {math.exp(nll):.3f}",
         _main(total_cost(exact), figures),
+        _causes({EXACT: total_cost(exact)} | {spec: each.cost for spec, each in figures.items()}),
     ]
     if figures:
-        parts.append(_segments(figures))
+        parts.append(_parts(figures))
     if any(each.drift is not None for each in figures.values()):
         parts.append(_drift(figures))
     if any(each.ratio is not None for each in figures.values()):
         parts.append(_ratios(figures))
+    if any(each.worst is not None for each in figures.values()):
+        parts.append(_worst(figures))
     if beside is not None:
         loss = beside.excess
         parts.append(
@@ -72,17 +77,36 @@ def _main(exact: Cost, figures: dict[str, PolicyFigures]) -> str:
 
 
 def _cost(cost: Cost) -> tuple[str, str, str]:
-    total = cost.demand_bytes + cost.background_bytes + cost.prefetch_bytes + cost.shadow_bytes
     activations = max(cost.activations, 1)
     return (
-        f"{total / max(cost.steps, 1) / 1e6:,.3f} MB",
+        f"{read_bytes(cost).total / 1e6:,.3f} MB",
         f"{cost.reads / activations:.1%}",
         f"{cost.substituted / activations:.1%}",
     )
 
 
-def _segments(figures: dict[str, PolicyFigures]) -> str:
-    rows: list[Sequence[str]] = [_SEGMENT_HEAD]
+def _causes(costs: dict[str, Cost]) -> str:
+    rows: list[Sequence[str]] = [_CAUSE_HEAD]
+    for spec, cost in costs.items():
+        read = read_bytes(cost)
+        amounts = (read.demand, read.background, read.prefetch, read.shadow)
+        logical = "" if spec == EXACT else f"{cost.logical_bytes / max(cost.steps, 1) / 1e6:,.3f}"
+        rows.append((spec, *(f"{amount / 1e6:,.3f}" for amount in amounts), logical))
+    return aligned(rows)
+
+
+def _worst(figures: dict[str, PolicyFigures]) -> str:
+    rows: list[Sequence[str]] = [_WORST_HEAD]
+    for spec, each in figures.items():
+        for worst, of in ((each.worst, "ΔNLL"), (each.worst_ratio, "the ratio")):
+            if worst is not None:
+                row = (spec, worst.domain, f"{worst.value:.4f}", f"{worst.upper:.4f}", of)
+                rows.append(row)
+    return aligned(rows)
+
+
+def _parts(figures: dict[str, PolicyFigures]) -> str:
+    rows: list[Sequence[str]] = [_PART_HEAD]
     rows += [
         (
             spec,
@@ -93,7 +117,7 @@ def _segments(figures: dict[str, PolicyFigures]) -> str:
             f"{part.top1:.1%}",
         )
         for spec, each in figures.items()
-        for name, part in each.segments.items()
+        for name, part in (each.segments | each.domains).items()
     ]
     return aligned(rows)
 

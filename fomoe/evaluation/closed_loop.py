@@ -88,6 +88,7 @@ class Run:
     """One mode on one document; the scores are those of every forced token but the first."""
 
     document: str
+    domain: str
     scores: TokenScores
     cost: Cost
 
@@ -238,7 +239,9 @@ def _exact(
     runs = []
     for window, rows in zip(block, exact, strict=True):
         cost = runner.force(window, Mode(), _Kept(rows).add)
-        runs.append(Run(window.document, compare(rows, rows, _targets(window)), cost))
+        runs.append(
+            Run(window.document, window.domain, compare(rows, rows, _targets(window)), cost)
+        )
         on_run()
     return runs
 
@@ -255,7 +258,7 @@ def _against(
     for window, mode, rows in zip(block, modes, exact, strict=True):
         scored = _Scored(rows, _targets(window))
         cost = runner.force(window, mode, scored.add)
-        runs.append(Run(window.document, scored.scores(), cost))
+        runs.append(Run(window.document, window.domain, scored.scores(), cost))
         on_run()
     return runs
 

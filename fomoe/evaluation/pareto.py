@@ -34,11 +34,12 @@ class ReadBytes:
     demand: float
     background: float = 0.0
     prefetch: float = 0.0
+    shadow: float = 0.0
 
     @property
     def total(self) -> float:
         """What the drive moves for one token."""
-        return self.demand + self.background + self.prefetch
+        return self.demand + self.background + self.prefetch + self.shadow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,19 +13,14 @@ import numpy.typing as npt
 from fomoe.evaluation.closed_loop import EXACT, Cost, FreeText, Results, Run, first_difference
 from fomoe.evaluation.divergence import TokenScores
 from fomoe.evaluation.pareto import Measured, ParetoPoint, ReadBytes
-from fomoe.evaluation.segments import SEGMENTS
-from fomoe.evaluation.statistics import Estimate, Ratio, estimate_mean, estimate_ratio
-
-Documents = npt.NDArray[np.str_]
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentFigures:
-    """One segment of the decoded texts; nats per token."""
-
-    excess: Estimate
-    kl: Estimate
-    top1: float
+from fomoe.evaluation.parts import (
+    PartFigures,
+    Scored,
+    domain_figures,
+    segment_figures,
+    worst_domain,
+)
+from fomoe.evaluation.statistics import Estimate, Ratio, Worst, estimate_mean, estimate_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +57,10 @@ class PolicyFigures:
         null_kl: The null's KL.
         kl_over_null: KL minus the null's, paired; what the policy's choice adds to the noise.
         segments: By name; only those that have tokens of two documents.
+        domains: By name, where there are several.
+        worst: The domain with the greatest excess.
         ratio: Excess over that of the baseline policy, where one was named.
+        worst_ratio: The domain where that ratio is greatest.
         drift: Free-running texts, where they were asked for.
         cost: What its decode steps ran and read.
     """
@@ -75,18 +73,24 @@ class PolicyFigures:
     null_excess: Estimate | None
     null_kl: Estimate | None
     kl_over_null: Estimate | None
-    segments: dict[str, SegmentFigures]
+    segments: dict[str, PartFigures]
+    domains: dict[str, PartFigures]
+    worst: Worst | None
     ratio: Ratio | None
+    worst_ratio: Worst | None
     drift: Drift | None
     cost: Cost
 
 
-def joined(runs: Sequence[Run]) -> tuple[TokenScores, Documents, npt.NDArray[np.int64]]:
-    """Return all runs' scores [N], the document of each token and its decode step from 0."""
+def joined(runs: Sequence[Run]) -> Scored:
+    """Return the scored tokens of all runs, one behind the other."""
     lengths = [len(run.scores.kl) for run in runs]
-    documents = np.repeat([run.document for run in runs], lengths)
-    steps = np.concatenate([np.arange(length) for length in lengths])
-    return TokenScores.joined([run.scores for run in runs]), documents, steps
+    return Scored(
+        scores=TokenScores.joined([run.scores for run in runs]),
+        documents=np.repeat([run.document for run in runs], lengths),
+        domains=np.repeat([run.domain for run in runs], lengths),
+        steps=np.concatenate([np.arange(length) for length in lengths]),
+    )
 
 
 def total_cost(runs: Sequence[Run]) -> Cost:
@@ -106,16 +110,18 @@ def summarise(
         seed: Of the bootstrap.
     """
     runs = results.runs[spec]
-    scores, documents, steps = joined(runs)
-    null = joined(results.nulls[spec])[0] if spec in results.nulls else None
+    scored = joined(runs)
+    scores, documents = scored.scores, scored.documents
+    null = joined(results.nulls[spec]).scores if spec in results.nulls else None
 
     def mean(values: npt.NDArray[np.float64]) -> Estimate:
         return estimate_mean(values, documents, seed=seed)
 
-    ratio = None
+    ratio = worst_ratio = None
     if baseline is not None and baseline != spec:
-        other = joined(results.runs[baseline])[0]
+        other = joined(results.runs[baseline]).scores
         ratio = estimate_ratio(scores.excess, other.excess, documents, seed=seed)
+        worst_ratio = worst_domain(scored, other, seed)
     return PolicyFigures(
         excess=mean(scores.excess),
         median_excess=float(np.median(scores.excess)),
@@ -125,27 +131,14 @@ def summarise(
         null_excess=None if null is None else mean(null.excess),
         null_kl=None if null is None else mean(null.kl),
         kl_over_null=None if null is None else mean(scores.kl - null.kl),
-        segments=_segments(scores, documents, steps, seed),
+        segments=segment_figures(scored, seed),
+        domains=domain_figures(scored, seed),
+        worst=worst_domain(scored, None, seed),
         ratio=ratio,
+        worst_ratio=worst_ratio,
         drift=_drift(results.texts, spec, seed) if results.texts else None,
         cost=total_cost(runs),
     )
-
-
-def _segments(
-    scores: TokenScores, documents: Documents, steps: npt.NDArray[np.int64], seed: int
-) -> dict[str, SegmentFigures]:
-    found = {}
-    for segment in SEGMENTS:
-        inside = segment.mask(steps)
-        of = documents[inside]
-        if len(set(of)) > 1:
-            found[segment.name] = SegmentFigures(
-                excess=estimate_mean(scores.excess[inside], of, seed=seed),
-                kl=estimate_mean(scores.kl[inside], of, seed=seed),
-                top1=float(scores.agrees[inside].mean()),
-            )
-    return found
 
 
 def _drift(texts: dict[str, list[FreeText]], spec: str, seed: int) -> Drift:
@@ -164,12 +157,13 @@ def _drift(texts: dict[str, list[FreeText]], spec: str, seed: int) -> Drift:
 
 
 def read_bytes(cost: Cost) -> ReadBytes:
-    """Return the bytes that one decode step read, by cause; a shadow step's reads are demand."""
+    """Return the bytes that one decode step read, by cause."""
     steps = max(cost.steps, 1)
     return ReadBytes(
-        demand=(cost.demand_bytes + cost.shadow_bytes) / steps,
+        demand=cost.demand_bytes / steps,
         background=cost.background_bytes / steps,
         prefetch=cost.prefetch_bytes / steps,
+        shadow=cost.shadow_bytes / steps,
     )
 
 

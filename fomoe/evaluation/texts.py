@@ -79,12 +79,14 @@ class Window:
 
     Attributes:
         document: The document's name, label of its cluster.
+        domain: The kind of text, by the file that it came from.
         prefix: Prompt, at least one token.
         forced: Tokens that are fed one by one. The first is not scored, because the exact prompt
             predicts it in every mode; each of the others is, by the step that its predecessor took.
     """
 
     document: str
+    domain: str
     prefix: list[int]
     forced: list[int]
 
@@ -96,6 +98,7 @@ def windows(
     prefix: int,
     scored: int,
     limit: int | None = None,
+    domain: str = "",
 ) -> list[Window]:
     """Return the first window of each document that is long enough, at most `limit` of them.
 
@@ -107,6 +110,7 @@ def windows(
         prefix: Tokens of the prompt, at least 1.
         scored: Scored tokens, at least 1.
         limit: None takes all.
+        domain: What all of these documents are.
 
     Raises:
         ConfigError: fewer than two documents are long enough.
@@ -119,7 +123,7 @@ def windows(
             break
         ids = encode(each.text)
         if len(ids) > prefix + scored:
-            found.append(Window(each.name, ids[:prefix], ids[prefix : prefix + scored + 1]))
+            found.append(Window(each.name, domain, ids[:prefix], ids[prefix : prefix + scored + 1]))
     if len(found) < 2:
         raise ConfigError(
             f"{len(found)} of {len(documents)} documents have {prefix + scored + 1} tokens; "

@@ -40,21 +40,21 @@ class TokenTable:
     @classmethod
     def of(cls, results: Results, windows: Sequence[Window]) -> TokenTable:
         """Return the table of a closed loop over these windows."""
-        exact, documents, steps = joined(results.runs[EXACT])
-        columns = {f"{EXACT}/nll": exact.exact_nll}
+        exact = joined(results.runs[EXACT])
+        columns = {f"{EXACT}/nll": exact.scores.exact_nll}
         for spec, runs in results.runs.items():
             if spec == EXACT:
                 continue
-            scores = joined(runs)[0]
+            scores = joined(runs).scores
             columns[f"{spec}/nll"] = scores.policy_nll
             columns[f"{spec}/kl"] = scores.kl
             columns[f"{spec}/agrees"] = scores.agrees.astype(np.float64)
             if spec in results.nulls:
-                null = joined(results.nulls[spec])[0]
+                null = joined(results.nulls[spec]).scores
                 columns[f"{spec}/null_nll"] = null.policy_nll
                 columns[f"{spec}/null_kl"] = null.kl
         targets = np.concatenate([np.array(window.forced[1:], np.int64) for window in windows])
-        return cls(documents, steps, targets, columns)
+        return cls(exact.documents, exact.steps, targets, columns)
 
     def save(self, path: Path) -> None:
         """Write the table as a compressed NumPy archive."""

@@ -31,7 +31,7 @@ def runner_of(engine, spec):
 def windows():
     rng = np.random.default_rng(5)
     return [
-        Window(f"d{i}", *(rng.integers(0, 300, n).tolist() for n in (12, SCORED + 1)))
+        Window(f"d{i}", "", *(rng.integers(0, 300, n).tolist() for n in (12, SCORED + 1)))
         for i in range(3)
     ]
 
@@ -67,7 +67,7 @@ def test_a_policy_that_swaps_nothing_is_exact_to_the_bit(model_paths, local_mode
     path, model = model_paths["mixed"], local_models["mixed"]
     total, _ = slot_bytes(path)
     routing = RoutingConfig(car_capacity=model.spec.moe.n_experts, shadow_every=0)
-    warm = [Window(w.document, list(range(300)), w.forced) for w in windows]
+    warm = [Window(w.document, "", list(range(300)), w.forced) for w in windows]
     with local_engine(path, vram=int(total * 0.3), ram=0, routing=routing, ctx_size=400) as engine:
         results = closed_loop(
             runner_of(engine, model.spec), warm, ["price=0.000001"], null=False,

@@ -74,7 +74,7 @@ class ShiftedModel:
 def windows() -> list[Window]:
     rng = np.random.default_rng(0)
     return [
-        Window(f"d{i}", rng.integers(0, VOCAB, PREFIX).tolist(),
+        Window(f"d{i}", "ab"[i % 2], rng.integers(0, VOCAB, PREFIX).tolist(),
                rng.integers(0, VOCAB, SCORED + 1).tolist())
         for i in range(5)
     ]  # fmt: skip
@@ -152,6 +152,27 @@ def test_figures_are_those_of_the_tokens(results: Results) -> None:
     assert figures.ratio.baseline == summarise(results, "car=0.1").excess.mean
     assert figures.drift is None
     assert summarise(results, "car=0.1", baseline="car=0.1").ratio is None
+
+
+def test_domains_are_those_of_the_documents(results: Results) -> None:
+    figures = summarise(results, "car=0.5", baseline="car=0.1")
+    own = {"a": (0, 2, 4), "b": (1, 3)}
+    means = {}
+    for name, documents in own.items():
+        runs = [results.runs["car=0.5"][i] for i in documents]
+        part = figures.domains[name]
+        means[name] = np.concatenate([run.scores.excess for run in runs]).mean()
+        assert part.excess.documents == len(documents)
+        assert part.excess.mean == pytest.approx(means[name], rel=1e-12)
+    assert figures.worst is not None
+    assert figures.worst.domain == max(means, key=lambda name: means[name])
+    assert figures.worst.value == pytest.approx(max(means.values()), rel=1e-12)
+    assert figures.worst.upper >= max(figures.worst.value, *figures.worst.uppers.values())
+    small = summarise(results, "car=0.1", baseline="car=0.5")
+    ratios = {name: small.domains[name].excess.mean / mean for name, mean in means.items()}
+    assert small.worst_ratio is not None
+    assert min(means.values()) > 0
+    assert small.worst_ratio.value == pytest.approx(max(ratios.values()), rel=1e-9)
 
 
 def test_costs_add_up_and_become_points(results: Results) -> None:
