@@ -66,6 +66,10 @@ class ReportOptions:
         Path | None,
         typer.Option(metavar="DIR", help="Results of another file of this model: pair exact mode."),
     ] = None
+    points: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="pareto.json of other runs, drawn into the same plot."),
+    ] = None
     seed: Annotated[int, typer.Option(metavar="N", help="Of the bootstrap.")] = 0
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 

@@ -46,6 +46,7 @@ def quality(
     baseline = _baseline(loop.specs, report.baseline)
     found = {name: of_part(each, loop.part) for name, each in _documents(loop.text).items()}
     earlier = None if report.reference is None else _earlier(report.reference)
+    others = [point for path in report.points or () for point in read_points(path)]
     report.prepare()
     engine = dataclasses.replace(
         engine, ctx_size=max(engine.ctx_size, loop.ctx_size), shadow_every=0
@@ -68,13 +69,10 @@ def quality(
     if earlier is not None:
         beside = _beside(points[0], table.excess_over(earlier[0], seed=report.seed))
         points = [*earlier[1], beside]
+    points += [point for point in others if point not in points]
     summary = _summary(results, figures, points)
     if report.output is not None:
-        table.save(report.output / TOKENS)
-        (report.output / POINTS).write_text(to_json(points), encoding="utf-8")
-        text = json.dumps(summary, indent=1) + "\n"
-        (report.output / FIGURES).write_text(text, encoding="utf-8")
-        save_pareto(points, report.output / PLOT)
+        _write(report.output, table, points, summary)
     typer.echo(json.dumps(summary) if report.as_json else tables(results, figures, beside))
 
 
@@ -130,6 +128,15 @@ def _points(name: str, results: Results, figures: dict[str, PolicyFigures]) -> l
         tokens=sum(len(run.scores.kl) for run in runs),
     )
     return [exact, *(pareto_point(spec, each) for spec, each in figures.items())]
+
+
+def _write(
+    folder: Path, table: TokenTable, points: Sequence[ParetoPoint], summary: dict[str, Any]
+) -> None:
+    table.save(folder / TOKENS)
+    (folder / POINTS).write_text(to_json(points), encoding="utf-8")
+    (folder / FIGURES).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    save_pareto(points, folder / PLOT)
 
 
 def _earlier(folder: Path) -> tuple[TokenTable, list[ParetoPoint]]:

@@ -130,6 +130,10 @@ def test_another_file_is_set_against_the_reference(
     names = [point.name for point in read_points(second / "pareto.json")]
     assert names == ["model", "car=0.5", "small-Q2_K"]
     assert "small-Q2_K in exact mode, against the reference: ΔNLL +0.0000" in again.stdout
+    third = fomoe(*arguments, model, "--points", second / "pareto.json", "--output", tmp_path / "c")
+    assert third.exit_code == 0, third.output
+    names = [point.name for point in read_points(tmp_path / "c" / "pareto.json")]
+    assert names == ["model", "car=0.5", "small-Q2_K"]  # exact mode's point is the same: once
     other = fomoe(*arguments, small, "--reference", first, "--documents", 3)
     assert isinstance(other.exception, ConfigError)
     assert "differ in their documents" in str(other.exception)
