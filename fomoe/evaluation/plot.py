@@ -72,6 +72,7 @@ def _draw(figure: Figure, points: Sequence[ParetoPoint], title: str) -> None:
     axes = figure.add_subplot()
     most = max(point.read.total for point in points)
     scale, unit = next(((s, u) for s, u in _UNITS if most >= s), _UNITS[-1])
+    axes.set_xlim(left=0.0, right=1.12 * most / scale if most > 0 else 1.0)
     axes.axhline(0.0, color=_INK, linewidth=0.8, zorder=0)
     series = list(dict.fromkeys(point.series for point in points))
     for i, name in enumerate(series):
@@ -79,7 +80,6 @@ def _draw(figure: Figure, points: Sequence[ParetoPoint], title: str) -> None:
         _series(axes, own, name, scale, i)
     axes.set_xlabel(f"bytes read per decoded token, all causes ({unit})")
     axes.set_ylabel("ΔNLL against exact (nats per token, 95 % interval)")
-    axes.set_xlim(left=0.0, right=1.12 * most / scale if most > 0 else 1.0)
     axes.grid(color=_INK, alpha=0.2, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -91,7 +91,8 @@ def _series(
     axes: Axes, points: Sequence[ParetoPoint], name: str, scale: float, number: int
 ) -> None:
     colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
-    offset = (6, 5) if number % 2 == 0 else (6, -11)  # names of crossing series keep apart
+    rise = 5 if number % 2 == 0 else -11  # names of crossing series keep apart
+    border = 0.75 * axes.get_xlim()[1]  # names of points beyond it stand to their left
     x = [point.read.total / scale for point in points]
     y = [point.excess.mean for point in points]
     below = [point.excess.mean - point.excess.low for point in points]
@@ -101,7 +102,8 @@ def _series(
         linewidth=1.2, elinewidth=1.0, capsize=2.5,
     )  # fmt: skip
     for point, at_x, at_y in zip(points, x, y, strict=True):
+        is_far = at_x > border
         axes.annotate(
-            point.name, (at_x, at_y), xytext=offset, textcoords="offset points", fontsize=7.5,
-            color=colour,
+            point.name, (at_x, at_y), xytext=(-6 if is_far else 6, rise), fontsize=7.5,
+            textcoords="offset points", color=colour, ha="right" if is_far else "left",
         )  # fmt: skip

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from fomoe.errors import ConfigError
-from fomoe.evaluation.divergence import compare, kl_divergence, top1_agreement
+from fomoe.evaluation.divergence import (
+    compare,
+    kl_divergence,
+    negative_log_likelihoods,
+    top1_agreement,
+)
 from fomoe.evaluation.segments import SEGMENTS
 
 
@@ -77,3 +82,18 @@ def test_segments_cover_each_step_once() -> None:
     masks = np.stack([segment.mask(steps) for segment in SEGMENTS])
     assert (masks.sum(axis=0) == 1).all()
     assert [int(np.flatnonzero(mask)[0]) for mask in masks] == [0, 100, 512]
+
+
+def test_the_likelihood_agrees_with_its_definition() -> None:
+    rng = np.random.default_rng(3)
+    rows = (rng.standard_normal((150, 40)) * 30).astype(np.float32)
+    targets = rng.integers(0, 40, 150)
+    slow = 0.0
+    for row, target in zip(rows.astype(np.longdouble), targets, strict=True):
+        slow -= float(np.log(np.exp(row - row.max())[target] / np.exp(row - row.max()).sum()))
+    assert negative_log_likelihoods(rows, targets).sum() == pytest.approx(slow, rel=1e-12)
+
+
+def test_huge_logits_stay_finite() -> None:
+    rows = np.array([[1e30, 0.0], [-1e30, 0.0]], np.float32)
+    assert negative_log_likelihoods(rows, np.array([0, 1])).sum() == 0.0
