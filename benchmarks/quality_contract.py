@@ -34,6 +34,8 @@ from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
 from fomoe.model.layers import DenseModel
 from fomoe.model.tokenizer import Tokenizer
+from fomoe.quality import profile_beside, read_sensitivities
+from fomoe.residency import LogicalRules
 from fomoe.routing.price import NANO
 
 CHUNK = 128
@@ -52,8 +54,8 @@ class Bench:
         self.forward = Forward(model, experts, prefetch=False)
         self.prompt = prompt
         self.window = window
-        self.sequence = Sequence(self.spec, window, "f16", capacity)
-        self._plain = Sequence(self.spec, window, "f16", capacity)
+        self.sequence = Sequence(self.spec, window, "f16", LogicalRules(capacity=capacity))
+        self._plain = Sequence(self.spec, window, "f16", LogicalRules(capacity=capacity))
 
     def exact(self, ids: list[int]) -> np.ndarray:
         """Return the logits [T, V] of a window, all exact."""
@@ -85,7 +87,7 @@ class Recorded(Generation):
         self.prices: list[float] = []
 
     def _decode(self, token: int) -> np.ndarray:
-        self.prices.append(self._contract.price)
+        self.prices.append(self._contract.price or 0.0)
         logits = super()._decode(token)
         self._steps.append(logits.copy())
         return logits
@@ -120,7 +122,9 @@ def windows(ids: list[int], size: int, tokens: int, prompt: int) -> Iterator[lis
 
 def measure(bench: Bench, ids: list[int], options: argparse.Namespace) -> dict[str, object]:
     """Return figures over all windows."""
-    routing = RoutingConfig(shadow_every=options.shadow_every)
+    profile = options.profile or profile_beside(options.model)
+    layers = read_sensitivities(profile) if profile is not None and not options.flat else ()
+    routing = RoutingConfig(shadow_every=options.shadow_every, sensitivities=layers)
     kls, estimates, prices, started = [], [], [], time.perf_counter()
     receipts: list[Receipt] = []
     exact_bytes = 0
@@ -161,7 +165,7 @@ def main() -> None:
     """Print the figures of one contract as a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("text", type=Path)
-    parser.add_argument("--model", type=Path, default=None)
+    parser.add_argument("--model", type=Path, default=default_model())
     parser.add_argument("--quality", default="kl=0.01")
     parser.add_argument("--capacity", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=20_000)
@@ -169,11 +173,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--skip", type=int, default=0, help="characters of the text to leave out")
     parser.add_argument("--shadow-every", type=int, default=64)
+    parser.add_argument("--profile", type=Path, default=None, help="loss profile")
+    parser.add_argument("--flat", action="store_true", help="all layers alike")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false")
     options = parser.parse_args()
     text = read_text(options.text, options.skip, options.tokens * 10)
-    path = options.model or default_model()
-    bench = Bench(path, options.capacity, options.window, options.prompt)
+    bench = Bench(options.model, options.capacity, options.window, options.prompt)
     print(json.dumps(measure(bench, bench.tokenizer.encode(text), options)))
 
 

@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -25,6 +26,7 @@ KVDtype = Literal["f16", "f32"]
 Activations = Literal["int8", "f32"]
 RamPolicy = Literal["exclusive", "inclusive"]
 Eviction = Literal["lfru", "lru"]
+LogicalEviction = Literal["lfru", "lru", "mass"]
 Transport = Literal["auto", "shm", "tcp"]
 
 BUNDLED_MODEL = "fomoe-demo-Q4_K_M.gguf"
@@ -173,6 +175,11 @@ class RoutingConfig:
         quality: What a request is held to that asks for nothing else; a text is parsed.
         car_capacity: Experts per layer that lossy routing takes as resident; None lets the
             budgets fix it at start.
+        logical_eviction: Who leaves what lossy routing takes as resident: by decayed frequency and
+            age, by age, or by the router's mean probability.
+        backfill: Experts that lossy routing left out and that are read in the background, per
+            layer and token, as a number or a fraction such as 28/60.
+        warmup: The first so many generated tokens are exact.
         shadow_every: One generated token in so many is also computed exactly where routing is
             lossy, which estimates the loss; 0 does so only where a contract needs it (`kl`).
         sensitivities: What a substitution costs in each layer, as a multiple of an average one;
@@ -181,6 +188,9 @@ class RoutingConfig:
 
     quality: Quality = field(default_factory=Quality)
     car_capacity: int | None = None
+    logical_eviction: LogicalEviction = "lfru"
+    backfill: str = "0"
+    warmup: int = 0
     shadow_every: int = 64
     sensitivities: tuple[float, ...] = ()
 
@@ -190,6 +200,9 @@ class RoutingConfig:
             object.__setattr__(self, "quality", parse_quality(given))
         else:
             _require(isinstance(given, Quality), f"quality is {given!r}; give a text or a Quality")
+        _require_choice("logical_eviction", self.logical_eviction, LogicalEviction)
+        self.backfill_share  # noqa: B018, raises what is wrong with it
+        _require_range("warmup", self.warmup, 0, 1 << 40)
         if self.car_capacity is not None:
             _require_range("car_capacity", self.car_capacity, 1, 1 << 16)
         _require_range("shadow_every", self.shadow_every, 0, 1 << 20)
@@ -200,6 +213,24 @@ class RoutingConfig:
             f"a layer's sensitivity is {wrong[:1]}; it must lie between {_LEAST_SENSITIVE} and "
             f"{1 / _LEAST_SENSITIVE:.0f}",
         )
+
+    @property
+    def backfill_share(self) -> Fraction:
+        """`backfill` as a number.
+
+        Raises:
+            ConfigError: it is none, or not between 0 and 64.
+        """
+        try:
+            share = Fraction(self.backfill)
+        except (TypeError, ValueError, ZeroDivisionError):
+            share = Fraction(-1)
+        _require(
+            0 <= share <= 64,
+            f"backfill is {self.backfill!r}; give experts per layer and token, for example 0, 0.5 "
+            "or 28/60",
+        )
+        return share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +249,10 @@ class EngineConfig:
         activations: Input of the quantised kernels: int8 blocks, or float32 for comparisons.
         ram_policy: Whether an expert on a device also keeps its place in RAM.
         eviction: Which resident expert makes room.
-        prefetch: Read the experts that the next layer is expected to need.
+        prefetch: Read experts before the router asks for them, in prompts and in answers.
+        prefetch_depth: Layers that a generated token looks ahead, 0 to 2.
+        prefetch_budget: Bytes that reads in vain may add to a generated token's, as a share of
+            what would be read without them.
         overlap: False runs the serial twin of the loop, which gives the same bits.
         prefill_chunk: Prompt tokens that go through a layer together; 0 lets the budgets fix it.
         read_threads: File reads in flight per node.
@@ -238,6 +272,8 @@ class EngineConfig:
     ram_policy: RamPolicy = "exclusive"
     eviction: Eviction = "lfru"
     prefetch: bool = True
+    prefetch_depth: int = 1
+    prefetch_budget: float = 0.05
     overlap: bool = True
     prefill_chunk: int = 0
     read_threads: int = 4
@@ -257,6 +293,12 @@ class EngineConfig:
         _require_range("sequences", self.sequences, 1, 256)
         _require_range("prefill_chunk", self.prefill_chunk, 0, 4096)
         _require_range("read_threads", self.read_threads, 1, 64)
+        _require_range("prefetch_depth", self.prefetch_depth, 0, 2)
+        budget: Any = self.prefetch_budget
+        _require(
+            isinstance(budget, (int, float)) and 0.0 <= budget <= 1.0,
+            f"prefetch_budget is {budget!r}; it must lie between 0 and 1",
+        )
         _require_range("seed", self.seed, 0, (1 << 64) - 1)
         if self.threads is not None:
             _require_range("threads", self.threads, 1, 1024)

@@ -118,6 +118,14 @@ METRICS: tuple[Metric, ...] = (
         "Expert activations that lossy routing gave to another expert.",
     ),
     Metric(
+        "fomoe_substitutes_total",
+        "counter",
+        "activations",
+        "Experts that ran in another's place, by the tier that held them.",
+        "tier",
+        _TIERS,
+    ),
+    Metric(
         "fomoe_router_mass_lost_total",
         "counter",
         "probability",
@@ -203,6 +211,14 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "experts",
         "Prefetched experts that were evicted or superseded before any use.",
+    ),
+    Metric(
+        "fomoe_decode_prefetches_total",
+        "counter",
+        "experts",
+        "Experts asked for before a generated token's router spoke: all, wanted, never read.",
+        "outcome",
+        ("asked", "used", "dropped"),
     ),
     Metric(
         "fomoe_tier_bytes",

@@ -12,9 +12,10 @@ from fomoe.actors.layout import StepArena
 from fomoe.actors.messages import Cancel, LogitsRequest, LogitsRows, StatusRequest
 from fomoe.actors.names import CLIENT, arena_name, device_name, storage_name
 from fomoe.actors.process import FabricMember, LoopThread, log
-from fomoe.actors.step import DeviceLink, NodeLink, StepBuffer
+from fomoe.actors.step import DeviceLink, Links, NodeLink, StepBuffer
 from fomoe.actors.wire import MessagePort
 from fomoe.config import EngineConfig
+from fomoe.engine.ahead import AheadArrays, Governor
 from fomoe.engine.fill import fill_order
 from fomoe.engine.forward import Forward
 from fomoe.engine.generation import Generation, check_request
@@ -79,8 +80,9 @@ class DriverActor(FabricMember):
             stored_embedding=not self._plan.holds_all, on_layer=on_layer,
         )  # fmt: skip
         self._sequence = Sequence(
-            self._spec, self._config.ctx_size, self._config.kv_dtype, self._plan.logical_capacity
-        )
+            self._spec, self._config.ctx_size, self._config.kv_dtype,
+            self._plan.logical_rules(self._config.routing),
+        )  # fmt: skip
 
     def start(self) -> None:
         """Begin to fill the tiers and then to serve; `progress` tells how far it is."""
@@ -130,7 +132,14 @@ class DriverActor(FabricMember):
         policy = LRU() if self._config.eviction == "lru" else LFRU()
         residency = Residency(topology, policy, self._config.ram_policy)
         sizes = [plan.table.expert_bytes(i) for i in range(spec.n_layers)]
-        return TieredExperts(fabric, devices, nodes, topology, residency, sizes, layout)
+        governor = Governor(
+            AheadArrays(spec.n_layers, spec.moe.n_experts, self._config.prefetch_budget),
+            depth=self._config.prefetch_depth,
+            expert_bytes=sum(sizes) // len(sizes),
+        )  # fmt: skip
+        return TieredExperts(
+            fabric, Links(devices, nodes), topology, residency, sizes, layout, governor
+        )
 
     def _fill(self) -> None:
         """Load experts into free slots until they are full, before anyone waits for a token."""

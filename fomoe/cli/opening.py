@@ -44,6 +44,9 @@ def llm_arguments(model: ModelOptions, engine: EngineOptions) -> dict[str, Any]:
         "routing": RoutingConfig(
             quality=engine.contract,
             car_capacity=engine.car_capacity,
+            logical_eviction=engine.logical_eviction,
+            backfill=engine.backfill,
+            warmup=engine.warmup,
             shadow_every=engine.shadow_every,
             sensitivities=() if profile is None else read_sensitivities(profile),
         ),
@@ -53,6 +56,8 @@ def llm_arguments(model: ModelOptions, engine: EngineOptions) -> dict[str, Any]:
         "activations": engine.activations,
         "ram_policy": engine.ram_policy,
         "prefetch": engine.prefetch,
+        "prefetch_depth": engine.prefetch_depth,
+        "prefetch_budget": engine.prefetch_budget,
         "overlap": engine.overlap,
         "prefill_chunk": engine.prefill_chunk,
         "transport": engine.transport,

@@ -16,6 +16,7 @@ from fomoe.config import (
     Activations,
     EngineConfig,
     KVDtype,
+    LogicalEviction,
     RamPolicy,
     ServerConfig,
     Transport,
@@ -27,6 +28,7 @@ from fomoe.errors import ConfigError
 from fomoe.quality import Quality, car_quality, parse_quality
 
 _DEFAULTS = EngineConfig(model=Path())
+_ROUTING = _DEFAULTS.routing
 
 
 def flattened(verb: Callable[..., None]) -> Callable[..., None]:
@@ -165,6 +167,27 @@ class EngineOptions:
             "Default: what the budgets hold.",
         ),
     ] = None
+    logical_eviction: Annotated[
+        LogicalEviction,
+        typer.Option(
+            help="Lossy routing: who leaves what it takes as resident, by decayed frequency and "
+            "age, by age, or by mean probability.",
+        ),
+    ] = _ROUTING.logical_eviction
+    backfill: Annotated[
+        str,
+        typer.Option(
+            metavar="N|N/M",
+            help="Lossy routing: experts read in the background per layer and token, of those "
+            "left out, for example 28/60.",
+        ),
+    ] = _ROUTING.backfill
+    warmup: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS", min=0, help="Lossy routing: the first generated tokens are exact."
+        ),
+    ] = _ROUTING.warmup
     shadow_every: Annotated[
         int,
         typer.Option(
@@ -193,8 +216,18 @@ class EngineOptions:
         RamPolicy, typer.Option(help="Whether an expert on a device keeps its place in RAM.")
     ] = _DEFAULTS.ram_policy
     prefetch: Annotated[
-        bool, typer.Option(help="Read the experts that the next layer is expected to need.")
+        bool, typer.Option(help="Read experts before the router asks for them.")
     ] = True
+    prefetch_depth: Annotated[
+        int, typer.Option(metavar="0..2", help="Layers that a generated token looks ahead.")
+    ] = _DEFAULTS.prefetch_depth
+    prefetch_budget: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Bytes that reads in vain may add to a generated token's, as a share of them.",
+        ),
+    ] = _DEFAULTS.prefetch_budget
     overlap: Annotated[
         bool, typer.Option("--overlap/--serial", help="Compute and read at the same time.")
     ] = True

@@ -3,9 +3,10 @@
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.engine.ahead import AheadArrays
 from fomoe.engine.decisions import Decisions
 from fomoe.engine.transfers import SegmentSlots
-from fomoe.engine.waves import WaveArrays
+from fomoe.engine.waves import Priorities, WaveArrays
 from fomoe.residency._residency import LogicalCaches, Planner
 from fomoe.routing._routing import Rule
 
@@ -31,7 +32,9 @@ def part_addresses(parts: _U64, entries: npt.NDArray[np.void], out: _U64) -> Non
 class Decider:
     """Decides many sequences' tokens of a layer with the GIL released."""
 
-    def __init__(self, caches: LogicalCaches, rule: Rule, k: int, threads: int) -> None: ...
+    def __init__(
+        self, caches: LogicalCaches, rule: Rule, k: int, threads: int, own: Decisions
+    ) -> None: ...
     def decide(
         self,
         layer: int,
@@ -39,9 +42,12 @@ class Decider:
         ids: _I32 | None,
         sequences: _I32,
         prices: _F32 | None,
-        out: Decisions,
+        out: Decisions | None,
     ) -> int:
-        """Write decisions into `out`; returns the first row not finite, with nothing decided."""
+        """Write decisions into `out`, None: `own`; returns the first row not finite, or -1.
+
+        With such a row nothing is decided.
+        """
 
 class StepArrays:
     """Where a step is written for the device, in place.
@@ -66,8 +72,8 @@ class WavePlanner:
         planner: Planner,
         segments: list[SegmentSlots],
         arrays: WaveArrays,
-        demand: int,
-        prefetch: int,
+        ahead: AheadArrays,
+        priorities: Priorities,
     ) -> None: ...
     def decide(
         self,
@@ -85,8 +91,17 @@ class WavePlanner:
         substituted: npt.NDArray[np.bool_],
         out: StepArrays,
     ) -> int: ...
+    def decide_by(
+        self,
+        layer: int,
+        scores: _F32,
+        decider: Decider,
+        prices: _F32 | None,
+        out: StepArrays,
+    ) -> int: ...
+    def read_later(self, layer: int, experts: _I32) -> int: ...
     def wave(self) -> int: ...
-    def look_ahead(self, layer: int, scores: _F32) -> int: ...
+    def look_ahead(self, layer: int, scores: _F32, depth: int) -> int: ...
     @property
     def first(self) -> int: ...
     @property

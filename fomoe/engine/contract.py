@@ -13,7 +13,7 @@ KL_EVERY, KL_EVERY_LATER, KL_SETTLED = 16, 64, 256
 # did to it. Measured on other text than any that is scored, the whole loss against an answer that
 # was exact from its start is this multiple of the step's, at prices that lose 0.005 to 0.02 nats
 # (benchmarks/quality_contract.py prints both).
-WHOLE_OVER_STEP = (4, 3)
+WHOLE_OVER_STEP = (7, 5)
 
 
 class Contract:

@@ -14,8 +14,9 @@ using routing::Rule;
 using routing::RuleKind;
 using routing::RuleRouter;
 
-Decider::Decider(const LogicalCaches& caches, Rule rule, int64_t k, int64_t threads)
-    : caches_(caches), rule_(std::move(rule)), k_(k) {
+Decider::Decider(const LogicalCaches& caches, Rule rule, int64_t k, int64_t threads,
+                 DecisionArrays own)
+    : caches_(caches), rule_(std::move(rule)), k_(k), own_(own) {
   const int64_t n = caches.shape().experts;
   for (int64_t i = 0; i < threads; ++i)
     workers_.push_back({RuleRouter(n, k), LogicalCaches::Scratch(n)});
@@ -80,6 +81,9 @@ void Decider::decide_row(int64_t layer, int64_t sequence, float strength,
   counts[residency::kDropped] += o.dropped;
   caches_.fill(cell, wanted, out.ids, k_, out.background);
   caches_.count_decoded(cell);
+  out.tally[kReads] = demand;
+  out.tally[kBackground] = k_ - std::count(out.background, out.background + k_, -1);
+  out.tally[kSubstituted] = o.substituted;
   const bool priced = acts && rule_.kind == RuleKind::kPrice;
   caches_.close(cell, out.ids, k_, priced ? &strength : nullptr, w.scratch);
 }

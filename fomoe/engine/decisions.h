@@ -9,7 +9,11 @@
 
 namespace fomoe::engine {
 
-// Where decisions go, [rows, k] each but for `lost` [rows]; see Decisions in decisions.py.
+// Columns of a row's tally.
+enum Tally : int32_t { kReads, kBackground, kSubstituted, kTallies };
+
+// Where decisions go, [rows, k] each but for `lost` [rows] and `tally` [rows, kTallies]; see
+// Decisions in decisions.py.
 struct DecisionArrays {
   int32_t* ids;
   float* weights;
@@ -18,10 +22,11 @@ struct DecisionArrays {
   int32_t* wanted;
   int32_t* background;
   float* lost;
+  int64_t* tally;
 
   DecisionArrays at(int64_t row, int64_t k) const {
     return {ids + row * k,    weights + row * k,    substituted + row * k, read + row * k,
-            wanted + row * k, background + row * k, lost + row};
+            wanted + row * k, background + row * k, lost + row, tally + row * kTallies};
   }
 };
 
@@ -38,7 +43,9 @@ struct DecisionInputs {
 
 class Decider {
  public:
-  Decider(const residency::LogicalCaches& caches, routing::Rule rule, int64_t k, int64_t threads);
+  // `own` has room for a row of each sequence.
+  Decider(const residency::LogicalCaches& caches, routing::Rule rule, int64_t k, int64_t threads,
+          DecisionArrays own);
 
   // Decides one token of a layer for each row; returns the first row that is not finite, with
   // nothing decided, or -1.
@@ -47,6 +54,7 @@ class Decider {
   const residency::LogicalCaches& caches() const { return caches_; }
   const routing::Rule& rule() const { return rule_; }
   int64_t k() const { return k_; }
+  const DecisionArrays& own() const { return own_; }
 
  private:
   struct Worker {
@@ -62,6 +70,7 @@ class Decider {
   const residency::LogicalCaches caches_;
   const routing::Rule rule_, exact_;
   const int64_t k_;
+  const DecisionArrays own_;
   std::vector<Worker> workers_;
 };
 

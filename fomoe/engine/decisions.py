@@ -6,7 +6,7 @@ a trace's row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ from fomoe.errors import ConfigError
 from fomoe.residency.logical import LogicalCaches, check_event
 from fomoe.routing.router import refuse_broken
 from fomoe.routing.rules import RoutingRule
+
+TALLIES = 3
 
 _F32 = npt.NDArray[np.float32]
 _I32 = npt.NDArray[np.int32]
@@ -34,6 +36,7 @@ class Decisions:
         background: int32 [S, k], background reads asked for now, -1 behind the last.
         lost: float32 [S], the part of the wanted weight that does not run, before any of it is
             given back.
+        tally: int64 [S, 3], demand reads, background reads and substitutes.
     """
 
     ids: _I32
@@ -43,6 +46,11 @@ class Decisions:
     wanted: _I32
     background: _I32
     lost: _F32
+    tally: npt.NDArray[np.int64]
+
+    def first(self, rows: int) -> Decisions:
+        """Return views of the first rows."""
+        return Decisions(**{part.name: getattr(self, part.name)[:rows] for part in fields(self)})
 
     @classmethod
     def empty(cls, rows: int, k: int) -> Decisions:
@@ -56,6 +64,7 @@ class Decisions:
             wanted=np.zeros(shape, np.int32),
             background=np.zeros(shape, np.int32),
             lost=np.zeros(rows, np.float32),
+            tally=np.zeros((rows, TALLIES), np.int64),
         )
 
 
@@ -91,9 +100,9 @@ class Decider:
         self.rule = rule
         self.caches = caches
         self.k = k
-        self._native = _engine.Decider(caches.native, rule.native, k, threads)
+        self.out = Decisions.empty(caches.shape[0], k)
+        self.native = _engine.Decider(caches.native, rule.native, k, threads, self.out)
         self._all = np.arange(caches.shape[0], dtype=np.int32)
-        self._out = Decisions.empty(caches.shape[0], k)
 
     def decide(
         self, layer: int, scores: _F32, rows: _I32 | None = None, prices: _F32 | None = None,
@@ -139,15 +148,8 @@ class Decider:
         n = len(scores)
         if rows is None:
             rows = self._all[:n]
-        if out is None:
-            out = self._out if n == len(self._all) else self._first(n)
-        broken = self._native.decide(layer, scores, ids, rows, prices, out)
+        broken = self.native.decide(layer, scores, ids, rows, prices, out)
         refuse_broken(broken, n)
-        return out
-
-    def _first(self, n: int) -> Decisions:
-        o = self._out
-        return Decisions(
-            o.ids[:n], o.weights[:n], o.substituted[:n], o.read[:n], o.wanted[:n],
-            o.background[:n], o.lost[:n],
-        )  # fmt: skip
+        if out is not None:
+            return out
+        return self.out if n == len(self._all) else self.out.first(n)

@@ -108,6 +108,9 @@ class Receipt:
     steps; the rest on demand. `logical_bytes` is what the contract's budget counts: expert bytes
     that generated tokens asked for and that were not logically resident, shadow steps included.
     `shadow_kl` is the sum over `shadow_steps` of the estimated KL(exact, answer), in nats.
+    `prefetched` experts were asked for before a decode step's router spoke, `_used` of them were
+    wanted, `_dropped` never read: used / (prefetched - dropped) is their precision, used /
+    reads_nvme their recall on misses.
     `prompt_parts_ms` and `generated_parts_ms` say where the time went, by `waterfall.PARTS`.
     """
 
@@ -134,6 +137,9 @@ class Receipt:
     shadow_steps: int = 0
     shadow_kl: float = 0.0
     price: float = 0.0  # of a read in the last step
+    prefetched: int = 0
+    prefetched_used: int = 0
+    prefetched_dropped: int = 0
     stall_ms: float = 0.0
     lost_mass: float = 0.0
     prompt_parts_ms: dict[str, float] = field(default_factory=dict)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from fomoe.engine.decisions import Decider
+from fomoe.errors import ConfigError
 from fomoe.model.buffers import F32
 from fomoe.model.spec import ModelSpec
 from fomoe.model.state import SequenceState
 from fomoe.residency import LogicalCache, LogicalRules
-from fomoe.routing import ExactRouting, RoutingRule
+from fomoe.routing import DropRouting, ExactRouting, RoutingRule
 
 
 class Sequence:
@@ -24,11 +25,9 @@ class Sequence:
     expert may have touched the state, so that no exact request continues from it.
     """
 
-    def __init__(self, spec: ModelSpec, ctx_size: int, kv_dtype: str, capacity: int) -> None:
+    def __init__(self, spec: ModelSpec, ctx_size: int, kv_dtype: str, rules: LogicalRules) -> None:
         self.state = SequenceState(spec, ctx_size, kv_dtype)
-        self.logical = LogicalCache(
-            spec.n_layers, spec.moe.n_experts, LogicalRules(capacity=capacity)
-        )
+        self.logical = LogicalCache(spec.n_layers, spec.moe.n_experts, rules)
         self._nothing = self.logical.snapshot()
         self.tokens: list[int] = []
         self.decider: Decider | None = None
@@ -55,7 +54,13 @@ class Sequence:
         return self.decider is None
 
     def hold(self, rule: RoutingRule) -> None:
-        """Let a rule choose the experts of decode steps, at its own price."""
+        """Let a rule choose the experts of decode steps, at its own price.
+
+        Raises:
+            ConfigError: a step runs k experts, and the rule may drop some.
+        """
+        if isinstance(rule, DropRouting):
+            raise ConfigError("dropping experts can be replayed and evaluated, not served")
         lossy = not isinstance(rule, ExactRouting)
         self.decider = Decider(rule, self.logical.caches, self._top_k) if lossy else None
         self.prices = None

@@ -70,6 +70,8 @@ class LogicalRules:
     @property
     def most_in_flight(self) -> int:
         """Background reads of a layer that can be under way at once."""
+        if not self.backfill:
+            return 0
         return self.delay * (1 + self.backfill.numerator // self.backfill.denominator)
 
 
@@ -275,7 +277,8 @@ class LogicalCache:
 
     def mask(self, layer: int) -> npt.NDArray[np.bool_]:
         """Return bool [E]: the resident experts of the layer, a copy."""
-        return self.caches.resident[0, layer].copy()
+        mask: npt.NDArray[np.bool_] = self.caches.resident[0, layer].copy()
+        return mask
 
     def commit(
         self, layer: int, ids: npt.NDArray[np.int32],

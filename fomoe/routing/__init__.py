@@ -4,7 +4,7 @@ Shape letters: T tokens, E experts of a layer, k experts per token, P = T * k pa
 """
 
 from fomoe.routing.groups import ExpertGroups, group_by_expert
-from fomoe.routing.prediction import expect_of_chunk, predict_experts
+from fomoe.routing.prediction import Prediction, expect_of_chunk, predict_experts
 from fomoe.routing.router import Route, route_exact
 from fomoe.routing.rules import (
     CacheAwareRouting,
@@ -21,6 +21,7 @@ __all__ = [
     "DropRouting",
     "ExactRouting",
     "ExpertGroups",
+    "Prediction",
     "PriceRouting",
     "Route",
     "RouteCounts",

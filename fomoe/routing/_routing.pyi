@@ -12,8 +12,11 @@ def softmax(scores: _F32, out: _F32) -> int:
 def route(scores: _F32, ids: _I32, weights: _F32) -> int:
     """Route [T, E] into ids and weights [T, k]; returns the first row not finite, -1 if none."""
 
-def predict(scores: _F32, k: int, ids: _I32) -> int:
-    """Rank the union of the top-k into ids [E]; returns how many, or -1 - row if not finite."""
+def predict(scores: _F32, k: int, ids: _I32, margins: _F32) -> int:
+    """Rank the union of the top-k into ids and margins [E].
+
+    Returns how many, or -1 - row for a row that is not finite.
+    """
 
 def group(
     ids: _I32, experts: _I32, pair_start: _I32, pair_token: _I32, order: _I32, ranks: _I32

@@ -54,11 +54,12 @@ int64_t py_route(Floats<2> scores, Ids<2> ids, Array<float, 2> weights) {
   return -1;
 }
 
-int64_t py_predict(Floats<2> scores, int64_t k, Ids<1> ids) {
+int64_t py_predict(Floats<2> scores, int64_t k, Ids<1> ids, Array<float, 1> margins) {
   const int64_t n = scores.shape(1);
   check_k(k, n);
   same("length of ids", ids.shape(0), n);
-  return Router(n, k).predict(scores.data(), scores.shape(0), ids.data());
+  same("length of margins", margins.shape(0), n);
+  return Router(n, k).predict(scores.data(), scores.shape(0), ids.data(), margins.data());
 }
 
 int64_t py_group(Array<const int32_t, 2> ids, Ids<1> experts, Ids<1> pair_start, Ids<1> pair_token,
@@ -123,7 +124,7 @@ NB_MODULE(_routing, m) {
   if (_import_array() < 0) throw nb::python_error();
   m.def("softmax", &py_softmax, "scores"_a, "out"_a);
   m.def("route", &py_route, "scores"_a, "ids"_a, "weights"_a);
-  m.def("predict", &py_predict, "scores"_a, "k"_a, "ids"_a);
+  m.def("predict", &py_predict, "scores"_a, "k"_a, "ids"_a, "margins"_a);
   m.def("group", &py_group, "ids"_a, "experts"_a, "pair_start"_a, "pair_token"_a, "order"_a,
         "ranks"_a);
   nb::class_<Rule>(m, "Rule").def("__init__", &init_rule, "kind"_a, "limit"_a, "kappa"_a,

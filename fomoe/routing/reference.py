@@ -66,12 +66,21 @@ def route(
     return ids, chosen / sums[:, None]
 
 
-def predict(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int32]:
-    """Return the union of the rows' k best, by the greatest probability, then lower id."""
-    chosen = np.unique(route(logits, k)[0])
-    peaks = softmax(logits).max(axis=0)[chosen]
-    ranked: npt.NDArray[np.int32] = chosen[np.argsort(-peaks, kind="stable")]
-    return ranked
+def predict(
+    logits: npt.NDArray[np.float32], k: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Return the union of the rows' k best and its margins, greatest first, then lower id."""
+    best = np.argsort(-logits, axis=1, kind="stable")[:, : k + 1].astype(np.int32)
+    p = np.take_along_axis(softmax(logits), best, axis=1)
+    sums = np.zeros(len(logits), np.float32)
+    for rank in range(k):
+        sums += p[:, rank]
+    following = p[:, k] if p.shape[1] > k else np.zeros(len(logits), np.float32)
+    by_expert = np.zeros(logits.shape[1], np.float32)
+    np.maximum.at(by_expert, best[:, :k], (p[:, :k] - following[:, None]) / sums[:, None])
+    chosen = np.unique(best[:, :k])
+    ranked: npt.NDArray[np.int32] = chosen[np.argsort(-by_expert[chosen], kind="stable")]
+    return ranked, by_expert[ranked]
 
 
 def choose(

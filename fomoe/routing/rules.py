@@ -169,7 +169,7 @@ class PriceRouting(_Native):
 
 @dataclass(frozen=True, slots=True)
 class DropRouting(_Native):
-    """A missing expert below a weight is neither read nor replaced: it runs iff s * w^2 >= weight^2.
+    """A light missing expert is neither read nor replaced: it runs iff s * w^2 >= weight^2.
 
     s is the layer's sensitivity; compared is w >= weight / sqrt(s). The `protected` top ranks
     always run. Dropped experts have id -1 and weight 0; the lost mass is given back by kappa as in

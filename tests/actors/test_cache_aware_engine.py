@@ -1,6 +1,7 @@
 """Cache-aware routing on the whole engine: the text follows the tokens, not the machine."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 from support.local_engine import local_engine, slot_bytes
@@ -21,12 +22,12 @@ MACHINES = {
 }
 
 
-def machine(path, delays, *, vram, ram, devices=1, seed=None, **options):
+def machine(path, delays, *, vram, ram, devices=1, seed=None, routing=ROUTING, **options):
     total, _ = slot_bytes(path)
     return local_engine(
         path, devices=("cpu",) * devices, vram=int(total * vram) // (devices if vram < 1 else 1),
         ram=int(total * ram), delay=None if seed is None else delays(seed),
-        routing=ROUTING, **options,
+        routing=routing, **options,
     )  # fmt: skip
 
 
@@ -108,3 +109,31 @@ def test_the_engines_default_threshold(path, delays, want, prompt):
         exact = list(engine.client.stream(greedy(prompt, 2, quality="exact")))
     assert tokens(lossy) == tokens(want)
     assert finished(exact).receipt.mode == "exact"
+
+
+@pytest.mark.parametrize("eviction", ["lfru", "lru", "mass"])
+def test_background_reads_are_read_and_change_no_machines_text(
+    eviction, path, prompt, delays, local_models
+):
+    model = local_models["mixed"]
+    request = greedy(prompt, TOKENS, quality="price=0.3", logprobs=8)
+    rules = {"eviction": eviction, "backfill": Fraction(1, 2), "warmup": 3}
+    want = model.run(request, model.sequence(capacity=CAPACITY, **rules))
+    plain = model.run(request, model.sequence(capacity=CAPACITY))
+    assert finished(want).receipt.decision_hash != finished(plain).receipt.decision_hash
+    routing = RoutingConfig(
+        car_capacity=CAPACITY, logical_eviction=eviction, backfill="1/2", warmup=3
+    )
+    for name in ("slow reads", "three devices", "everything resident"):
+        with machine(path, delays, routing=routing, **MACHINES[name]) as engine:
+            got = list(engine.client.stream(request))
+        assert tokens(got) == tokens(want), name
+        receipt, expected = finished(got).receipt, finished(want).receipt
+        for field in ("decision_hash", "substituted", "lost_mass", "logical_bytes"):
+            assert getattr(receipt, field) == getattr(expected, field), (name, field)
+        assert sum(receipt.bytes_by_cause.values()) == receipt.nvme_bytes
+        assert min(receipt.bytes_by_cause.values()) >= 0
+        if name == "three devices":  # a tier of one token's experts has no room for others
+            assert 0 < receipt.background_bytes < receipt.nvme_bytes / 2
+        elif name == "everything resident":
+            assert receipt.background_bytes == 0

@@ -37,7 +37,8 @@ def test_options_reach_the_model(
         "logits", model, *LOGITS, tmp_path / "x.npy", "--devices", "cpu,cpu:1",
         "--vram-budget", "1.5MiB", "--ram-budget", "2MB", "--ctx-size", 99, "--car", 0.6,
         "--car-capacity", 7, "--threads", 3, "--kv-dtype", "f32", "--activations", "f32",
-        "--ram-policy", "inclusive", "--no-prefetch", "--serial", "--prefill-chunk", 5,
+        "--ram-policy", "inclusive", "--no-prefetch", "--prefetch-depth", 2,
+        "--prefetch-budget", 0.1, "--serial", "--prefill-chunk", 5,
         "--transport", "tcp", "--address", "box:6379",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -53,6 +54,8 @@ def test_options_reach_the_model(
         "activations": "f32",
         "ram_policy": "inclusive",
         "prefetch": False,
+        "prefetch_depth": 2,
+        "prefetch_budget": 0.1,
         "overlap": False,
         "prefill_chunk": 5,
         "transport": "tcp",

@@ -76,7 +76,9 @@ def full_config() -> EngineConfig:
         model=Path("a/model.gguf"),
         devices=("cpu", "cpu", "hip:0"),
         budgets=Budgets(vram_bytes=5, ram_bytes=0),
-        routing=RoutingConfig(quality="bytes=0.5GB/token", car_capacity=12),
+        routing=RoutingConfig(
+            quality="bytes=0.5GB/token", car_capacity=12, sensitivities=(0.5, 2.0)
+        ),
         threads=3,
         kv_dtype="f32",
         seed=(1 << 64) - 1,
@@ -113,6 +115,8 @@ def test_the_engine_config_survives_msgpack(config_: EngineConfig) -> None:
         ({"routing": {"quality": "car=1.5"}}, "car=1.5"),
         ({"routing": {"quality": 0.5}}, "quality is 0.5"),
         ({"routing": {"shadow_every": -1}}, "shadow_every is -1"),
+        ({"routing": {"sensitivities": [1.0, 0.0]}}, "sensitivity is"),
+        ({"routing": {"sensitivities": [float("nan")]}}, "sensitivity is"),
         ({"routing": {"car_capacity": 0}}, "car_capacity is 0"),
         ({"ctx": 1}, "unknown option ctx for EngineConfig"),
     ],

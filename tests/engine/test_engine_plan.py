@@ -124,6 +124,14 @@ def test_budgets_must_be_resolved_first(read):
         make_plan(*read, config(None, 0), (0,))
 
 
+def test_a_loss_profile_of_another_model_is_refused(read):
+    _, spec = read
+    for layers in (spec.n_layers - 1, spec.n_layers + 1):
+        routing = RoutingConfig(sensitivities=(1.0,) * layers)
+        with pytest.raises(ConfigError, match=f"{layers} layers, the model {spec.n_layers}"):
+            make_plan(*read, config(1 << 30, 0, routing=routing), (0,))
+
+
 class TestLogicalCapacity:
     def plan(self, read, capacity, share=5):
         table, spec = read

@@ -75,6 +75,40 @@ def test_every_total_of_the_host_is_copied():
     assert copy != host
 
 
+def test_a_shadow_steps_reads_are_its_own(meter, totals):
+    host, loss = totals
+    host.hits_device, host.reads_nvme = 5, 6
+    host.nvme_bytes, host.prefetch_bytes, host.background_bytes = 100, 20, 30
+    meter.start(Quality("kl", 0.01), cached=0)
+    with meter.shadow():
+        host.hits_device, host.hits_ram, host.reads_nvme = 7, 1, 9
+        host.nvme_bytes += 40 - 10 - 5  # given up meanwhile: a prefetch and a background read
+        host.prefetch_bytes -= 10
+        host.background_bytes -= 5
+    meter.shadowed(3_000_000)
+    meter.shadowed(1_000_000)
+    meter.stepped(0.25, 70)
+    receipt = meter.receipt(0)
+    assert (receipt.hits_device, receipt.hits_ram, receipt.reads_nvme) == (0, 0, 0)
+    assert receipt.bytes_by_cause == {
+        "demand": 0, "prompt": 0, "prefetch": -10, "background": -5, "shadow": 40,
+    }  # fmt: skip
+    assert (receipt.shadow_steps, receipt.logical_bytes, receipt.price) == (2, 70, 0.25)
+    assert receipt.estimated_kl == pytest.approx(0.002)
+    assert (meter.estimated_kl(), loss.shadow_steps) == (pytest.approx(0.002), 2)
+    meter.start(Quality(), cached=0)
+    assert (meter.estimated_kl(), meter.receipt(0).estimated_kl) == (0.0, None)
+
+
+def test_shares_are_of_the_present_request(meter, totals):
+    host, loss = totals
+    host.hits_device = 50
+    meter.start(Quality("kl", 0.01), cached=0)
+    assert sum(meter.shares().values()) == 0.0
+    host.hits_device, host.hits_ram, host.reads_nvme, loss.substituted = 54, 3, 2, 1
+    assert meter.shares() == {"device": 0.4, "ram": 0.3, "nvme": 0.2, "substituted": 0.1}
+
+
 def test_times_of_prompt_and_answer(meter, clock):
     meter.start(Quality(), cached=4)
     clock.now += 2.0

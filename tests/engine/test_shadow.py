@@ -171,8 +171,8 @@ class TestContract:
         before = loss.price
         assert loss.stepped(0, 0) == 0
         assert loss.price > before
-        assert loss.stepped(0, 30) == 40  # what earlier steps did to the state is in it
-        assert (loss.steps, loss.shadow_steps, loss.loss) == (5, 2, 40)
+        assert loss.stepped(0, 30) == 42  # what earlier steps did to the state is in it
+        assert (loss.steps, loss.shadow_steps, loss.loss) == (5, 2, 42)
 
     def test_what_is_shadowed_depends_on_the_steps_alone(self):
         lossy = Contract(Quality("car", 0.5), 4)

@@ -4,7 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fomoe.config import default_model
 from fomoe.errors import ConfigError
+from fomoe.gguf.reader import open_gguf
+from fomoe.model.archs import read_spec
 from fomoe.quality import (
     Quality,
     car_quality,
@@ -121,3 +124,10 @@ def test_other_files_are_no_loss_profiles(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ConfigError, match="not a loss profile"):
         read_sensitivities(path)
+
+
+def test_the_bundled_model_has_a_profile_of_its_layers():
+    path = default_model()
+    profile = profile_beside(path)
+    assert profile is not None
+    assert len(read_sensitivities(profile)) == read_spec(open_gguf(path)).n_layers

@@ -126,7 +126,7 @@ def test_a_higher_loss_never_gives_a_higher_price(target, seen):
 def test_the_start_is_safe_and_grows_with_the_target():
     starts = [LossPrice.towards(10.0**-n).price for n in range(5)]
     assert starts == sorted(starts, reverse=True)
-    assert LossPrice.towards(0.01).price <= 0.01
+    assert LossPrice.towards(0.01).price <= 0.012
     # A word that costs a nat lowers the price, but not to nothing.
     shocked = LossPrice.towards(0.01).after(NANO)
     seen = LossPrice.MOST_TARGETS * LossPrice.towards(0.01).target
@@ -161,9 +161,8 @@ def held(plant, target, every, tokens):
     return np.array(means)
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0, 20.0])
-@pytest.mark.parametrize("power", [1.5, 2.0])
-@pytest.mark.parametrize("target", [0.003, 0.01])
+@pytest.mark.parametrize(("scale", "power"), [(0.36, 0.85), (1.0, 1.5), (4.0, 1.5), (4.0, 2.0)])
+@pytest.mark.parametrize("target", [0.003, 0.01, 0.03])
 def test_a_sampled_loss_is_held(scale, power, target):
     runs = np.array([held(Plant(seed, scale, power), target, 16, 1200) for seed in range(24)])
     # The first tokens are safe, whatever the model is like.

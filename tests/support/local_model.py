@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fomoe.config import RoutingConfig
 from fomoe.engine.experts import ResidentExperts
@@ -14,6 +15,7 @@ from fomoe.engine.sequences import Sequence
 from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
 from fomoe.model.layers import DenseModel
+from fomoe.residency import LogicalRules
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -31,8 +33,9 @@ class LocalModel:
         experts = ResidentExperts(file, self.spec, chunk, int8=True, threads=1)
         self.forward = Forward(model, experts, prefetch=False)
 
-    def sequence(self, ctx: int = 128, capacity: int | None = None) -> Sequence:
-        return Sequence(self.spec, ctx, "f16", capacity or self.spec.moe.n_experts)
+    def sequence(self, ctx: int = 128, capacity: int | None = None, **rules: Any) -> Sequence:
+        given = LogicalRules(capacity=capacity or self.spec.moe.n_experts, **rules)
+        return Sequence(self.spec, ctx, "f16", given)
 
     def generation(self, request: GenerateRequest, sequence: Sequence | None = None) -> Generation:
         sequence = sequence or self.sequence()
