@@ -183,6 +183,38 @@ class LLM:
         """Return the logits float32 [T, V] of a token sequence."""
         return self.engine.logits([index(i) for i in tokens], self.spec.vocab)
 
+    def force(
+        self,
+        prompt: list[int],
+        tokens: list[int],
+        on_token: Callable[[TokenEvent], None],
+        **fields: Any,
+    ) -> Receipt:
+        """Feed `tokens` one by one after a prompt, as if the model had generated them.
+
+        `on_token` gets each one's event: what the model would have said in its place. `fields`
+        are those of `GenerateRequest`, for example `quality`, `logprobs` or `logits`.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        request = GenerateRequest(
+            request_id=f"llm-{os.getpid()}-{next(_NUMBERS)}",
+            prompt=[index(i) for i in prompt],
+            max_tokens=len(tokens),
+            sampling=SamplingParams(temperature=0.0),
+            forced=[index(i) for i in tokens],
+            **fields,
+        )
+        for event in self.engine.stream(request):
+            if isinstance(event, TokenEvent):
+                on_token(event)
+            elif isinstance(event, Finished):
+                if event.error is not None:
+                    raise EngineError(event.error)
+                return event.receipt
+        raise EngineError("the engine ended without an answer")
+
     def _events(
         self, prompt: str | list[int], max_tokens: int, sampling: dict[str, Any]
     ) -> Iterator[object]:

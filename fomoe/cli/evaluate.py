@@ -17,10 +17,9 @@ import typer
 from fomoe.cli.opening import opened, progress_bar
 from fomoe.cli.options import EngineOptions, ModelOptions
 from fomoe.errors import ConfigError
+from fomoe.evaluation.divergence import negative_log_likelihoods
 
 MIN_CTX = 4
-# Rows that are turned to float64 at once: 64 x 248,320 x 8 bytes = 127 MB.
-_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,20 +59,6 @@ def scored_positions(ctx: int) -> range:
     return range(ctx // 2, ctx - 1)
 
 
-def negative_log_likelihood(
-    logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int64]
-) -> float:
-    """Return the sum of -log softmax(logits)[target] in float64; logits [T, V], targets [T]."""
-    total = 0.0
-    for start in range(0, len(targets), _ROWS):
-        rows = logits[start : start + _ROWS].astype(np.float64)
-        peak = rows.max(axis=1)
-        log_sum = peak + np.log(np.exp(rows - peak[:, None]).sum(axis=1))
-        chosen = rows[np.arange(len(rows)), targets[start : start + _ROWS]]
-        total += float((log_sum - chosen).sum())
-    return total
-
-
 def perplexity(
     ids: Sequence[int],
     ctx: int,
@@ -102,7 +87,7 @@ def perplexity(
         window = list(ids[start : start + ctx])
         targets = window[positions.start + 1 : positions.stop + 1]
         rows = logits(window)[positions.start : positions.stop]
-        nll += negative_log_likelihood(rows, np.array(targets, np.int64))
+        nll += float(negative_log_likelihoods(rows, np.array(targets, np.int64)).sum())
         text += b"".join(map(token_bytes, targets))
     return Perplexity(
         nll=nll,

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from fomoe.cli.bench import bench
+from fomoe.cli.eval_choices import choices
+from fomoe.cli.eval_quality import quality
 from fomoe.cli.evaluate import ppl
 from fomoe.cli.logits import logits
 from fomoe.cli.options import flattened
@@ -35,8 +37,9 @@ def make_app() -> typer.Typer:
     for verb in (serve, run, show, logits, bench, profile, replay, stop):
         app.command()(flattened(verb))
     evaluation = typer.Typer(no_args_is_help=True, help="Measure a model's quality.")
-    evaluation.callback()(_evaluation)
     evaluation.command()(flattened(ppl))
+    evaluation.command()(flattened(quality))
+    evaluation.command()(flattened(choices))
     app.add_typer(evaluation, name="eval")
     return app
 
@@ -48,10 +51,6 @@ def main() -> None:
     except FomoeError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(USAGE_ERROR if isinstance(error, ConfigError) else 1)
-
-
-def _evaluation() -> None:
-    """Keep `ppl` a verb of its own under `eval`."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,4 +70,4 @@ def _before_any_verb(
     verbs = dict.fromkeys(
         ("serve", "run", "show", "logits", "bench", "profile", "replay", "stop"), values
     )
-    context.default_map = {**verbs, "eval": {"ppl": values}}
+    context.default_map = {**verbs, "eval": dict.fromkeys(("ppl", "quality", "choices"), values)}

@@ -11,6 +11,7 @@ from fomoe.engine.sequences import Sequence
 from fomoe.model.buffers import F32
 from fomoe.model.state import Batch
 from fomoe.routing import Route, route_exact
+from fomoe.routing.nulls import round_to_bf16, touched_sites
 from fomoe.routing.router import softmax
 
 _Ids = npt.NDArray[np.int32]
@@ -46,6 +47,11 @@ class Brain:
                 weighs = sequence.logical.caches.rules.eviction == "mass"
                 p = softmax(scores[rows]) if weighs else None
                 sequence.logical.commit(layer, route.ids[rows], p)
+            if sequence.touched > 0.0 and sequence.decoding:
+                touched = touched_sites(scores[rows], self._top_k, sequence.touched)
+                weights = route.weights[rows]
+                weights[touched] = round_to_bf16(weights[touched])
+                sequence.lossy = True
         return route
 
     def _decide(

@@ -76,13 +76,14 @@ class Generation:
         self._echo: list[float | None] = [None]
         self._echo_top: list[list[tuple[int, float]]] = [[]]
         quality = routing.quality if request.quality is None else parse_quality(request.quality)
-        afresh = request.echo or not quality.is_exact
+        afresh = request.echo or not quality.is_exact or request.null_share > 0.0
         self._cached = 0 if afresh else sequence.reusable_prefix(request.prompt)
         if not self._cached:
             sequence.reset()
         self._contract = Contract(quality, routing.shadow_every, routing.sensitivities)
         sequence.hold(self._contract.rule)
         sequence.decoding = False
+        sequence.touched = request.null_share
         self._shadow: Shadow | None = None
         meter.start(quality, cached=self._cached)
         recorder = forward.recorder
@@ -236,6 +237,7 @@ class Generation:
     def _choose(self, logits: F32) -> list[Event]:
         request = self.request
         position = len(self._sequence.tokens)
+        raw = logits.astype("<f4").tobytes() if request.logits else b""
         if self._generated < request.min_tokens and request.stop_ids:
             logits = logits.copy()
             logits[list(request.stop_ids)] = -np.inf
@@ -258,6 +260,7 @@ class Generation:
                 logprob=own,
                 top=top,
                 parts_s=list(self._meter.token_parts) if request.waterfall else [],
+                logits=raw,
             )
         ]
         full = position + 1 > self._sequence.state.ctx_size
@@ -329,6 +332,7 @@ def _check_numbers(request: GenerateRequest) -> None:
         _check_range(name, getattr(sampling, name), low, high)
     for bias in sampling.logit_bias.values():
         _check_range("logit_bias", bias, -_FAR, _FAR)
+    _check_range("null_share", request.null_share, 0.0, 1.0)
     _check_quality(request.quality)
 
 

@@ -40,6 +40,8 @@ class GenerateRequest:
     contract's text in place of the engine's default (see `fomoe.quality`).
     `waterfall` asks for each token's `parts_s`. `domain` says what kind of text it is, for traces.
     `forced` are emitted and fed in place of the first sampled tokens: a benchmark's text.
+    `logits` asks for each token's whole row of logits; `null_share` rounds that share of decode
+    steps' routing weights to bfloat16 (the null of evaluations, see `fomoe.routing.nulls`).
     """
 
     request_id: str
@@ -54,6 +56,8 @@ class GenerateRequest:
     waterfall: bool = False
     domain: str = ""
     forced: list[int] = field(default_factory=list)
+    logits: bool = False
+    null_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +85,8 @@ class TokenEvent:
     """One generated token.
 
     `top` holds (token id, log probability), best first; `parts_s` where the token's time went, by
-    `waterfall.PARTS`, where the request asked for a waterfall.
+    `waterfall.PARTS`, where the request asked for a waterfall. `logits` is the row that the token was
+    chosen from, float32 [V] little-endian before penalties, where the request asked for it.
     """
 
     request_id: str
@@ -89,6 +94,7 @@ class TokenEvent:
     logprob: float | None = None
     top: list[tuple[int, float]] = field(default_factory=list)
     parts_s: list[float] = field(default_factory=list)
+    logits: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

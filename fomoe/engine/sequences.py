@@ -19,6 +19,8 @@ class Sequence:
     `decider` chooses the experts of decode steps under a lossy rule, at `prices` float32 [1] in
     place of the rule's own; None is exact. It never acts in prefill. `reads` int64 [L] counts what
     the last such step read, by its logical cache.
+    `touched` is the share of routing weights that decode steps round to bfloat16, the null of
+    evaluations (`routing.nulls`).
     `decoding` says whether the next step is a decode step. `lossy` stays set once a substituted
     expert may have touched the state, so that no exact request continues from it. Its logical
     cache begins as `frequencies` float32 [L, E] say, where they are given.
@@ -37,6 +39,7 @@ class Sequence:
         self.decider: Decider | None = None
         self.prices: F32 | None = None
         self._top_k = spec.moe.top_k
+        self.touched = 0.0
         self.reads = np.zeros(spec.n_layers, np.int64)
         self.decoding = False
         self.lossy = False
@@ -47,6 +50,7 @@ class Sequence:
         self.logical.restore(self._fresh)
         self.tokens.clear()
         self.hold(ExactRouting())
+        self.touched = 0.0
         self.decoding = False
         self.lossy = False
 
