@@ -49,7 +49,7 @@ class Loads:
     """Activations by tier, of the devices that own them: int16 [T, L, D] each.
 
     `demoted` are experts that go back from a device to RAM. `substituted` is the share of
-    activations that ran in another's place.
+    activations that ran in another's place, `substitutes_in_ram` the share of them from RAM.
     """
 
     device: Counts
@@ -57,6 +57,7 @@ class Loads:
     nvme: Counts
     demoted: Counts
     substituted: float = 0.0
+    substitutes_in_ram: float = 0.0
 
     @property
     def shares(self) -> tuple[float, float, float]:
@@ -120,7 +121,7 @@ def replay_loads(
     kept = n_tokens - replay.warmup
     counts = np.zeros((len(Tier), kept, n_layers, replay.devices), np.int16)
     demoted = np.zeros((kept, n_layers, replay.devices), np.int16)
-    substituted = 0
+    substituted = in_ram = 0
     for token in range(n_tokens):
         row = token - replay.warmup
         for layer in range(n_layers):
@@ -139,11 +140,14 @@ def replay_loads(
                 counts[tier, row, layer] = np.bincount(mine, minlength=replay.devices)
             moved = int(residency.counters.demotions.sum()) - before
             demoted[row, layer, token % replay.devices] += moved
-            substituted += int(route.substituted.sum())
+            stand_ins = tiers[route.ids[0][route.substituted[0]]]
+            substituted += len(stand_ins)
+            in_ram += int((stand_ins == Tier.RAM).sum())
     total = max(int(counts.sum()), 1)
     device, ram, nvme = (_spread(part, replay.layers) for part in counts)
     return Loads(device=device, ram=ram, nvme=nvme, demoted=_spread(demoted, replay.layers),
-                 substituted=substituted / total)  # fmt: skip
+                 substituted=substituted / total,
+                 substitutes_in_ram=in_ram / max(substituted, 1))  # fmt: skip
 
 
 def assumed_loads(

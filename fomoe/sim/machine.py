@@ -6,33 +6,13 @@ an entry of the same name under `source` in its table, so that none is without a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fomoe.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-_Part = TypeVar("_Part", bound="Part")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """Numbers that are greater than 0, or 0 where a field's default is."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            if not (value > 0 or (value == 0 and field.default is not MISSING)):
-                raise ConfigError(f"{field.name} = {value}: must be greater than 0")
+from fomoe.sim.tables import Part, load_toml, part_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,10 +145,7 @@ def read_machine(path: Path) -> Machine:
     Raises:
         ConfigError: it is not TOML, a table or a number is unknown, missing or without a source.
     """
-    try:
-        data = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not a machine file ({error})") from None
+    data = load_toml(path)
     try:
         return _machine(data, path.stem)
     except ConfigError as error:
@@ -215,12 +192,12 @@ def _machine(data: dict[str, Any], name: str) -> Machine:
     parts: dict[str, Any] = {}
     for key, part in tables.items():
         if key in data:
-            parts[key] = _part(part, data[key], key, sources)
+            parts[key] = part_of(part, data[key], key, sources)
     for key, part in lists.items():
         rows = data.get(key, [])
         if not isinstance(rows, list):
             raise ConfigError(f"{key} must be a list: write [[{key}]]")
-        parts[key] = tuple(_part(part, row, f"{key}{i}", sources) for i, row in enumerate(rows))
+        parts[key] = tuple(part_of(part, row, f"{key}{i}", sources) for i, row in enumerate(rows))
     missing = [key for key in ("host", "software") if key not in parts]
     if missing or "title" not in data:
         raise ConfigError(f"missing: {', '.join(missing or ['title'])}")
@@ -229,35 +206,3 @@ def _machine(data: dict[str, Any], name: str) -> Machine:
         devices=parts["device"], drives=parts["drive"], software=parts["software"],
         network=parts.get("network"), sources=sources,
     )  # fmt: skip
-
-
-def _part(kind: type[_Part], table: Any, where: str, sources: dict[str, str]) -> _Part:
-    """Read one table: known keys, right types, every number with a source."""
-    if not isinstance(table, dict):
-        raise ConfigError(f"{where} must be a table")
-    values = dict(table)
-    reasons = values.pop("source", {})
-    known = {field.name: field for field in fields(kind)}
-    unknown = sorted(values.keys() - known.keys())
-    lacking = sorted(n for n, f in known.items() if f.default is MISSING and n not in values)
-    if unknown or lacking:
-        raise ConfigError(f"{where}: unknown: {unknown}; missing: {lacking}")
-    numbers: dict[str, Any] = {}
-    for key, value in values.items():
-        wanted = known[key].type
-        is_right = isinstance(value, bool) if wanted == "bool" else (
-            not isinstance(value, bool)
-            and isinstance(value, int if wanted == "int" else int | float)
-        )  # fmt: skip
-        if not is_right:
-            raise ConfigError(f"{where}.{key} = {value!r}: must be of type {wanted}")
-        numbers[key] = value
-        if wanted == "float":
-            numbers[key] = float(value)
-            if not isinstance(reasons, dict) or not str(reasons.get(key, "")).strip():
-                raise ConfigError(f"{where}.{key} has no source: add it to [{where}.source]")
-    stray = sorted(set(reasons) - known.keys())
-    if stray:
-        raise ConfigError(f"{where}.source: unknown: {stray}")
-    sources |= {f"{where}.{key}": str(reason) for key, reason in reasons.items()}
-    return kind(**numbers)

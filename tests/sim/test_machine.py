@@ -77,7 +77,7 @@ def test_reads_a_machine(tmp_path):
         ("layer_s = 1e-5", "", "layer_s"),
         ("title =", "nodes = 2\ntitle =", "network"),
         ("[[drive]]", "[[device]]\nmatrix_rate = 1.0\n[[drive]]", "missing"),
-        ("[host]", "[host", "not a machine file"),
+        ("[host]", "[host", "not a TOML file"),
     ],
 )
 def test_refuses_what_is_wrong_and_says_what(tmp_path, old, new, said):
