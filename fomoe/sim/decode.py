@@ -43,6 +43,7 @@ class _Run:
     drives: list[Drives]
     wasted: F64
     linked: F64
+    returned: F64
     time: F64
 
 
@@ -86,10 +87,12 @@ class _Simulation:
             outs=[Server(lanes) for _ in range(n)],
             cores=[Server(lanes) for _ in range(machine.nodes)],
             drives=[_drives(machine, lanes) for _ in range(machine.nodes)],
-            wasted=np.zeros(lanes), linked=np.zeros(lanes), time=np.zeros(lanes),
+            wasted=np.zeros(lanes), linked=np.zeros(lanes),
+            returned=np.zeros(lanes), time=np.zeros(lanes),
         )  # fmt: skip
         self.counts = [self._owned(part) for part in
                        (loads.device, loads.ram, loads.nvme, loads.demoted)]  # fmt: skip
+        self.has_work = np.any([part.any(axis=0) for part in self.counts], axis=0)
         self._draw_guesses(np.random.default_rng(seed))
         self.kv_s = shape.kv_bytes * context / shape.n_layers / self.device.dense_rate
 
@@ -131,10 +134,11 @@ class _Simulation:
             dense = float(self.shape.layer_bytes[layer]) / self.device.dense_rate + self.kv_s
             scored = state.devices[home].serve(state.time, dense)
             routed.append(scored + self.soft.layer_s)
-            came = [self._guesses(layer, d, routed) for d in range(len(state.devices))]
+            at_work = [d for d in range(len(state.devices)) if d == home or self.has_work[layer, d]]
+            came = [self._guesses(layer, d, routed) for d in at_work]
             ends = [
-                self._experts(layer, d, home, (scored, came[d], routed))
-                for d in range(len(state.devices))
+                self._experts(layer, d, home, (scored, guesses, routed))
+                for d, guesses in zip(at_work, came, strict=True)
             ]
             state.time = np.maximum.reduce(ends)
         head = self.shape.head_bytes / self.device.dense_rate
@@ -264,7 +268,7 @@ class _Simulation:
         whole, tail = seconds
         if whole == 0:
             return ready
-        self.state.linked += np.where(which, nbytes, 0.0)
+        self.state.linked += which * nbytes
         return self.state.links[d].serve(ready - (whole - tail), whole, which)
 
     def _in_turn(
@@ -295,7 +299,8 @@ class _Simulation:
         }  # fmt: skip
         read = np.sum([drives.bytes for drives in state.drives], axis=0)
         host = self.machine.host
-        busy["memory"] = (read + state.linked) / self.machine.nodes / host.memory_rate
+        moved = read + state.linked + state.returned
+        busy["memory"] = moved / self.machine.nodes / host.memory_rate
         return Outcome(wall=wall, busy=busy, read_bytes=read, wasted_bytes=state.wasted,
                        link_bytes=state.linked)  # fmt: skip
 

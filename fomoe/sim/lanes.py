@@ -35,13 +35,20 @@ class Server:
 
         A job of no time passes at once: it waits for nobody.
         """
-        wanted = np.broadcast_to(np.asarray(seconds) > 0, ready.shape)
-        if which is not None:
-            wanted = wanted & which
-        end = np.where(wanted, np.maximum(ready, self.free) + seconds, ready)
-        self.free = np.where(wanted, end, self.free)
-        self.busy += np.where(wanted, seconds, 0.0)
-        return end
+        if isinstance(seconds, float):
+            if seconds <= 0:
+                return ready
+            end = np.maximum(ready, self.free) + seconds
+            if which is None:
+                self.free = end
+                self.busy += seconds
+                return end
+        else:
+            end = np.maximum(ready, self.free) + seconds
+            which = seconds > 0 if which is None else which & (seconds > 0)
+        self.free = np.where(which, end, self.free)
+        self.busy += which * seconds
+        return np.where(which, end, ready)
 
 
 class Drives:
@@ -77,17 +84,19 @@ class Drives:
     def read(self, ready: F64, nbytes: float, pieces: int, which: Mask) -> F64:
         """Read `nbytes` in `pieces` requests; returns when the last one has landed."""
         costs = [nbytes / kind.rate + pieces * kind.request_s for kind in self._kinds]
-        ends = np.stack(
-            [
-                np.maximum(ready, server.free) + cost
-                for server, cost in zip(self._servers, costs, strict=True)
-            ]
-        )
-        best = ends.argmin(axis=0)
+        if len(costs) == 1:
+            self.bytes += which * nbytes
+            ended = self._servers[0].serve(ready, costs[0], which)
+            return np.where(which, ended + self._kinds[0].latency_s, ready)
+        ends = [
+            np.maximum(ready, server.free) + cost
+            for server, cost in zip(self._servers, costs, strict=True)
+        ]
+        best = np.argmin(ends, axis=0)
         landed = ready
         for number, (server, cost) in enumerate(zip(self._servers, costs, strict=True)):
             mine = which & (best == number)
             late = self._kinds[number].latency_s
             landed = np.where(mine, server.serve(ready, cost, mine) + late, landed)
-        self.bytes += np.where(which, nbytes, 0.0)
+        self.bytes += which * nbytes
         return landed

@@ -13,7 +13,7 @@ from fomoe.residency import LFRU, Residency
 from fomoe.residency.policy import EvictionPolicy
 from fomoe.residency.topology import RamPolicy, Topology
 from fomoe.routing import Route
-from fomoe.types import Tier
+from fomoe.types import ExpertKey, Tier
 
 Counts = npt.NDArray[np.int16]
 
@@ -100,7 +100,7 @@ class Replay:
 
 
 def replay_loads(
-    scores: npt.NDArray[np.float32], cache: Cache, rule: Rule, replay: Replay
+    scores: npt.NDArray[np.float32], cache: Cache, rule: Rule | None, replay: Replay
 ) -> Loads:
     """Run scores through routing and residency and count what each layer asks for.
 
@@ -110,7 +110,7 @@ def replay_loads(
     Args:
         scores: float32 [T, L', E].
         cache: slots of one layer.
-        rule: decides on experts, given which are on the device or in RAM.
+        rule: decides on experts, given which are on the device or in RAM; None for the exact k.
         replay: see there.
 
     Raises:
@@ -118,31 +118,36 @@ def replay_loads(
     """
     n_tokens, n_layers, n_experts = scores.shape
     residency = Residency(_topology(n_layers, n_experts, cache, replay), cache.policy, cache.ram)
+    every = (ExpertKey(layer, e) for e in range(n_experts) for layer in range(n_layers))
+    residency.fill(every)  # as the engine does before the first token
     kept = n_tokens - replay.warmup
     counts = np.zeros((len(Tier), kept, n_layers, replay.devices), np.int16)
     demoted = np.zeros((kept, n_layers, replay.devices), np.int16)
+    exact = np.sort(np.argpartition(scores, -replay.top_k, axis=2)[:, :, -replay.top_k :])
+    exact = exact.astype(np.int32)
     substituted = in_ram = 0
     for token in range(n_tokens):
         row = token - replay.warmup
         for layer in range(n_layers):
-            tiers = residency.tier_of(layer)
-            resident = (tiers != Tier.NVME)[None]
-            route = rule.route(scores[token, layer][None], replay.top_k, resident)
-            wanted = np.sort(route.ids[0]).astype(np.int32)
-            before = int(residency.counters.demotions.sum())
-            residency.plan(layer, wanted)
-            residency.release(layer)
+            tiers, wanted = residency.tier_of(layer), exact[token, layer]
+            if rule is not None:
+                resident = (tiers != Tier.NVME)[None]
+                route = rule.route(scores[token, layer][None], replay.top_k, resident)
+                wanted = np.sort(route.ids[0]).astype(np.int32)
+                stand_ins = tiers[route.ids[0][route.substituted[0]]]
+                substituted += len(stand_ins) if row >= 0 else 0
+                in_ram += int((stand_ins == Tier.RAM).sum()) if row >= 0 else 0
+            before = residency.counters.demotions.sum()
+            residency.native.plan(layer, wanted)
+            residency.native.release(layer)
             if row < 0:
                 continue
-            owners = wanted % replay.devices
-            for tier in Tier:
-                mine = owners[tiers[wanted] == tier]
-                counts[tier, row, layer] = np.bincount(mine, minlength=replay.devices)
-            moved = int(residency.counters.demotions.sum()) - before
+            kinds = tiers[wanted] * replay.devices + wanted % replay.devices
+            counts[:, row, layer] = np.bincount(
+                kinds, minlength=len(Tier) * replay.devices
+            ).reshape(len(Tier), replay.devices)
+            moved = residency.counters.demotions.sum() - before
             demoted[row, layer, token % replay.devices] += moved
-            stand_ins = tiers[route.ids[0][route.substituted[0]]]
-            substituted += len(stand_ins)
-            in_ram += int((stand_ins == Tier.RAM).sum())
     total = max(int(counts.sum()), 1)
     device, ram, nvme = (_spread(part, replay.layers) for part in counts)
     return Loads(device=device, ram=ram, nvme=nvme, demoted=_spread(demoted, replay.layers),

@@ -7,7 +7,7 @@ an entry of the same name under `source` in its table, so that none is without a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ class Machine:
         name: short, as `--machine` takes it.
         title: what it is, one line.
         sources: where each number comes from, by table and field: "drive0.rate".
+        is_measured: whether `fomoe bench` wrote it, so that its numbers are known better.
     """
 
     name: str
@@ -109,7 +110,8 @@ class Machine:
     drives: tuple[Drive, ...]
     software: Software
     network: Network | None
-    sources: Mapping[str, str]
+    sources: Mapping[str, str] = field(compare=False)
+    is_measured: bool = False
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or not self.devices or not self.drives:
@@ -180,7 +182,7 @@ def machine_files() -> dict[str, Path]:
 
 def _machine(data: dict[str, Any], name: str) -> Machine:
     sources: dict[str, str] = {}
-    plain = {"title": str, "nodes": int}
+    plain = {"title": str, "nodes": int, "is_measured": bool}
     tables = {"host": Host, "software": Software, "network": Network}
     lists = {"device": Device, "drive": Drive}
     unknown = data.keys() - plain.keys() - tables.keys() - lists.keys()
@@ -204,5 +206,5 @@ def _machine(data: dict[str, Any], name: str) -> Machine:
     return Machine(
         name=name, title=data["title"], nodes=data.get("nodes", 1), host=parts["host"],
         devices=parts["device"], drives=parts["drive"], software=parts["software"],
-        network=parts.get("network"), sources=sources,
+        network=parts.get("network"), sources=sources, is_measured=data.get("is_measured", False),
     )  # fmt: skip
