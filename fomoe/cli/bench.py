@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import psutil
 import typer
 
+from fomoe.cli.machine_file import write_machine
 from fomoe.cli.opening import opened, progress_bar
 from fomoe.cli.options import EngineOptions, ModelOptions
 from fomoe.engine.requests import Finished, GenerateRequest, Receipt, SamplingParams, TokenEvent
@@ -244,10 +246,17 @@ def bench(
     trace: Annotated[
         bool, typer.Option(help="Print where each token's time went, in microseconds.")
     ] = False,
+    machine: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the machine's figures for `fomoe plan --machine FILE`."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure prefill and decode: medians, tiers, and shares of the machine's own rates."""
     engine = dataclasses.replace(engine, ctx_size=max(engine.ctx_size, work.tokens))
+    memory = psutil.virtual_memory()
     with opened(model, engine) as llm, progress_bar() as progress:
         threads = llm.config.threads or len(os.sched_getaffinity(0))
         rates, sizes = Rates.measured(model.path, threads), Sizes.of(llm)
@@ -269,6 +278,8 @@ def bench(
         figures["decode"] = _decode_figures(receipts, sizes, rates)
     if trace:
         figures["trace"] = {"parts": PARTS, "seconds": runs[-1][1]}
+    if machine is not None:
+        write_machine(machine, figures, llm.file, llm.spec, (memory.total, memory.available))
     _print(figures, as_json)
 
 
