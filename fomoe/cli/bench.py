@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import typer
 
-from fomoe.cli.machine_file import write_machine
+from fomoe.cli.machine_file import half_of, write_machine
 from fomoe.cli.opening import opened, progress_bar
 from fomoe.cli.options import EngineOptions, ModelOptions
 from fomoe.engine.requests import Finished, GenerateRequest, Receipt, SamplingParams, TokenEvent
@@ -255,8 +255,17 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure prefill and decode: medians, tiers, and shares of the machine's own rates."""
-    engine = dataclasses.replace(engine, ctx_size=max(engine.ctx_size, work.tokens))
     memory = psutil.virtual_memory()
+    figures = _measure(model, engine, work, trace)
+    if machine is not None:
+        limited = _measure(half_of(model), engine, work, False)
+        write_machine(machine, model.path, (figures, limited), memory.available)
+    _print(figures, as_json)
+
+
+def _measure(model: ModelOptions, engine: EngineOptions, work: Work, trace: bool) -> dict[str, Any]:
+    """Open the model, run the work and return its figures."""
+    engine = dataclasses.replace(engine, ctx_size=max(engine.ctx_size, work.tokens))
     with opened(model, engine) as llm, progress_bar() as progress:
         threads = llm.config.threads or len(os.sched_getaffinity(0))
         rates, sizes = Rates.measured(model.path, threads), Sizes.of(llm)
@@ -278,9 +287,7 @@ def bench(
         figures["decode"] = _decode_figures(receipts, sizes, rates)
     if trace:
         figures["trace"] = {"parts": PARTS, "seconds": runs[-1][1]}
-    if machine is not None:
-        write_machine(machine, figures, llm.file, llm.spec, (memory.total, memory.available))
-    _print(figures, as_json)
+    return figures
 
 
 def _print(figures: dict[str, Any], as_json: bool) -> None:

@@ -246,6 +246,8 @@ class _Simulation:
             which = (number < nvme) & (number >= here)
             end = drives.read(route, nbytes, self.schedule.pieces, which)
             landings.append(_Landing(end, which))
+        late = self.soft.reads_s
+        landings = [_Landing(each.at + late, each.which) for each in landings] if late else landings
         link = self.device.link_rate
         copy = nbytes / link if link else 0.0
         tail = copy / self.schedule.pieces  # what is left to copy when the last piece has landed
@@ -282,6 +284,7 @@ class _Simulation:
         for number in range(int(nvme.max(initial=0))):
             which = number < nvme
             time = state.drives[self.owner[d]].read(time, nbytes, self.schedule.pieces, which)
+        time = time + (nvme > 0) * self.soft.reads_s
         copy = nbytes / self.device.link_rate if self.device.link_rate else 0.0
         for number in range(int((ram + nvme).max(initial=0))):
             which = number < ram + nvme

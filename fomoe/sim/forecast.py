@@ -12,13 +12,22 @@ from fomoe.errors import BudgetError
 from fomoe.routing import CacheAwareRouting
 from fomoe.sim.calibration import read_calibration
 from fomoe.sim.decode import decode
-from fomoe.sim.loads import Cache, Loads, Replay, Rule, replay_loads, synthetic_scores
+from fomoe.sim.loads import (
+    Cache,
+    Loads,
+    Replay,
+    exact_ids,
+    replay_ids,
+    replay_loads,
+    synthetic_scores,
+)
 from fomoe.sim.machine import Machine
 from fomoe.sim.prompt import Spread, prompt_time
 from fomoe.sim.schedule import Outcome, Schedule
 from fomoe.sim.shapes import ModelShape
 
-_TOKENS, _WARMUP, _SAMPLED_LAYERS = 200, 150, 6
+WARMUP = 150  # tokens of a trace that only fill the tiers
+_TOKENS, _SAMPLED_LAYERS = 200, 6
 _SWEEP = 1.15  # a prompt's time over its bound: measured 1.04 to 1.13 (docs/log.md)
 
 
@@ -156,8 +165,19 @@ class Twin:
         return synthetic_scores(_TOKENS, layers, self.shape.n_experts, seed=0)
 
     @cached_property
+    def exact(self) -> npt.NDArray[np.int32]:
+        """The experts that the exact router wants, int32 [T, L', k]; the first fill the tiers."""
+        return exact_ids(self._scores, self.shape.top_k)
+
+    @cached_property
     def _spread(self) -> Spread:
         return Spread.of(self._scores, self.shape.top_k)
+
+    def share_traces(self, other: Twin) -> None:
+        """Take the traces of another twin of the same model."""
+        for name in ("_scores", "_spread", "exact"):
+            if name in vars(other):
+                vars(self)[name] = vars(other)[name]
 
     def fit(self, machine: Machine) -> Fit:
         """Return what fits on the machine."""
@@ -176,11 +196,14 @@ class Twin:
         key = on_device, in_ram, owners
         if key not in self._loads:
             car = self.question.car
-            rule: Rule | None = CacheAwareRouting(car) if car > 0 else None
-            replay = Replay(top_k=self.shape.top_k, warmup=_WARMUP, devices=owners,
+            replay = Replay(top_k=self.shape.top_k, warmup=WARMUP, devices=owners,
                             layers=self.shape.n_layers)  # fmt: skip
             cache = Cache(device_slots=on_device, ram_slots=in_ram)
-            self._loads[key] = replay_loads(self._scores, cache, rule, replay)
+            if car > 0:
+                found = replay_loads(self._scores, cache, CacheAwareRouting(car), replay)
+            else:
+                found = replay_ids(self.exact, self.shape.n_experts, cache, replay)
+            self._loads[key] = found
         return self._loads[key]
 
     def outcome(self, machine: Machine, corner: Corner) -> Outcome:
@@ -189,7 +212,7 @@ class Twin:
         if key not in self._outcomes:
             loads = self.loads(machine, self.fit(machine), corner.slots)
             schedule = replace(self.question.schedule, recall=corner.recall)
-            self._outcomes[key] = decode(_in(machine, corner), self.shape, loads, schedule,
+            self._outcomes[key] = decode(in_corner(machine, corner), self.shape, loads, schedule,
                                          context=self.question.context // 2)  # fmt: skip
         return self._outcomes[key]
 
@@ -203,7 +226,7 @@ class Twin:
         for corner in corners(machine):
             resident = (fit.device_slots + fit.ram_slots) * corner.slots
             times.append(
-                prompt_time(_in(machine, corner), self.shape, self._spread, tokens, resident)
+                prompt_time(in_corner(machine, corner), self.shape, self._spread, tokens, resident)
             )
         bad, mid, good = (time.seconds for time in times)
         return Span(good, mid * (1 + _SWEEP) / 2, bad * _SWEEP)
@@ -218,7 +241,7 @@ class Twin:
         return Span(min(gains), gains[1], max(gains))
 
 
-def _in(machine: Machine, corner: Corner) -> Machine:
+def in_corner(machine: Machine, corner: Corner) -> Machine:
     """Return the machine as a corner reads it."""
     device, soft = machine.device, machine.software
     return replace(

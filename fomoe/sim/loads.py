@@ -100,59 +100,100 @@ class Replay:
 
 
 def replay_loads(
-    scores: npt.NDArray[np.float32], cache: Cache, rule: Rule | None, replay: Replay
+    scores: npt.NDArray[np.float32], cache: Cache, rule: Rule, replay: Replay
 ) -> Loads:
     """Run scores through routing and residency and count what each layer asks for.
 
-    Devices own experts by id mod D. The few layers of the scores stand for all: layer l takes the
-    counts of layer l mod L' of another token, so that layers are as independent as they are.
+    See `replay_ids`; which experts are on the device or in RAM is what the rule is given.
 
     Args:
         scores: float32 [T, L', E].
         cache: slots of one layer.
-        rule: decides on experts, given which are on the device or in RAM; None for the exact k.
+        rule: decides on experts.
+        replay: see there.
+    """
+    n_tokens, n_layers, n_experts = scores.shape
+    tiers = _Tiers(cache, replay, (n_tokens, n_layers, n_experts))
+    substituted = in_ram = 0
+    for token in range(n_tokens):
+        for layer in range(n_layers):
+            at = tiers.residency.tier_of(layer)
+            resident = (at != Tier.NVME)[None]
+            route = rule.route(scores[token, layer][None], replay.top_k, resident)
+            tiers.want(token, layer, at, np.sort(route.ids[0]).astype(np.int32))
+            if token >= replay.warmup:
+                stand_ins = at[route.ids[0][route.substituted[0]]]
+                substituted += len(stand_ins)
+                in_ram += int((stand_ins == Tier.RAM).sum())
+    return tiers.loads(substituted, in_ram)
+
+
+def exact_ids(scores: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.int32]:
+    """Return the best k experts of each row, int32 [T, L', k], ascending by id."""
+    best = np.argpartition(scores, -top_k, axis=2)[:, :, -top_k:]
+    return np.sort(best).astype(np.int32)
+
+
+def replay_ids(ids: npt.NDArray[np.int32], n_experts: int, cache: Cache, replay: Replay) -> Loads:
+    """Run wanted experts through a residency and count what each layer asks for.
+
+    Devices own experts by id mod D. If there are fewer layers than the model has, they stand for
+    all: layer l takes the counts of layer l mod L' of another token, so that layers stay as
+    independent as they are.
+
+    Args:
+        ids: int32 [T, L', k], ascending and distinct in a row.
+        n_experts: of a layer.
+        cache: slots of one layer.
         replay: see there.
 
     Raises:
         ConfigError: the device slots of all layers together hold less than one layer's experts.
     """
-    n_tokens, n_layers, n_experts = scores.shape
-    residency = Residency(_topology(n_layers, n_experts, cache, replay), cache.policy, cache.ram)
-    every = (ExpertKey(layer, e) for e in range(n_experts) for layer in range(n_layers))
-    residency.fill(every)  # as the engine does before the first token
-    kept = n_tokens - replay.warmup
-    counts = np.zeros((len(Tier), kept, n_layers, replay.devices), np.int16)
-    demoted = np.zeros((kept, n_layers, replay.devices), np.int16)
-    exact = np.sort(np.argpartition(scores, -replay.top_k, axis=2)[:, :, -replay.top_k :])
-    exact = exact.astype(np.int32)
-    substituted = in_ram = 0
+    n_tokens, n_layers, _ = ids.shape
+    tiers = _Tiers(cache, replay, (n_tokens, n_layers, n_experts))
     for token in range(n_tokens):
-        row = token - replay.warmup
         for layer in range(n_layers):
-            tiers, wanted = residency.tier_of(layer), exact[token, layer]
-            if rule is not None:
-                resident = (tiers != Tier.NVME)[None]
-                route = rule.route(scores[token, layer][None], replay.top_k, resident)
-                wanted = np.sort(route.ids[0]).astype(np.int32)
-                stand_ins = tiers[route.ids[0][route.substituted[0]]]
-                substituted += len(stand_ins) if row >= 0 else 0
-                in_ram += int((stand_ins == Tier.RAM).sum()) if row >= 0 else 0
-            before = residency.counters.demotions.sum()
-            residency.native.plan(layer, wanted)
-            residency.native.release(layer)
-            if row < 0:
-                continue
-            kinds = tiers[wanted] * replay.devices + wanted % replay.devices
-            counts[:, row, layer] = np.bincount(
-                kinds, minlength=len(Tier) * replay.devices
-            ).reshape(len(Tier), replay.devices)
-            moved = residency.counters.demotions.sum() - before
-            demoted[row, layer, token % replay.devices] += moved
-    total = max(int(counts.sum()), 1)
-    device, ram, nvme = (_spread(part, replay.layers) for part in counts)
-    return Loads(device=device, ram=ram, nvme=nvme, demoted=_spread(demoted, replay.layers),
-                 substituted=substituted / total,
-                 substitutes_in_ram=in_ram / max(substituted, 1))  # fmt: skip
+            tiers.want(token, layer, tiers.residency.tier_of(layer), ids[token, layer])
+    return tiers.loads()
+
+
+class _Tiers:
+    """A residency under replay, and what was wanted of its tiers."""
+
+    def __init__(self, cache: Cache, replay: Replay, shape: tuple[int, int, int]) -> None:
+        n_tokens, n_layers, n_experts = shape
+        self.residency = open_residency(cache, (n_layers, n_experts, replay.top_k))
+        self._replay = replay
+        kept = n_tokens - replay.warmup
+        self._counts = np.zeros((len(Tier), kept, n_layers, replay.devices), np.int16)
+        self._demoted = np.zeros((kept, n_layers, replay.devices), np.int16)
+
+    def want(
+        self, token: int, layer: int, tiers: npt.NDArray[np.int8], wanted: npt.NDArray[np.int32]
+    ) -> None:
+        """Bring what a layer wants and count where it was."""
+        residency, devices = self.residency, self._replay.devices
+        before = residency.counters.demotions.sum()
+        residency.native.plan(layer, wanted)
+        residency.native.release(layer)
+        row = token - self._replay.warmup
+        if row < 0:
+            return
+        kinds = tiers[wanted] * devices + wanted % devices
+        found = np.bincount(kinds, minlength=len(Tier) * devices)
+        self._counts[:, row, layer] = found.reshape(len(Tier), devices)
+        moved = residency.counters.demotions.sum() - before
+        self._demoted[row, layer, token % devices] += moved
+
+    def loads(self, substituted: int = 0, in_ram: int = 0) -> Loads:
+        """Return what was counted."""
+        layers, total = self._replay.layers, max(int(self._counts.sum()), 1)
+        device, ram, nvme = (spread_layers(part, layers) for part in self._counts)
+        return Loads(
+            device=device, ram=ram, nvme=nvme, demoted=spread_layers(self._demoted, layers),
+            substituted=substituted / total, substitutes_in_ram=in_ram / max(substituted, 1),
+        )  # fmt: skip
 
 
 def assumed_loads(
@@ -165,8 +206,8 @@ def assumed_loads(
     return Loads(device=device, ram=ram, nvme=nvme, demoted=np.zeros_like(ram))
 
 
-def _spread(part: Counts, layers: int) -> Counts:
-    """Make [T, L', D] into [T, L, D]: copies of the layers, shifted in time."""
+def spread_layers(part: Counts, layers: int) -> Counts:
+    """Make counts int16 [T, L', D] into [T, L, D]: copies of the layers, shifted in time."""
     n_tokens, n_layers, _ = part.shape
     copies = -(-layers // n_layers)
     step = max(1, n_tokens // copies)
@@ -174,16 +215,26 @@ def _spread(part: Counts, layers: int) -> Counts:
     return np.concatenate(rolled, axis=1)[:, :layers]
 
 
-def _topology(n_layers: int, n_experts: int, cache: Cache, replay: Replay) -> Topology:
+def open_residency(cache: Cache, shape: tuple[int, int, int]) -> Residency:
+    """Return the residency of one device, its slots full as before the engine's first token.
+
+    Args:
+        cache: slots of one layer.
+        shape: layers, experts of a layer, experts per token.
+
+    Raises:
+        ConfigError: the device slots of all layers together hold less than one layer's experts.
+    """
+    n_layers, n_experts, top_k = shape
     slots = min(n_experts * n_layers, int(cache.device_slots * n_layers))
-    if slots < replay.top_k:
+    if slots < top_k:
         raise ConfigError(
             f"{cache.device_slots:.1f} device slots per layer over {n_layers} layers hold less "
-            f"than one layer's {replay.top_k} experts"
+            f"than one layer's {top_k} experts"
         )
     rest = n_experts * n_layers - (slots if cache.ram == "exclusive" else 0)
     zeros = np.zeros(n_layers, dtype=np.int32)
-    return Topology(
+    topology = Topology(
         n_layers=n_layers,
         n_experts=n_experts,
         layer_device=zeros,
@@ -192,3 +243,6 @@ def _topology(n_layers: int, n_experts: int, cache: Cache, replay: Replay) -> To
         ram_slots={(0, 0): min(rest, int(cache.ram_slots * n_layers))},
         device_node=(0,),
     )
+    residency = Residency(topology, cache.policy, cache.ram)
+    residency.fill(ExpertKey(layer, e) for e in range(n_experts) for layer in range(n_layers))
+    return residency

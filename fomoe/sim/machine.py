@@ -84,11 +84,13 @@ class Software(Part):
         layer_s: of a layer: decisions, messages, launches.
         handoff_s: the hidden state's way from one device to another.
         token_s: of a token: sampling, events.
+        reads_s: of a layer that reads, besides the drive's time: asking, waking, landing.
     """
 
     layer_s: float
     handoff_s: float = 0.0
     token_s: float = 0.0
+    reads_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

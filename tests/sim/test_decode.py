@@ -64,6 +64,7 @@ def test_the_serial_schedule_takes_the_sum_of_its_jobs(shape):
     ram, nvme = (getattr(loads, n).sum(axis=(1, 2)) for n in ("ram", "nvme"))
     drive, soft = machine.drives[0], machine.software
     reads = nvme * (EXPERT / drive.rate + 2 * drive.request_s + drive.latency_s)
+    reads += (loads.nvme.sum(axis=2) > 0).sum(axis=1) * soft.reads_s
     copies = (ram + nvme) * EXPERT / machine.device.link_rate
     arithmetic = (
         shape.dense_bytes / machine.device.dense_rate
@@ -79,7 +80,7 @@ def test_perfect_foresight_takes_the_longest_resource(shape):
     loads = make_loads((0.2, 0.0, 0.8), tokens=20)
     ahead = Schedule(recall=1, waste=0, depth=LAYERS, decay=1)
     outcome = decode(machine, shape, loads, ahead)
-    first = machine.drives[0].latency_s + machine.software.token_s
+    first = machine.drives[0].latency_s + machine.software.token_s + machine.software.reads_s
     edges = (shape.layer_bytes[0] + shape.head_bytes) / machine.device.dense_rate + first
     last = shape.top_k * EXPERT / machine.device.expert_rate + 1e-4
     assert (outcome.wall >= outcome.busy["drive"]).all()

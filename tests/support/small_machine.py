@@ -28,7 +28,7 @@ def make_machine(*, nodes=1, devices=2, drives=1, link=4e9, drive=1e9, layer_s=1
         devices=(Device(count=devices, memory_bytes=1e9, dense_rate=20e9, expert_rate=10e9,
                         link_rate=link, matrix_rate=1e12),),
         drives=(Drive(count=drives, rate=drive, latency_s=5e-5, request_s=1e-6),),
-        software=Software(layer_s=layer_s, handoff_s=2e-6, token_s=1e-4),
+        software=Software(layer_s=layer_s, handoff_s=2e-6, token_s=1e-4, reads_s=3e-5),
         network=Network(rate=1e9, latency_s=3e-5) if nodes > 1 else None,
         sources={},
     )  # fmt: skip
