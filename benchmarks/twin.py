@@ -51,12 +51,21 @@ def main() -> None:
     with ExitStack() as stack:
         kernels = options.kernels or options.model
         half = half_of(ModelOptions(model=kernels, devices=",".join(limited["devices"])))
+        budgets = [(None, None), (half.vram_budget, 0)]
         known = [
-            stack.enter_context(_open(kernels, len(tokens), limited | budgets))
-            for budgets in (
-                {"vram_budget": None, "ram_budget": None, "prefetch": False},
-                {"vram_budget": half.vram_budget, "ram_budget": 0, "prefetch": False},
+            stack.enter_context(
+                _open(
+                    kernels,
+                    len(tokens),
+                    limited
+                    | {
+                        "vram_budget": vram,
+                        "ram_budget": ram,
+                        "prefetch": False,
+                    },
+                )
             )
+            for vram, ram in budgets[: 1 if options.no_half else 2]
         ]
         small = stack.enter_context(_open(options.model, len(tokens), limited))
         loads = _replayed(small, ids, options.prompt)
@@ -81,6 +90,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=96)
     parser.add_argument("--decode", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--no-half", action="store_true", help="two engines only, to save memory")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -129,8 +139,8 @@ def _pair(
     kernels = shape_of(known[0].file, known[0].spec)
     free = float(psutil.virtual_memory().available)
     machines = [
-        machine_of(measurements((full, half), kernels, read, free))
-        for (full, half), read in zip((before, after), reads, strict=True)
+        machine_of(measurements((runs[0], runs[1] if runs[1:] else None), kernels, read, free))
+        for runs, read in zip((before, after), reads, strict=True)
     ]
     shape = shape_of(small.file, small.spec)
     hits = measured["decode"]["hits"]

@@ -55,10 +55,13 @@ def write_machine(
 
 
 def measurements(
-    figures: tuple[dict[str, Any], dict[str, Any]], shape: ModelShape,
+    figures: tuple[dict[str, Any], dict[str, Any] | None], shape: ModelShape,
     reads: tuple[float, float], free_bytes: float,
 ) -> Measurements:  # fmt: skip
-    """Turn the figures of `fomoe bench` into a machine's; see `write_machine`."""
+    """Turn the figures of `fomoe bench` into a machine's; see `write_machine`.
+
+    Without a second run, reading costs nothing but the drive's time.
+    """
     full, limited = figures
     decode, prompt = full.get("decode"), full["prefill"]
     if decode is None or decode["hits"]["nvme"] or prompt["hits"]["nvme"]:
@@ -83,6 +86,8 @@ def measurements(
         layer_s=(ms["brain"] + ms["channel"]) * 1e-3 / shape.n_layers,
         token_s=ms["rest"] * 1e-3,
     )
+    if limited is None:
+        return found
     hits = limited["decode"]["hits"]
     total = sum(hits.values())
     shares = hits["device"] / total, hits["ram"] / total, hits["nvme"] / total
