@@ -209,27 +209,34 @@ class _Simulation:
         if not schedule.overlap:
             return self._in_turn(d, home, ready, (hits, ram, nvme), (shared, compute, nbytes))
         if self.device.link_rate:
-            state.outs[d].serve(
-                route, demoted.astype(np.float64) * (nbytes / self.device.link_rate)
-            )
+            back = demoted.astype(np.float64) * nbytes
+            state.returned += back
+            state.outs[d].serve(route, back / self.device.link_rate)
         server = state.devices[d]
         ended = server.serve(scored if d == home else ready, shared if d == home else 0.0)
         ended = np.maximum(ended, server.serve(ready, hits.astype(np.float64) * compute))
         arrivals = self._arrivals(layer, d, ahead, routed)
-        if schedule.together:
-            last = np.maximum.reduce([ready, *(np.where(a.which, a.at, 0) for a in arrivals)])
-            many = sum((a.which.astype(float) for a in arrivals), np.zeros(len(route)))
-            ended = np.maximum(ended, server.serve(last, many * compute))
-        else:
-            for each in arrivals:
-                end = server.serve(np.maximum(each.at, ready), compute, each.which)
-                ended = np.where(each.which, np.maximum(ended, end), ended)
+        ended = self._compute_late(server, (ready, ended), arrivals, compute)
         if schedule.cpu_arm:
             pace = nbytes / self.machine.host.cpu_rate
             ended = np.maximum(
                 ended, state.cores[self.owner[d]].serve(ready, ram.astype(np.float64) * pace)
             )
         return np.asarray(np.where((hits + ram + nvme > 0) | (d == home), ended + exchange, ready))
+
+    def _compute_late(
+        self, server: Server, times: tuple[F64, F64], arrivals: list[_Landing], compute: float
+    ) -> F64:
+        """Compute what came late, each as it lands or all with the last; returns the end."""
+        ready, ended = times
+        if self.schedule.together:
+            last = np.maximum.reduce([ready, *(np.where(a.which, a.at, 0) for a in arrivals)])
+            many = sum((a.which.astype(float) for a in arrivals), np.zeros(len(ready)))
+            return np.maximum(ended, server.serve(last, many * compute))
+        for each in arrivals:
+            end = server.serve(np.maximum(each.at, ready), compute, each.which)
+            ended = np.where(each.which, np.maximum(ended, end), ended)
+        return ended
 
     def _arrivals(
         self, layer: int, d: int, ahead: list[_Landing], routed: list[F64]
@@ -238,29 +245,33 @@ class _Simulation:
         _, ram, nvme, _ = (part[:, layer, d] for part in self.counts)
         nbytes, route = float(self.shape.expert_bytes[layer]), routed[-1]
         drives = self.state.drives[self.owner[d]]
+        link, late = self.device.link_rate, self.soft.reads_s
+        copy = nbytes / link if link else 0.0
+        tail = copy / self.schedule.pieces  # what is left to copy when the last piece has landed
         here = np.zeros(len(route))
         for guess in ahead:
             here += guess.which
-        landings = list(ahead)
+        landings = [_Landing(guess.at + late, guess.which) for guess in ahead]
         for number in range(int(nvme.max(initial=0))):
             which = (number < nvme) & (number >= here)
             end = drives.read(route, nbytes, self.schedule.pieces, which)
-            landings.append(_Landing(end, which))
-        late = self.soft.reads_s
-        landings = [_Landing(each.at + late, each.which) for each in landings] if late else landings
-        link = self.device.link_rate
-        copy = nbytes / link if link else 0.0
-        tail = copy / self.schedule.pieces  # what is left to copy when the last piece has landed
+            landings.append(_Landing(end + late, which))
         arrivals = []
+
+        def bring(each: _Landing, rest: float) -> None:
+            at = self._copy(d, each.at, (copy, rest), each.which, nbytes)
+            arrivals.append(_Landing(at, each.which))
+
+        for guess in landings[: len(ahead)]:  # the link takes what is ready first
+            bring(_Landing(guess.at, guess.which & (guess.at <= route)), tail)
         for number in range(0 if self.schedule.cpu_arm else int(ram.max(initial=0))):
-            which = number < ram
             asked = route
             if layer and self.schedule.overlap:  # a guess needs no drive, so it may go at once
                 asked = np.where(number < self.ram_ahead[:, layer, d], routed[-2], route)
-            arrivals.append(_Landing(self._copy(d, asked, (copy, copy), which, nbytes), which))
-        for each in landings:
-            at = self._copy(d, each.at, (copy, tail), each.which, nbytes)
-            arrivals.append(_Landing(at, each.which))
+            bring(_Landing(asked, number < ram), copy)
+        for number, each in enumerate(landings):
+            after = each.which & (each.at > route) if number < len(ahead) else each.which
+            bring(_Landing(each.at, after), tail)
         return arrivals
 
     def _copy(
