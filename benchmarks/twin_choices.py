@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fomoe.routing import CacheAwareRouting
 from fomoe.sim.decode import decode
 from fomoe.sim.forecast import WARMUP, Corner, Question, Twin, corners, in_corner, upgrades
 from fomoe.sim.loads import Cache, Loads, open_residency, spread_layers
@@ -22,7 +23,7 @@ from fomoe.sim.shapes import shape_by_name
 from fomoe.types import Tier
 
 SHAPE = shape_by_name("397b-a17b")
-RULES = {"exact": 0.0, "CAR 0.35": 0.35}
+RULES = {"exact": None, "CAR 0.35": CacheAwareRouting(0.35)}
 
 
 def said(machine: Machine, twin: Twin, schedule: Schedule | None = None) -> str:
@@ -45,11 +46,11 @@ def split() -> None:
     for name in ("desktop", "two-desktops"):
         machine = find_machine(name)
         second = upgrades(machine)["a second drive like the first"]
-        for rule, car in RULES.items():
+        for name_of, rule in RULES.items():
             for title, which in ((name, machine), (f"{name}, second drive", second)):
                 for kind in ("layers", "experts"):
-                    twin = Twin(SHAPE, Question(car=car, schedule=Schedule(split=kind)))
-                    print(f"{title:28} {rule:9} split by {kind:8} predicted {said(which, twin)}")
+                    twin = Twin(SHAPE, Question(rule=rule, schedule=Schedule(split=kind)))
+                    print(f"{title:28} {name_of:9} split by {kind:8} predicted {said(which, twin)}")
 
 
 def ram() -> None:
@@ -135,15 +136,15 @@ def desktop() -> None:
     boxes = {"desktop": machine, "with a second drive":
              upgrades(machine)["a second drive like the first"]}  # fmt: skip
     for title, box in boxes.items():
-        for rule, car in RULES.items():
-            twin = Twin(SHAPE, Question(car=car))
+        for name_of, rule in RULES.items():
+            twin = Twin(SHAPE, Question(rule=rule))
             _, mid, _ = corners(box)
             by_recall = [
                 twin.outcome(box, replace(mid, recall=recall)).tokens_per_s
                 for recall in (0.0, 0.1, 0.5, 0.85)
             ]
             spread = " ".join(f"{speed:.2f}" for speed in by_recall)
-            print(f"{title:20} {rule:9} predicted {said(box, twin)}; middle by recall on misses "
+            print(f"{title:20} {name_of:9} predicted {said(box, twin)}; middle by recall on misses "
                   f"0, 0.1, 0.5, 0.85: predicted {spread}")  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import typer
 
 from fomoe.cli.options import parse_size
 from fomoe.errors import ConfigError
+from fomoe.routing import CacheAwareRouting
 from fomoe.sim.calibration import RECALLS, RowResult, calibrate, read_calibration
 from fomoe.sim.forecast import Fit, Question, Span, Twin, corners, upgrades
 from fomoe.sim.machine import Machine, find_machine, machine_files
@@ -82,8 +83,9 @@ def plan(
         _print_calibration(as_json)
         return
     machine, shape = find_machine(options.machine), options.read_shape()
+    rule = CacheAwareRouting(options.car) if options.car > 0 else None
     question = Question(
-        context=options.ctx_size, car=options.car, device_budget=options.vram_budget,
+        context=options.ctx_size, rule=rule, device_budget=options.vram_budget,
         ram_budget=options.ram_budget,
         schedule=Schedule(split="experts" if machine.nodes > 1 else "layers"),
     )  # fmt: skip

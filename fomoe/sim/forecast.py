@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import BudgetError
-from fomoe.routing import CacheAwareRouting
 from fomoe.sim.calibration import read_calibration
 from fomoe.sim.decode import decode
 from fomoe.sim.loads import (
     Cache,
     Loads,
     Replay,
+    Rule,
     exact_ids,
     replay_ids,
     replay_loads,
@@ -141,21 +141,33 @@ def fit_model(
 class Question:
     """What is asked of the twin besides machine and model.
 
-    `car` is the threshold of cache-aware routing, 0 for exact; budgets as in `fit_model`.
+    `rule` decides on experts, None for the exact ones; budgets are as in `fit_model`.
     """
 
     context: int = 4096
-    car: float = 0.0
+    rule: Rule | None = None
     device_budget: float | None = None
     ram_budget: float | None = None
     schedule: Schedule = field(default_factory=Schedule)
 
 
 class Twin:
-    """Answers about one model; traces are made once and shared by all machines."""
+    """Answers about one model; traces are made once and shared by all machines.
 
-    def __init__(self, shape: ModelShape, question: Question) -> None:
+    Args:
+        shape: the model.
+        question: what is asked.
+        scores: router scores of a text, float32 [T, L', E], of which the first `WARMUP` tokens only
+            fill the tiers; synthesised if None.
+    """
+
+    def __init__(
+        self, shape: ModelShape, question: Question,
+        scores: npt.NDArray[np.float32] | None = None,
+    ) -> None:  # fmt: skip
         self.shape, self.question = shape, question
+        if scores is not None:
+            vars(self)["_scores"] = scores
         self._loads: dict[tuple[float, float, int], Loads] = {}
         self._outcomes: dict[tuple[Machine, Corner], Outcome] = {}
 
@@ -195,12 +207,12 @@ class Twin:
         owners = machine.n_devices if self.question.schedule.split == "experts" else 1
         key = on_device, in_ram, owners
         if key not in self._loads:
-            car = self.question.car
+            rule = self.question.rule
             replay = Replay(top_k=self.shape.top_k, warmup=WARMUP, devices=owners,
                             layers=self.shape.n_layers)  # fmt: skip
             cache = Cache(device_slots=on_device, ram_slots=in_ram)
-            if car > 0:
-                found = replay_loads(self._scores, cache, CacheAwareRouting(car), replay)
+            if rule is not None:
+                found = replay_loads(self._scores, cache, rule, replay)
             else:
                 found = replay_ids(self.exact, self.shape.n_experts, cache, replay)
             self._loads[key] = found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ Counts = npt.NDArray[np.int16]
 # and 81 % (llama.cpp #27861). The sharpness gives cache-aware routing at 0.35 its 6 % of reads.
 _TOPIC, _CONTEXT = 150, 6
 _SHARPNESS = 1.2
+_UNNAMED = -40.0  # a score below any that a trace names
 
 
 class Rule(Protocol):
@@ -126,6 +127,22 @@ def replay_loads(
                 substituted += len(stand_ins)
                 in_ram += int((stand_ins == Tier.RAM).sum())
     return tiers.loads(substituted, in_ram)
+
+
+def scores_of_rows(
+    ids: npt.NDArray[np.integer[Any]], probabilities: npt.NDArray[np.floating[Any]], n_experts: int
+) -> npt.NDArray[np.float32]:
+    """Return scores float32 [T, L, E] of a recorded trace's rows [T, L, C], best first.
+
+    A score is the logarithm of the probability; experts that a row does not name are far below.
+    Ties, which half precision makes, keep the row's order.
+    """
+    n_tokens, n_layers, count = ids.shape
+    scores = np.full((n_tokens, n_layers, n_experts), _UNNAMED, np.float32)
+    logs = np.log(np.maximum(probabilities.astype(np.float32), np.float32(1e-12)))
+    logs -= np.float32(1e-5) * np.arange(count, dtype=np.float32)
+    np.put_along_axis(scores, ids.astype(np.int64), logs, axis=2)
+    return scores
 
 
 def exact_ids(scores: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.int32]:

@@ -11,6 +11,7 @@ from fomoe.sim.loads import (
     exact_ids,
     replay_ids,
     replay_loads,
+    scores_of_rows,
     spread_layers,
     synthetic_scores,
 )
@@ -83,3 +84,12 @@ def test_assumed_shares_come_out(scores):
 def test_refuses_slots_for_less_than_a_layer(scores):
     with pytest.raises(ConfigError, match="hold less"):
         replay_ids(exact_ids(scores, K), EXPERTS, Cache(device_slots=2, ram_slots=0), REPLAY)
+
+
+def test_a_recorded_row_keeps_its_order(scores):
+    ids = np.argsort(-scores, axis=2)[:, :, :64].astype(np.uint16)
+    powers = np.exp(np.take_along_axis(scores, ids.astype(int), axis=2))
+    shares = (powers / np.exp(scores).sum(axis=2, keepdims=True)).astype(np.float16)
+    again = scores_of_rows(ids, shares, EXPERTS)
+    np.testing.assert_array_equal(exact_ids(again, K), np.sort(ids[:, :, :K]))
+    assert (np.argsort(-again, axis=2)[:, :, :64] == ids).mean() > 0.999
