@@ -181,13 +181,17 @@ def _print_calibration(as_json: bool) -> None:
     typer.echo(
         f"fitted, then frozen: drive_share {fitted.drive_share:.4f}, layer_s "
         f"{1e3 * fitted.layer_s:.4f} ms; tok/s throughout\n"
-        f"{'row':32} {'measured':>11}  {'twin':28} {'off':>6}  {'own rules, own hit rates':26} "
+        f"{'row':30} {'measured':>9}  {'twin, published hit rates':28} {'off':>6}  "
+        f"{'twin, own rules on a synthesised trace (device/RAM/NVMe)':57} "
         f"if a share of misses were guessed"
     )
     for result in results:
         typer.echo(_calibration_line(result))
-    for name, source in calibration.sources.items():
-        typer.echo(f"constant {name}: {source}")
+    sources = dict(calibration.sources)
+    for name in sorted({result.row.machine for result in results}):
+        sources |= {f"{name}.{key}": why for key, why in find_machine(name).sources.items()}
+    for key, source in sources.items():
+        typer.echo(f"constant {key}: {source}")
     for result in results:
         typer.echo(f"row {result.row.name}: {result.row.source}")
 
@@ -197,14 +201,15 @@ def _calibration_line(result: RowResult) -> str:
     measured = f"{row.measured[0]:.2f}"
     if row.measured[1] != row.measured[0]:
         measured += f"-{row.measured[1]:.2f}"
-    twin = "no published hit rates"
+    twin = "(not published)"
     if result.predicted is not None:
         verb = "fitted" if row.role == "fitted" else "predicted"
         span = Span(*result.predicted)
         twin = f"{verb} {_span(dataclasses.asdict(span), '{:.2f}')}"
     little, much = result.guessed
+    shares = "/".join(f"{100 * share:.0f}" for share in result.shares[:3])
+    replayed = f"predicted {(low + high) / 2:.2f} ({low:.2f} to {high:.2f}) at {shares} %"
     return (
-        f"{row.name:32} {measured:>11}  {twin:28} {result.deviation:+6.1%}  "
-        f"{f'predicted ({low:.2f} to {high:.2f})':26} "
+        f"{row.name:30} {measured:>9}  {twin:28} {result.deviation:+6.1%}  {replayed:57} "
         f"predicted ({little:.2f} at {RECALLS[0]} to {much:.2f} at {RECALLS[1]})"
     )

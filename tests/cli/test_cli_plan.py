@@ -74,3 +74,25 @@ def test_budgets_stand_for_a_smaller_machine():
 def test_refuses_what_makes_no_sense(arguments, said):
     with pytest.raises(ConfigError, match=said):
         run(*arguments)
+
+
+def test_the_calibration_table_lists_rows_constants_and_sources(monkeypatch):
+    from fomoe.cli import plan as module
+    from fomoe.sim.calibration import RowResult, read_calibration
+
+    def instead(calibration):
+        return [
+            RowResult(row=row, predicted=(1.0, 1.1, 1.2) if row.device >= 0 else None,
+                      replayed=(1.0, 1.3), shares=(0.6, 0.1, 0.3, 0.0), guessed=(1.4, 1.5))
+            for row in calibration.rows
+        ]  # fmt: skip
+
+    monkeypatch.setattr(module, "calibrate", instead)
+    lines = run("--calibration").output.splitlines()
+    for row in read_calibration().rows:
+        assert any(line.startswith(f"row {row.name}: ") for line in lines)
+        (line,) = (line for line in lines if line.startswith(row.name))
+        assert "predicted" in line
+        assert "(1.40 at 0.1 to 1.50 at 0.85)" in line
+    assert any(line.startswith("constant desktop.drive0.rate: ") for line in lines)
+    assert any(line.startswith("constant fitted.layer_s: ") for line in lines)
