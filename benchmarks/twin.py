@@ -26,7 +26,7 @@ from synthetic.verify import trace
 from versus.quiet import Others
 
 from fomoe.cli.bench import Rates, Sizes, _decode_figures, _prefill_figures, _run_once
-from fomoe.cli.machine_file import half_of, measurements
+from fomoe.cli.machine_file import measurements, part_of
 from fomoe.cli.options import ModelOptions
 from fomoe.gguf.extents import ExpertTable
 from fomoe.llm import LLM
@@ -50,7 +50,7 @@ def main() -> None:
     ids = np.sort(trace(options.model, tokens, threads=2)[0][:-1])
     with ExitStack() as stack:
         kernels = options.kernels or options.model
-        half = half_of(ModelOptions(model=kernels, devices=",".join(limited["devices"])))
+        half = part_of(ModelOptions(model=kernels, devices=",".join(limited["devices"])), 2)
         budgets = [(None, None), (half.vram_budget, 0)]
         known = [
             stack.enter_context(

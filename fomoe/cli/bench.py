@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import typer
 
-from fomoe.cli.machine_file import half_of, write_machine
+from fomoe.cli.machine_file import part_of, write_machine
 from fomoe.cli.opening import opened, progress_bar
 from fomoe.cli.options import EngineOptions, ModelOptions
 from fomoe.engine.requests import Finished, GenerateRequest, Receipt, SamplingParams, TokenEvent
@@ -256,9 +256,11 @@ def bench(
 ) -> None:
     """Measure prefill and decode: medians, tiers, and shares of the machine's own rates."""
     memory = psutil.virtual_memory()
-    figures = _measure(model, engine, work, trace)
+    all_of = model if machine is None or model.has_budget else part_of(model, 1)
+    figures = _measure(all_of, engine, work, trace)
     if machine is not None:
-        limited = _measure(half_of(model), engine, work, False)
+        plain = dataclasses.replace(engine, prefetch=False)
+        limited = _measure(part_of(model, 2), plain, work, False)
         write_machine(machine, model.path, (figures, limited), memory.available)
     _print(figures, as_json)
 

@@ -22,11 +22,11 @@ from fomoe.storage.reader import DirectReader
 _TOKENS = 200  # of the loads that stand for the limited run
 
 
-def half_of(model: ModelOptions) -> ModelOptions:
-    """Return the options with device slots for half of the experts, and no RAM tier."""
+def part_of(model: ModelOptions, parts: int) -> ModelOptions:
+    """Return the options with device slots for all experts over `parts`, and no RAM tier."""
     table = ExpertTable.from_gguf(open_gguf(model.path))
     slots = sum(each.slot_bytes * len(each.layers) for each in table.classes) * table.n_experts
-    return replace(model, vram_budget=slots // 2 // len(model.device_names()), ram_budget=0)
+    return replace(model, vram_budget=slots // parts // len(model.device_names()), ram_budget=0)
 
 
 def write_machine(

@@ -3,7 +3,7 @@
 import pytest
 from support.tiny_gguf import write_tiny
 
-from fomoe.cli.machine_file import half_of, measurements, write_machine
+from fomoe.cli.machine_file import measurements, part_of, write_machine
 from fomoe.cli.options import ModelOptions
 from fomoe.engine.waterfall import PARTS
 from fomoe.errors import ConfigError
@@ -69,7 +69,7 @@ def test_refuses_a_run_that_read_experts(path):
 
 
 def test_half_of_the_experts_is_half_of_their_slots(path):
-    half = half_of(ModelOptions(model=path, devices="cpu,cpu"))
+    half = part_of(ModelOptions(model=path, devices="cpu,cpu"), 2)
     table = ExpertTable.from_gguf(open_gguf(path))
     slots = sum(c.slot_bytes * len(c.layers) for c in table.classes) * table.n_experts
     assert half.vram_budget == slots // 4
