@@ -83,7 +83,7 @@ def decode(llm: LLM, known: int, tokens: int) -> Block:
     """
     request = GenerateRequest(
         request_id=f"ahead-{next(NUMBERS)}", prompt=list(range(known)), max_tokens=tokens + 1,
-        forced=list(range(known, known + tokens + 1)), trace=True,
+        forced=list(range(known, known + tokens + 1)), waterfall=True,
         sampling=SamplingParams(temperature=0.0),
     )  # fmt: skip
     parts: list[list[float]] = []

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import psutil
 import typer
 
+from fomoe.cli.machine_file import part_of, write_machine
 from fomoe.cli.opening import opened, progress_bar
 from fomoe.cli.options import EngineOptions, ModelOptions, TraceOptions
 from fomoe.engine.requests import Finished, GenerateRequest, Receipt, SamplingParams, TokenEvent
@@ -278,11 +280,31 @@ def bench(
     waterfall: Annotated[
         bool, typer.Option(help="Print where each token's time went, in microseconds.")
     ] = False,
+    machine: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the machine's figures for `fomoe plan --machine FILE`."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure prefill and decode: medians, tiers, and shares of the machine's own rates."""
+    memory = psutil.virtual_memory()
+    all_of = model if machine is None or model.has_budget else part_of(model, 1)
+    figures = _measure(all_of, engine, work, recording.trace, waterfall=waterfall)
+    if machine is not None:
+        plain = dataclasses.replace(engine, prefetch=False)
+        limited = _measure(part_of(model, 2), plain, work, None, waterfall=False)
+        write_machine(machine, model.path, (figures, limited), memory.available)
+    _print(figures, as_json)
+
+
+def _measure(
+    model: ModelOptions, engine: EngineOptions, work: Work, trace: Path | None, *, waterfall: bool
+) -> dict[str, Any]:
+    """Open the model, run the work and return its figures."""
     engine = dataclasses.replace(engine, ctx_size=max(engine.ctx_size, work.tokens))
-    with opened(model, engine, trace=recording.trace) as llm, progress_bar() as progress:
+    with opened(model, engine, trace=trace) as llm, progress_bar() as progress:
         threads = llm.config.threads or len(os.sched_getaffinity(0))
         rates, sizes = Rates.measured(model.path, threads), Sizes.of(llm)
         fed = _ids(work.ids, work.tokens, llm.spec.vocab)
@@ -303,7 +325,7 @@ def bench(
         figures["decode"] = _decode_figures(receipts, sizes, rates)
     if waterfall:
         figures["waterfall"] = {"parts": PARTS, "seconds": runs[-1][1]}
-    _print(figures, as_json)
+    return figures
 
 
 def _print(figures: dict[str, Any], as_json: bool) -> None:

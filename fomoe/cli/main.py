@@ -14,6 +14,7 @@ from fomoe.cli.eval_quality import quality
 from fomoe.cli.evaluate import ppl
 from fomoe.cli.logits import logits
 from fomoe.cli.options import flattened
+from fomoe.cli.plan import plan
 from fomoe.cli.profile import profile
 from fomoe.cli.replay import replay
 from fomoe.cli.run import run
@@ -34,7 +35,7 @@ def make_app() -> typer.Typer:
         help="Runs mixture-of-experts models that are larger than VRAM + RAM.",
     )
     app.callback()(_before_any_verb)
-    for verb in (serve, run, show, logits, bench, profile, replay, stop):
+    for verb in (serve, run, show, plan, logits, bench, profile, replay, stop):
         app.command()(flattened(verb))
     evaluation = typer.Typer(no_args_is_help=True, help="Measure a model's quality.")
     evaluation.command()(flattened(ppl))
@@ -68,6 +69,6 @@ def _before_any_verb(
     # Variables stand in for options that are not given; each verb takes those that it knows.
     values = environment()
     verbs = dict.fromkeys(
-        ("serve", "run", "show", "logits", "bench", "profile", "replay", "stop"), values
+        ("serve", "run", "show", "plan", "logits", "bench", "profile", "replay", "stop"), values
     )
     context.default_map = {**verbs, "eval": dict.fromkeys(("ppl", "quality", "choices"), values)}

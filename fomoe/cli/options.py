@@ -72,7 +72,8 @@ def _parameters_of(group: Any) -> list[inspect.Parameter]:
     ]
 
 
-def _size(text: str) -> int:
+def parse_size(text: str) -> int:
+    """Parse an option that is a size; see `parse_bytes`."""
     try:
         return parse_bytes(text)
     except ConfigError as error:
@@ -103,14 +104,16 @@ class ModelOptions:
     vram_budget: Annotated[
         int | None,
         typer.Option(
-            parser=_size,
+            parser=parse_size,
             metavar="SIZE",
             help="Memory of each device, for example 12GiB; on cpu devices the expert slots.",
         ),
     ] = None
     ram_budget: Annotated[
         int | None,
-        typer.Option(parser=_size, metavar="SIZE", help="Memory of the RAM tier of each node."),
+        typer.Option(
+            parser=parse_size, metavar="SIZE", help="Memory of the RAM tier of each node."
+        ),
     ] = None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import threading
@@ -10,10 +11,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from fomoe.errors import StorageError
+from fomoe.storage.fetch import Fetch, FetchQueue
+from fomoe.storage.reader import DirectReader
+from fomoe.storage.segment import Segment
 
 _REQUEST_BYTES = 4 << 20
 _MOST_BYTES = 2 << 30
+_BURST = 4
+_READ_BOUND_S = 10.0
 
 
 def direct_read_rate(path: Path, seconds: float = 1.0, depth: int = 4) -> float:
@@ -71,3 +79,57 @@ def timed_reads(
         raise StorageError(f"{path}: {error.strerror}; check the drive with smartctl") from error
     finally:
         os.close(fd)
+
+
+def expert_read_times(reader: DirectReader, seconds: float = 1.0) -> tuple[float, float]:
+    """Measure reads of experts as a run does them: through a queue, in bursts, in random order.
+
+    Returns:
+        Seconds by which a burst of four takes longer than one of one, for each more, and the
+        seconds of the one less that: what each more costs, and what comes on top of a burst.
+
+    Raises:
+        StorageError: a read failed.
+    """
+    table = reader.table
+    slot_bytes = max(table.slot_bytes(layer) for layer in table.layers)
+    rng, landed, errors = np.random.default_rng(0), threading.Semaphore(0), list[StorageError]()
+
+    def on_landed(_: Fetch, error: StorageError | None) -> None:
+        if error is not None:
+            errors.append(error)
+        landed.release()
+
+    counter = itertools.count(1)
+    with Segment.create(_BURST * slot_bytes) as segment:
+        queue = FetchQueue(reader, segment, on_landed)
+
+        def burst(size: int) -> float:
+            layers = rng.choice(np.array(table.layers), size).tolist()
+            fetches = [
+                Fetch(
+                    slot=i,
+                    address=i * slot_bytes,
+                    generation=next(counter),
+                    layer=layer,
+                    expert=int(rng.integers(table.n_experts)),
+                )
+                for i, layer in enumerate(layers)
+            ]
+            started = time.perf_counter()
+            queue.submit(fetches)
+            for _ in fetches:
+                if not landed.acquire(timeout=_READ_BOUND_S):
+                    raise StorageError(f"a read took longer than {_READ_BOUND_S} s")
+            return time.perf_counter() - started
+
+        deadline, singles, bursts = time.monotonic() + seconds, [burst(1)], [burst(_BURST)]
+        while time.monotonic() < deadline:
+            singles.append(burst(1))
+            bursts.append(burst(_BURST))
+        queue.close()
+    if errors:
+        raise errors[0]
+    one, many = float(np.mean(singles)), float(np.mean(bursts))
+    each = max((many - one) / (_BURST - 1), 1e-7)
+    return each, max(0.0, one - each)

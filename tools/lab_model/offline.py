@@ -12,9 +12,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from fomoe.evaluation.statistics import estimate_mean, estimate_ratio
 
 from fomoe.engine.decisions import Decider
+from fomoe.evaluation.statistics import estimate_mean, estimate_ratio
 from fomoe.residency.logical import LogicalCaches, LogicalRules
 from fomoe.routing.rules import ExactRouting
 from fomoe.sim.belady import belady_misses

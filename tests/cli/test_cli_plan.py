@@ -1,0 +1,98 @@
+import json
+import re
+
+import pytest
+from support.tiny_gguf import write_tiny
+from typer.testing import CliRunner
+
+from fomoe.cli.main import make_app
+from fomoe.errors import ConfigError
+
+
+def run(*arguments):
+    return CliRunner().invoke(make_app(), ["plan", *arguments], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("machine", ["desktop", "original-1gpu", "rtx3060-64gb", "two-desktops"])
+def test_a_model_without_a_file_is_planned_on_every_machine(machine):
+    result = run("--shape", "397b-a17b", "--machine", machine, "--json")
+    figures = json.loads(result.output)
+    said = figures["predicted"]
+    speed = said["tokens_per_s"]
+    assert 2 < speed["low"] < speed["mid"] < speed["high"] < 30
+    assert set(said["prompt_s"]) == {"512", "4096"}
+    assert said["binds"] in {"drive", "link", "device", "memory"}
+    assert sum(said["hits"][tier]["mid"] for tier in ("device", "ram", "nvme")) == pytest.approx(1)
+    assert "32 GB more RAM" in said["upgrades_tokens_per_s"]
+
+
+def test_every_line_with_a_figure_of_the_twin_says_predicted_and_its_range():
+    lines = run("--shape", "397b-a17b").output.splitlines()
+    for line in lines:
+        if re.match("decode|hits|binds|prompt|upgrade", line):
+            assert "predicted" in line
+            assert re.search(r"\(.+ to .+\)", line)
+    assert sum("predicted" in line for line in lines) >= 8
+
+
+def test_cache_aware_routing_reads_less_and_is_faster():
+    exact, car = (
+        json.loads(run("--shape", "397b-a17b", "--car", car, "--json").output)["predicted"]
+        for car in ("0", "0.35")
+    )
+    assert car["hits"]["nvme"]["mid"] < 0.5 * exact["hits"]["nvme"]["mid"]
+    assert car["tokens_per_s"]["mid"] > 1.2 * exact["tokens_per_s"]["mid"]
+
+
+def test_a_file_is_planned_from_its_header(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_tiny(path)
+    figures = json.loads(run(str(path), "--json").output)
+    assert figures["predicted"]["hits"]["device"]["mid"] == 1
+    assert figures["fit"]["ram_slots"] == 0
+
+
+def test_budgets_stand_for_a_smaller_machine():
+    small = json.loads(
+        run("--shape", "35b-a3b", "--vram-budget", "2GB", "--ram-budget", "1GB", "--json").output
+    )
+    whole = json.loads(run("--shape", "35b-a3b", "--json").output)
+    assert small["fit"]["device_slots"] < 0.3 * whole["fit"]["device_slots"]
+    assert small["predicted"]["hits"]["nvme"]["mid"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "one of them"),
+        (("x.gguf", "--shape", "397b-a17b"), "one of them"),
+        (("--shape", "1t"), "397b-a17b"),
+        (("--shape", "397b-a17b", "--machine", "phone"), "desktop"),
+        (("--shape", "397b-a17b", "--ctx-size", "900000"), "bytes needed"),
+    ],
+)
+def test_refuses_what_makes_no_sense(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        run(*arguments)
+
+
+def test_the_calibration_table_lists_rows_constants_and_sources(monkeypatch):
+    from fomoe.cli import plan as module
+    from fomoe.sim.calibration import RowResult, read_calibration
+
+    def instead(calibration):
+        return [
+            RowResult(row=row, predicted=(1.0, 1.1, 1.2) if row.device >= 0 else None,
+                      replayed=(1.0, 1.3), shares=(0.6, 0.1, 0.3, 0.0), guessed=(1.4, 1.5))
+            for row in calibration.rows
+        ]  # fmt: skip
+
+    monkeypatch.setattr(module, "calibrate", instead)
+    lines = run("--calibration").output.splitlines()
+    for row in read_calibration().rows:
+        assert any(line.startswith(f"row {row.name}: ") for line in lines)
+        (line,) = (line for line in lines if line.startswith(row.name))
+        assert "predicted" in line
+        assert "(1.40 at 0.1 to 1.50 at 0.85)" in line
+    assert any(line.startswith("constant desktop.drive0.rate: ") for line in lines)
+    assert any(line.startswith("constant fitted.layer_s: ") for line in lines)
