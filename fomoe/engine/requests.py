@@ -85,8 +85,8 @@ class TokenEvent:
     """One generated token.
 
     `top` holds (token id, log probability), best first; `parts_s` where the token's time went, by
-    `waterfall.PARTS`, where the request asked for a waterfall. `logits` is the row that the token was
-    chosen from, float32 [V] little-endian before penalties, where the request asked for it.
+    `waterfall.PARTS`, and `logits` the row that the token was chosen from, float32 [V]
+    little-endian before penalties, where the request asked for them.
     """
 
     request_id: str
