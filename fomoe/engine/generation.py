@@ -81,6 +81,7 @@ class Generation:
         self._contract = Contract(quality, routing.shadow_every, routing.sensitivities)
         sequence.hold(self._contract.rule)
         sequence.decoding = False
+        forward.experts.follow(None if sequence.exact else sequence.logical)
         self._shadow: Shadow | None = None
         meter.start(quality, cached=self._cached)
         self._processed = self._cached
