@@ -1,6 +1,6 @@
 """Cost of the decisions of a decode step, per layer: routing, residency, segment, look-ahead.
 
-A synthetic trace of 512 experts, top-10 (`fomoe.residency.replay`), 60 layers that share their
+A synthetic trace of 512 experts, top-10 (`fomoe.traces.synthetic`), 60 layers that share their
 pools: exclusive RAM, LFRU, one token at a time. Guesses for the next layer are its true experts but
 for one in five.
 
@@ -30,7 +30,6 @@ from fomoe.engine.waves import Priorities, StepArrays, WaveLayout, WavePlanner
 from fomoe.model.state import Batch
 from fomoe.residency import LFRU, LogicalCache, LogicalCaches, LogicalRules, Residency, Topology
 from fomoe.residency.reference import ReferenceResidency
-from fomoe.residency.replay import synthetic_trace
 from fomoe.routing import (
     CacheAwareRouting,
     DropRouting,
@@ -42,6 +41,7 @@ from fomoe.routing import (
     route_exact,
 )
 from fomoe.routing.router import softmax
+from fomoe.traces import synthetic_ids
 
 E, K, EXPERT_BYTES = 512, 10, 7_077_888
 SWEEP_BYTES = 48 << 20  # more than a third-level cache
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--ram", type=int, default=36)
     args = parser.parse_args()
     t = topology(args.layers, args.device, args.ram)
-    trace = synthetic_trace(args.tokens, args.layers, seed=0)
+    trace = synthetic_ids(args.tokens, args.layers, seed=0)
     results: dict[str, Any] = {}
     for name, modes in CASES.items():
         part = trace[: len(trace) // 3] if modes["cold"] else trace

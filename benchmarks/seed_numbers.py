@@ -148,12 +148,12 @@ def served(llm: LLM) -> Iterator[str]:
             thread.join(30)
 
 
-def decode(llm: LLM, first: int, warm: int, tokens: int, car: float) -> Receipt:
+def decode(llm: LLM, first: int, warm: int, tokens: int, quality: str) -> Receipt:
     """Run ids `first`.. exactly as a prompt of `warm`, then `tokens` of them one by one."""
     request = GenerateRequest(
         request_id=f"seed-{next(NUMBERS)}", prompt=list(range(first, first + warm)),
-        quality=f"car={car}" if car else "exact",
-        max_tokens=tokens + 1, forced=list(range(first + warm, first + warm + tokens + 1)),
+        quality=quality, max_tokens=tokens + 1,
+        forced=list(range(first + warm, first + warm + tokens + 1)),
         sampling=SamplingParams(temperature=0.0),
     )  # fmt: skip
     for event in llm.engine.stream(request):
@@ -194,11 +194,12 @@ def main() -> None:
         ctx_size=args.warm + args.tokens + 2, address="local",
     ) as llm, served(llm) as url:  # fmt: skip
         print(llm.plan_text())
-        for number, (name, car) in enumerate((("exact", 0.0), ("car", args.car))):
+        contracts = {"exact": "exact", "car": f"car={args.car:g}"}
+        for number, (name, quality) in enumerate(contracts.items()):
             first = number * (args.warm + args.tokens + 1)
             began = time.monotonic()
             with Watch(url, name, args.period) as watch:
-                receipt = decode(llm, first, args.warm, args.tokens, car)
+                receipt = decode(llm, first, args.warm, args.tokens, quality)
             shares = watch.samples[-1]
             print(f"{name}: {line(shares)}")
             result[name] = {

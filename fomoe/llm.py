@@ -19,6 +19,7 @@ from fomoe.actors.cluster import Cluster, niceness_hint
 from fomoe.actors.names import DRIVER, STORAGE
 from fomoe.actors.supervisor import Supervisor
 from fomoe.config import Budgets, EngineConfig, RoutingConfig, default_model, parse_bytes
+from fomoe.engine.fill import read_profile
 from fomoe.engine.plan import resolve
 from fomoe.engine.requests import (
     Finished,
@@ -95,7 +96,13 @@ class LLM:
         self.spec = read_spec(self.file)
         table = ExpertTable.from_gguf(self.file, self.spec.n_layers)
         free = psutil.virtual_memory().available
-        self.config = resolve(replace(config, model=config.model.resolve()), table, self.spec, free)
+        # Actors have working directories of their own.
+        trace = None if config.trace is None else config.trace.absolute()
+        profile = None if config.profile is None else config.profile.absolute()
+        config = replace(config, model=config.model.resolve(), trace=trace, profile=profile)
+        if profile is not None:  # what is wrong with it is told before anything starts
+            read_profile(profile, self.spec.n_layers, self.spec.moe.n_experts)
+        self.config = resolve(config, table, self.spec, free)
         self.tokenizer = Tokenizer.from_gguf(self.file.metadata)
         self.cluster = Cluster(address)
         try:

@@ -61,7 +61,7 @@ class FomoeStorage(StorageActor):
         return self.name
 
 
-_CLASSES = {"driver": FomoeDriver, "gpu": FomoeGPU, "storage": FomoeStorage}
+_CLASSES: dict[str, type] = {"driver": FomoeDriver, "gpu": FomoeGPU, "storage": FomoeStorage}
 
 
 class RayHandle:
@@ -85,7 +85,8 @@ class Cluster:
     """A connection to a Ray cluster, started here where none was found.
 
     `address` None looks for a running cluster first. A cluster that was there before is left as
-    it was; one that was started here ends with `close`.
+    it was; one that was started here ends with `close`. `classes` are what each role runs, for
+    those who put a faulty one in its place.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -97,6 +98,7 @@ class Cluster:
         import ray
 
         self._ray = ray
+        self.classes = dict(_CLASSES)
         self.is_local = False
         logging.getLogger("ray").setLevel(logging.WARNING)
         self._is_callers = ray.is_initialized()
@@ -139,7 +141,7 @@ class Cluster:
 
         def spawn(role: str, process: str, box: int) -> Handle:
             strategy = NodeAffinitySchedulingStrategy(node_ids[box], soft=False)
-            kind = ray.remote(_CLASSES[role])
+            kind = ray.remote(self.classes[role])
             options = kind.options(
                 name=f"{name}-{process}", namespace=NAMESPACE, num_cpus=0, max_restarts=0,
                 max_task_retries=0, scheduling_strategy=strategy,

@@ -53,7 +53,7 @@ class TieredExperts:
         self.residency = residency
         self.fabric = fabric
         self._nodes: list[NodeLink] = links.nodes
-        self._governor = governor
+        self.governor = governor
         self._guesses = [0] * topology.n_layers  # asked for, until the layer's step
         self._top_k = arena.top_k
         self._home: list[DeviceLink] = [links.devices[d] for d in topology.layer_device]
@@ -125,7 +125,7 @@ class TieredExperts:
     @property
     def guess_depth(self) -> int:
         """For how many of the next layers a decode step is to call `look_ahead` now."""
-        return self._governor.depth
+        return self.governor.depth
 
     def look_ahead(self, layer: int, scores: F32, depth: int = 1) -> None:
         """Load what `layer`, `depth` further on, will want, behind all demand; never waits."""
@@ -168,7 +168,7 @@ class TieredExperts:
                 step.under_way = False
                 if step.layer:  # nobody can guess for the first
                     took_s = self._answered - self._asked
-                    self._governor.step(
+                    self.governor.step(
                         self._window_s, took_s, step.waited_s, step.reads, step.guessed
                     )
                 return step.buffer.rows(step.tokens)[1]
@@ -246,7 +246,7 @@ class TieredExperts:
         self._forget_step()
         self._step_id += 1
         if layer == 0:
-            self._governor.token()
+            self.governor.token()
         step = self._steps[self._home[layer].name][self._step_id % StepArena.BUFFERS]
         step.id, step.layer, step.tokens, step.decoding = self._step_id, layer, len(h), decoding
         step.under_way, step.waited_s = True, 0.0
@@ -373,9 +373,8 @@ class TieredExperts:
                 self._planner.forget(key)
             cost = int(self.expert_bytes[layer])
             self.counters.nvme_bytes -= cost
-            was_guess = self._governor.refund(layer, expert, cost)
-            self.counters.guesses_dropped += was_guess
-            if was_guess:
+            if self.governor.refund(layer, expert, cost):
+                self.counters.prefetched_dropped += 1
                 self.counters.prefetch_bytes -= cost
             elif self.background[layer, expert]:
                 self.counters.background_bytes -= cost

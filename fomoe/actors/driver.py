@@ -16,12 +16,13 @@ from fomoe.actors.step import DeviceLink, Links, NodeLink, StepBuffer
 from fomoe.actors.wire import MessagePort
 from fomoe.config import EngineConfig
 from fomoe.engine.ahead import AheadArrays, Governor
-from fomoe.engine.fill import fill_order
+from fomoe.engine.fill import PROFILE_TOKENS, fill_order, read_profile
 from fomoe.engine.forward import Forward
 from fomoe.engine.generation import Generation, check_request
 from fomoe.engine.local import sequence_logits
 from fomoe.engine.meter import Meter
 from fomoe.engine.plan import EnginePlan, make_plan
+from fomoe.engine.recorder import Recorder
 from fomoe.engine.requests import EngineStatus, Finished, GenerateRequest, Receipt
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.series import engine_series, tier_bytes
@@ -41,6 +42,7 @@ from fomoe.model.archs import read_spec
 from fomoe.model.layers import DenseModel
 from fomoe.quality import Quality
 from fomoe.residency import LFRU, LRU, Residency
+from fomoe.traces import TraceFacts, TraceWriter
 
 _PRELOAD_STALL_S = 60.0
 _ROWS_PER_MESSAGE = 64
@@ -58,6 +60,7 @@ class DriverActor(FabricMember):
         self._cancelled = False  # the request under way, in the middle of a pass
         self._in_pass = False
         self._rate = 0.0
+        self._recorder: Recorder | None = None
 
     def open(self, config: dict[str, Any], device_node: list[int], threads: int) -> None:
         """Read the dense weights, reserve the sequences' state; experts are not touched."""
@@ -69,6 +72,9 @@ class DriverActor(FabricMember):
             ExpertTable.from_gguf(file, self._spec.n_layers), self._spec, self._config,
             tuple(device_node),
         )  # fmt: skip
+        path = self._config.profile
+        shape = self._spec.n_layers, self._spec.moe.n_experts
+        self._frequencies = None if path is None else read_profile(path, *shape)
         int8 = self._config.activations == "int8"
         count = self._spec.n_layers
 
@@ -81,8 +87,20 @@ class DriverActor(FabricMember):
         )  # fmt: skip
         self._sequence = Sequence(
             self._spec, self._config.ctx_size, self._config.kv_dtype,
-            self._plan.logical_rules(self._config.routing),
+            self._plan.logical_rules(self._config.routing), self._frequencies,
         )  # fmt: skip
+        self._recorder = self._open_recorder()
+
+    def _open_recorder(self) -> Recorder | None:
+        config, spec, table = self._config, self._spec, self._plan.table
+        if config.trace is None:
+            return None
+        facts = TraceFacts(
+            model=config.model.stem, n_layers=spec.n_layers, n_experts=spec.moe.n_experts,
+            top_k=spec.moe.top_k,
+            expert_bytes=tuple(table.expert_bytes(layer) for layer in range(spec.n_layers)),
+        )  # fmt: skip
+        return Recorder(TraceWriter(config.trace, facts), config.prefill_chunk)
 
     def start(self) -> None:
         """Begin to fill the tiers and then to serve; `progress` tells how far it is."""
@@ -91,6 +109,7 @@ class DriverActor(FabricMember):
         # Where every expert has a slot there is nothing to read ahead.
         prefetch = self._config.prefetch and not self._plan.holds_all
         self._forward = Forward(self._model, self._experts, prefetch=prefetch)
+        self._forward.recorder = self._recorder
         emulated = all(name.startswith("cpu") for name in self._config.devices)
         self._meter = Meter(
             self._experts.counters, self._forward.brain.loss, self._forward.watch,
@@ -143,7 +162,10 @@ class DriverActor(FabricMember):
 
     def _fill(self) -> None:
         """Load experts into free slots until they are full, before anyone waits for a token."""
-        placements = self._experts.residency.fill(fill_order(self._plan.topology))
+        residency, frequencies = self._experts.residency, self._frequencies
+        if frequencies is not None:
+            residency.warm(frequencies, PROFILE_TOKENS)
+        placements = residency.fill(fill_order(self._plan.topology, frequencies))
         wanted, landed = self._experts.preload(placements), 0
         moved = time.monotonic()
         while landed < wanted:
@@ -294,6 +316,10 @@ class DriverActor(FabricMember):
         receipt = self._meter.receipt(sequence.logical.hash)
         self._client.send(Finished(request_id=request.request_id, reason="length", receipt=receipt))
 
+    def reach(self, depth: int) -> None:
+        """Let decode look so many layers ahead from the next token on; to compare ways."""
+        self._experts.governor.reach(depth)
+
     def status(self) -> EngineStatus:
         """Return the present state and the running totals under their metric names."""
         return EngineStatus(
@@ -326,3 +352,5 @@ class DriverActor(FabricMember):
         """End the loop after the present step."""
         if self._loop is not None:
             self._loop.stop()
+        if self._recorder is not None:
+            self._recorder.close()

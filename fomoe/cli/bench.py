@@ -21,7 +21,7 @@ import numpy as np
 import typer
 
 from fomoe.cli.opening import opened, progress_bar
-from fomoe.cli.options import EngineOptions, ModelOptions
+from fomoe.cli.options import EngineOptions, ModelOptions, TraceOptions
 from fomoe.engine.requests import Finished, GenerateRequest, Receipt, SamplingParams, TokenEvent
 from fomoe.engine.waterfall import PARTS
 from fomoe.errors import ConfigError, EngineError, StorageError
@@ -105,12 +105,12 @@ def _ids(source: Path | None, count: int, vocab: int) -> list[int]:
 
 
 def _run_once(
-    llm: LLM, name: str, prompt: list[int], forced: list[int], trace: bool
+    llm: LLM, name: str, prompt: list[int], forced: list[int], waterfall: bool
 ) -> tuple[Receipt, list[list[float]]]:
     """Run one request that feeds `forced` after the prompt; returns receipt and token parts."""
     request = GenerateRequest(
-        request_id=name, prompt=prompt, max_tokens=len(forced), forced=forced, trace=trace,
-        sampling=SamplingParams(temperature=0.0),
+        request_id=name, prompt=prompt, max_tokens=len(forced), forced=forced,
+        waterfall=waterfall, sampling=SamplingParams(temperature=0.0),
     )  # fmt: skip
     parts: list[list[float]] = []
     for event in llm.engine.stream(request):
@@ -274,14 +274,15 @@ def bench(
     model: ModelOptions,
     engine: EngineOptions,
     work: Work,
-    trace: Annotated[
+    recording: TraceOptions,
+    waterfall: Annotated[
         bool, typer.Option(help="Print where each token's time went, in microseconds.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure prefill and decode: medians, tiers, and shares of the machine's own rates."""
     engine = dataclasses.replace(engine, ctx_size=max(engine.ctx_size, work.tokens))
-    with opened(model, engine) as llm, progress_bar() as progress:
+    with opened(model, engine, trace=recording.trace) as llm, progress_bar() as progress:
         threads = llm.config.threads or len(os.sched_getaffinity(0))
         rates, sizes = Rates.measured(model.path, threads), Sizes.of(llm)
         fed = _ids(work.ids, work.tokens, llm.spec.vocab)
@@ -289,7 +290,7 @@ def bench(
         runs, before = [], llm.read_stats()
         for number in range(work.repetitions + 1):
             parts = fed[: work.prompt], fed[work.prompt :]
-            runs.append(_run_once(llm, f"bench-{number}", *parts, trace))
+            runs.append(_run_once(llm, f"bench-{number}", *parts, waterfall))
             progress.advance(task)
         reads = {name: value - before[name] for name, value in llm.read_stats().items()}
     receipts = [receipt for receipt, _ in runs[1:]]
@@ -300,8 +301,8 @@ def bench(
     }  # fmt: skip
     if work.generate:
         figures["decode"] = _decode_figures(receipts, sizes, rates)
-    if trace:
-        figures["trace"] = {"parts": PARTS, "seconds": runs[-1][1]}
+    if waterfall:
+        figures["waterfall"] = {"parts": PARTS, "seconds": runs[-1][1]}
     _print(figures, as_json)
 
 
@@ -311,9 +312,9 @@ def _print(figures: dict[str, Any], as_json: bool) -> None:
         return
     for line in _lines(figures):
         typer.echo(line)
-    if "trace" not in figures:
+    if "waterfall" not in figures:
         return
     typer.echo("token  " + "  ".join(f"{part:>8}" for part in (*PARTS, "wall")))
-    for number, parts in enumerate(figures["trace"]["seconds"]):
+    for number, parts in enumerate(figures["waterfall"]["seconds"]):
         cells = (f"{1e6 * value:8.0f}" for value in (*parts, sum(parts)))
         typer.echo(f"{number:5}  " + "  ".join(cells))

@@ -50,6 +50,7 @@ def llm_arguments(model: ModelOptions, engine: EngineOptions) -> dict[str, Any]:
             shadow_every=engine.shadow_every,
             sensitivities=() if profile is None else read_sensitivities(profile),
         ),
+        "profile": engine.profile,
         "ctx_size": engine.ctx_size,
         "threads": engine.threads,
         "kv_dtype": engine.kv_dtype,

@@ -167,6 +167,14 @@ class EngineOptions:
             "Default: what the budgets hold.",
         ),
     ] = None
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Frequencies of experts, from fomoe profile: the most frequent are in memory "
+            "from the start.",
+        ),
+    ] = None
     logical_eviction: Annotated[
         LogicalEviction,
         typer.Option(
@@ -258,6 +266,19 @@ class EngineOptions:
         if self.car is not None:
             return car_quality(self.car)
         return self.quality or Quality()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceOptions:
+    """What is kept of the router's decisions."""
+
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Append what the router said for each token to FILE, for `fomoe replay`.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

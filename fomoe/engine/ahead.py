@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fomoe.errors import ConfigError
 from fomoe.storage.fetch import PREFETCH_PIECE_BYTES
 
 DEPTHS, LEVELS = 2, 8
@@ -87,6 +88,12 @@ class Governor:
     def _clear(self) -> None:
         self._layers = self._waits = self._used = self._reads = 0
         self._window_s = self._stall_s = self._took_s = self._read_s = 0.0
+
+    def reach(self, depth: int) -> None:
+        """Look at most so many layers ahead from now on, 0 to 2."""
+        if not 0 <= depth <= DEPTHS:
+            raise ConfigError(f"looking {depth} layers ahead: choose 0 to {DEPTHS}")
+        self.depth = self._most = depth
 
     def refund(self, layer: int, expert: int, nbytes: int) -> bool:
         """A prefetch was never read; returns whether it was a guess of a decode step.

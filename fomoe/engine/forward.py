@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from fomoe.engine.brain import Brain
 from fomoe.engine.experts import ExpertHost
+from fomoe.engine.recorder import Recorder
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.waterfall import Lap, Stopwatch
 from fomoe.model.buffers import F32
@@ -15,7 +16,10 @@ from fomoe.model.state import Batch
 
 
 class Forward:
-    """Runs batches through the model; where experts lie is the host's business."""
+    """Runs batches through the model; where experts lie is the host's business.
+
+    `recorder`, where there is one, gets the router's scores of every pass.
+    """
 
     def __init__(self, model: DenseModel, experts: ExpertHost, *, prefetch: bool) -> None:
         self.model = model
@@ -23,6 +27,7 @@ class Forward:
         self.brain = Brain(model.spec.moe.top_k)
         self.watch = Stopwatch()
         self.prefetch = prefetch
+        self.recorder: Recorder | None = None
 
     def step(self, batch: Batch, sequences: tuple[Sequence, ...]) -> F32:
         """Return the last residual stream [T, D]; sequences have advanced by their tokens.
@@ -31,6 +36,7 @@ class Forward:
         for and the shared expert runs here. `finish` is the one place that can wait.
         """
         model, experts, watch = self.model, self.experts, self.watch
+        recorder = self.recorder
         ahead = self.prefetch and all(sequence.decoding for sequence in sequences)
         watch.start()
         x = model.embed(batch)
@@ -41,6 +47,8 @@ class Forward:
             self._begin(layer, h, scores, batch, sequences)
             if ahead:
                 self._look_ahead(layer, x)
+            if recorder is not None:
+                recorder.take(layer, scores)
             watch.lap(Lap.BRAIN)
             shared = model.shared(layer, h)
             watch.lap(Lap.DENSE)
@@ -83,6 +91,7 @@ class Forward:
     def step_serial(self, batch: Batch, sequences: tuple[Sequence, ...]) -> F32:
         """The same pass with nothing overlapped and nothing prefetched; gives the same bits."""
         model, experts, watch = self.model, self.experts, self.watch
+        recorder = self.recorder
         watch.start()
         x = model.embed(batch)
         for layer in range(model.spec.n_layers):
@@ -90,6 +99,8 @@ class Forward:
             h, scores = model.scores(layer, x)
             watch.lap(Lap.DENSE)
             self._begin(layer, h, scores, batch, sequences)
+            if recorder is not None:
+                recorder.take(layer, scores)
             watch.lap(Lap.BRAIN)
             routed = experts.finish()
             watch.lap(Lap.AWAIT)

@@ -14,6 +14,7 @@ from fomoe.engine.contract import Contract
 from fomoe.engine.forward import Forward
 from fomoe.engine.meter import Meter
 from fomoe.engine.prefill import prefill
+from fomoe.engine.recorder import Recorder
 from fomoe.engine.requests import (
     Event,
     Finished,
@@ -31,6 +32,7 @@ from fomoe.model.buffers import F32
 from fomoe.model.layers import HEAD_ROWS
 from fomoe.model.state import Batch
 from fomoe.quality import parse_quality
+from fomoe.traces import Passage
 
 PROGRESS_S = 0.25  # between two progress events inside a chunk
 
@@ -84,6 +86,8 @@ class Generation:
         forward.experts.follow(None if sequence.exact else sequence.logical)
         self._shadow: Shadow | None = None
         meter.start(quality, cached=self._cached)
+        recorder = forward.recorder
+        self._trace_number = 0 if recorder is None else recorder.new_sequence()
         self._processed = self._cached
         self._started = self._reported = time.monotonic()
 
@@ -160,8 +164,19 @@ class Generation:
             hidden = forward.step(batch, (sequence,))
         else:
             hidden = prefill(forward, batch, (sequence,), self._on_layer)
+        if forward.recorder is not None:
+            self._record(forward.recorder, tokens)
         sequence.tokens.extend(tokens)
         return hidden
+
+    def _record(self, recorder: Recorder, tokens: list[int]) -> None:
+        sequence, request = self._sequence, self.request
+        passage = Passage(
+            sequence=self._trace_number, tokens=tokens, position=len(sequence.tokens),
+            label=request.request_id, domain=request.domain, is_prompt=not sequence.decoding,
+            hash=sequence.logical.hash,
+        )  # fmt: skip
+        recorder.write(passage)
 
     def _on_layer(self, layer: int) -> None:
         """Report a long chunk's progress: the layers done count as so many of its tokens."""
@@ -243,7 +258,7 @@ class Generation:
                 token=token,
                 logprob=own,
                 top=top,
-                parts_s=list(self._meter.token_parts) if request.trace else [],
+                parts_s=list(self._meter.token_parts) if request.waterfall else [],
             )
         ]
         full = position + 1 > self._sequence.state.ctx_size

@@ -17,11 +17,11 @@ from fomoe.routing.price import NANO
 class HostCounters:
     """Running totals of an expert host; activations are (layer, token, expert) triples.
 
-    `prompt_*` are the activations of prefill steps, the others those of decode steps. `guesses`
-    are the prefetches of decode steps: asked for, wanted by the layer that they were for, and
-    dropped before their read began; `prefetch_*` count those of prompts, too. Of `nvme_bytes`, all
-    that was read, `prompt_bytes` were read by prompts, `prefetch_bytes` ahead of the router,
-    `background_bytes` for what was wanted earlier and `shadow_bytes` by shadow steps.
+    `prompt_*` are the activations of prefill steps, the others those of decode steps. Of
+    `nvme_bytes`, all that was read, `prompt_bytes` were read by prompts, `prefetch_bytes` ahead of
+    the router, `background_bytes` for what was wanted earlier and `shadow_bytes` by shadow steps.
+    `prefetched` are the prefetches of decode steps: asked for, `_used` by the step that they were
+    for, `_dropped` before their read began; `prefetch_*` count those of prompts, too.
     """
 
     hits_device: int = 0
@@ -33,18 +33,18 @@ class HostCounters:
     nvme_bytes: int = 0
     ram_bytes: int = 0
     demoted_bytes: int = 0
+    substitutes_device: int = 0
+    substitutes_ram: int = 0
+    substitutes_nvme: int = 0
     prompt_bytes: int = 0
     prefetch_bytes: int = 0
     background_bytes: int = 0
     shadow_bytes: int = 0
-    substitutes_device: int = 0
-    substitutes_ram: int = 0
-    substitutes_nvme: int = 0
     prefetch_issued: int = 0
     prefetch_used: int = 0
-    guesses: int = 0
-    guesses_used: int = 0
-    guesses_dropped: int = 0
+    prefetched: int = 0
+    prefetched_used: int = 0
+    prefetched_dropped: int = 0
     stall_s: float = 0.0
     compute_s: float = 0.0
 
@@ -187,9 +187,6 @@ class Meter:
             prompt_ms=(start - self._t0) * 1e3,
             generated_tokens=self._generated,
             generated_ms=(now - start) * 1e3,
-            prefetched=b.guesses - a.guesses,
-            prefetched_used=b.guesses_used - a.guesses_used,
-            prefetched_dropped=b.guesses_dropped - a.guesses_dropped,
             stall_ms=(b.stall_s - a.stall_s) * 1e3,
             price=self.price,
             mode=str(self._quality),

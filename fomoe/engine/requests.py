@@ -38,7 +38,7 @@ class GenerateRequest:
     of alternatives per emitted token (-1: none at all, 0: only the token's own). `echo` asks for
     `PromptLogprobs` of the prompt's own tokens before the first token. `quality` is a
     contract's text in place of the engine's default (see `fomoe.quality`).
-    `trace` asks for each token's `parts_s`.
+    `waterfall` asks for each token's `parts_s`. `domain` says what kind of text it is, for traces.
     `forced` are emitted and fed in place of the first sampled tokens: a benchmark's text.
     """
 
@@ -51,7 +51,8 @@ class GenerateRequest:
     logprobs: int = -1
     echo: bool = False
     quality: str | None = None
-    trace: bool = False
+    waterfall: bool = False
+    domain: str = ""
     forced: list[int] = field(default_factory=list)
 
 
@@ -80,7 +81,7 @@ class TokenEvent:
     """One generated token.
 
     `top` holds (token id, log probability), best first; `parts_s` where the token's time went, by
-    `waterfall.PARTS`, where the request asked for a trace.
+    `waterfall.PARTS`, where the request asked for a waterfall.
     """
 
     request_id: str

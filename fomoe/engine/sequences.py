@@ -20,13 +20,19 @@ class Sequence:
     place of the rule's own; None is exact. It never acts in prefill. `reads` int64 [L] counts what
     the last such step read, by its logical cache.
     `decoding` says whether the next step is a decode step. `lossy` stays set once a substituted
-    expert may have touched the state, so that no exact request continues from it.
+    expert may have touched the state, so that no exact request continues from it. Its logical
+    cache begins as `frequencies` float32 [L, E] say, where they are given.
     """
 
-    def __init__(self, spec: ModelSpec, ctx_size: int, kv_dtype: str, rules: LogicalRules) -> None:
+    def __init__(
+        self, spec: ModelSpec, ctx_size: int, kv_dtype: str, rules: LogicalRules,
+        frequencies: F32 | None = None,
+    ) -> None:  # fmt: skip
         self.state = SequenceState(spec, ctx_size, kv_dtype)
         self.logical = LogicalCache(spec.n_layers, spec.moe.n_experts, rules)
-        self._nothing = self.logical.snapshot()
+        if frequencies is not None:
+            self.logical.caches.warm(frequencies)
+        self._fresh = self.logical.snapshot()
         self.tokens: list[int] = []
         self.decider: Decider | None = None
         self.prices: F32 | None = None
@@ -38,7 +44,7 @@ class Sequence:
     def reset(self) -> None:
         """Forget the text; memory stays reserved."""
         self.state.reset()
-        self.logical.restore(self._nothing)
+        self.logical.restore(self._fresh)
         self.tokens.clear()
         self.hold(ExactRouting())
         self.decoding = False

@@ -210,8 +210,8 @@ class WavePlanner:
             totals.substitutes_device += on_device
             totals.substitutes_ram += in_ram
             totals.substitutes_nvme += in_file
-            totals.guesses += issued
-            totals.guesses_used += guessed
+            totals.prefetched += issued
+            totals.prefetched_used += guessed
         else:
             totals.prompt_hits_device += device
             totals.prompt_hits_ram += ram

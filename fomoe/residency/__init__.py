@@ -14,6 +14,7 @@ from fomoe.residency.logical import (
 )
 from fomoe.residency.plans import Fetch, Placement, Plan
 from fomoe.residency.policy import LFRU, LRU, EvictionPolicy, History
+from fomoe.residency.profile import frequencies_of, pack_profile, parse_profile
 from fomoe.residency.residency import ChunkUse, Residency
 from fomoe.residency.sweep import Guess, Sweep, Wave, guess_ahead
 from fomoe.residency.topology import RamPolicy, Topology
@@ -40,6 +41,9 @@ __all__ = [
     "Sweep",
     "Topology",
     "Wave",
+    "frequencies_of",
     "guess_ahead",
+    "pack_profile",
+    "parse_profile",
     "plan_budgets",
 ]

@@ -182,6 +182,20 @@ class Residency:
                     break
         return placements
 
+    def warm(self, frequencies: npt.NDArray[np.float32], tokens: int) -> None:
+        """Let the past be so many tokens of a text that wanted experts this often.
+
+        Args:
+            frequencies: float32 [L, E], 0 to 1.
+            tokens: how much it weighs against what will be used.
+        """
+        uses = np.rint(frequencies.astype(np.float64) * tokens).astype(np.int64)
+        order = np.argsort(-frequencies, axis=1, kind="stable")
+        ages = np.argsort(order, axis=1)  # the rank of each expert: rarer ones are older
+        for history in (self._state.history, self._state.ram_history):
+            history.uses[:] = uses
+            history.last[:] = -1 - ages if self._policy.native_rule == "lru" else -1
+
     def capacity(self, layer: int) -> int:
         """Return how many experts a plan for the layer can hold now.
 

@@ -3,12 +3,15 @@
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from support.local_engine import local_engine, slot_bytes
 from support.local_model import finished, greedy
 
 from fomoe.config import RoutingConfig
 from fomoe.engine.requests import PromptLogprobs, TokenEvent
+from fomoe.engine.sequences import Sequence
+from fomoe.residency import LogicalRules, pack_profile
 
 CAPACITY, TOKENS = 6, 24
 ROUTING = RoutingConfig(car_capacity=CAPACITY)
@@ -137,3 +140,25 @@ def test_background_reads_are_read_and_change_no_machines_text(
             assert 0 < receipt.background_bytes < receipt.nvme_bytes / 2
         elif name == "everything resident":
             assert receipt.background_bytes == 0
+
+
+def test_a_profile_warms_both_caches(path, prompt, delays, local_models, tmp_path):
+    """The engine begins with the frequent experts in memory; the text follows the profile alone."""
+    model = local_models["mixed"]
+    n_layers, n_experts = model.spec.n_layers, model.spec.moe.n_experts
+    frequencies = np.zeros((n_layers, n_experts), np.float32)
+    frequencies[:, -CAPACITY:] = np.linspace(0.5, 1, CAPACITY, dtype=np.float32)
+    profile = tmp_path / "some.freq"
+    profile.write_bytes(pack_profile(frequencies))
+    request = greedy(prompt[:1], TOKENS, quality="price=0.3", logprobs=8)
+    rules = LogicalRules(capacity=CAPACITY)
+    want = model.run(request, Sequence(model.spec, 128, "f16", rules, frequencies))
+    cold = model.run(request, model.sequence(capacity=CAPACITY))
+    assert finished(want).receipt.decision_hash != finished(cold).receipt.decision_hash
+    for name in ("one device", "three devices"):
+        with machine(path, delays, profile=profile, **MACHINES[name]) as engine:
+            got = list(engine.client.stream(request))
+            again = list(engine.client.stream(request))
+        assert tokens(got) == tokens(want) == tokens(again)
+        receipts = [finished(events).receipt.decision_hash for events in (got, want, again)]
+        assert len(set(receipts)) == 1

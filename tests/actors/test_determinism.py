@@ -14,7 +14,13 @@ from fomoe.config import RoutingConfig
 from fomoe.engine.requests import TokenEvent
 
 CAPACITY, TOKENS = 6, 40
-MODES = {"exact": {}, "car": {"quality": "car=0.6"}, "sampled": {"quality": "car=0.35"}}
+MODES = {
+    "exact": {},
+    "car": {"quality": "car=0.6"},
+    "sampled": {"quality": "car=0.35"},
+    "price": {"quality": "price=0.05"},
+    "kl": {"quality": "kl=0.05"},
+}
 
 
 def request(prompt, mode):
@@ -26,10 +32,11 @@ def request(prompt, mode):
 
 
 def told(events):
-    """What a machine may not change: tokens with log probabilities, the decision hash, the loss."""
+    """What a machine may not change: tokens with log probabilities, decisions, price and loss."""
     tokens = [(e.token, e.logprob, e.top) for e in events if isinstance(e, TokenEvent)]
     receipt = finished(events).receipt
-    return tokens, receipt.decision_hash, receipt.substituted, receipt.lost_mass
+    counts = receipt.substituted, receipt.lost_mass, receipt.price, receipt.shadow_kl
+    return tokens, receipt.decision_hash, *counts
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +67,22 @@ def draw(seed, path):
     }
 
 
+def read_every_guess(engine):
+    """Let the driver read whatever is named, sure or not, so that much is read in vain."""
+    governor = engine.handles["driver"].actor._experts.governor
+    governor.arrays.allowed[:] = True
+    governor.arrays.credit[0] = 1 << 40
+    governor.token = lambda: None
+
+
 def play(path, prompt, seed, delay):
     """Return what each mode told, and the experts that were prefetched."""
     with local_engine(
         path, delay=delay, routing=RoutingConfig(car_capacity=CAPACITY), **draw(seed, path)
     ) as engine:
         heard, prefetched = {}, 0
+        if seed % 2:
+            read_every_guess(engine)
         for mode in MODES:
             events = list(engine.client.stream(request(prompt, mode)))
             heard[mode] = told(events)
@@ -93,3 +110,26 @@ def test_delays_and_machines_change_nothing(model_paths, want, prompt, delays):
 @pytest.mark.slow
 def test_twenty_runs(model_paths, want, prompt, delays):
     check(range(3, 23), model_paths, want, prompt, delays)
+
+
+def test_bytes_are_counted_as_they_were_read(model_paths, prompt, delays):
+    """Prefetches that storage drops before their read are paid back, and no others."""
+    total, _ = slot_bytes(model_paths["mixed"])
+    with local_engine(
+        model_paths["mixed"], vram=total // 5, ram=0, delay=delays(3, most_s=0.004),
+        prefetch_depth=2, prefetch_budget=1.0, read_threads=1,
+    ) as engine:  # fmt: skip
+        storage = engine.handles["storage-0"].actor
+        experts = engine.handles["driver"].actor._experts
+        read_every_guess(engine)
+        before = storage.stats()["bytes"]
+        dropped = 0
+        for start in range(2):
+            events = list(engine.client.stream(greedy(prompt[start:], TOKENS)))
+            dropped += finished(events).receipt.prefetched_dropped
+        assert storage._queue.drain(10)
+        for node in experts._nodes:
+            experts._storage_messages(node, [])
+        assert experts.counters.nvme_bytes == storage.stats()["bytes"] - before
+        assert dropped > 0
+        experts.residency.check_integrity()

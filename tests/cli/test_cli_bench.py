@@ -44,7 +44,7 @@ def bench(
     def stream(request: GenerateRequest) -> Iterator[object]:
         asked.append(request)
         for token in request.forced:
-            parts = [1e-6 * i for i in range(len(PARTS))] if request.trace else []
+            parts = [1e-6 * i for i in range(len(PARTS))] if request.waterfall else []
             yield TokenEvent(request_id=request.request_id, token=token, parts_s=parts)
         yield Finished(request_id=request.request_id, reason="length", receipt=receipt_of(request))
 
@@ -108,7 +108,7 @@ def test_weights_of_a_token_are_all_but_other_experts(bench: Any, tmp_path: Path
 
 
 def test_what_people_read(bench: Any) -> None:
-    result, _ = bench("-p", 7, "-n", 2, "-r", 1, "--trace")
+    result, _ = bench("-p", 7, "-n", 2, "-r", 1, "--waterfall")
     assert "prefill       7 tokens      100.0 tok/s" in result.output
     assert "memory 1.0 GB/s   drive 0.50 GB/s" in result.output
     assert "device 75%" in result.output

@@ -39,7 +39,8 @@ def test_options_reach_the_model(
         "--car-capacity", 7, "--threads", 3, "--kv-dtype", "f32", "--activations", "f32",
         "--ram-policy", "inclusive", "--no-prefetch", "--prefetch-depth", 2,
         "--prefetch-budget", 0.1, "--serial", "--prefill-chunk", 5,
-        "--transport", "tcp", "--address", "box:6379",
+        "--transport", "tcp", "--address", "box:6379", "--profile", "f.freq",
+        "--backfill", "28/60", "--warmup", 256, "--logical-eviction", "lru",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert llm.last.path == model
@@ -47,7 +48,10 @@ def test_options_reach_the_model(
         "devices": ["cpu", "cpu:1"],
         "vram_budget": 3 << 19,
         "ram_budget": 2_000_000,
-        "routing": config.RoutingConfig(quality="car=0.6", car_capacity=7),
+        "routing": config.RoutingConfig(
+            quality="car=0.6", car_capacity=7, backfill="28/60", warmup=256, logical_eviction="lru"
+        ),
+        "profile": Path("f.freq"),
         "ctx_size": 99,
         "threads": 3,
         "kv_dtype": "f32",

@@ -228,6 +228,46 @@ def test_cancel_prefetch(bench: Bench) -> None:
     assert [fetch for fetch, _ in bench.landed] == [first, demand]
 
 
+def test_cancel_prefetch_of_a_layer(bench: Bench) -> None:
+    bench.gate.clear()
+    with bench.queue() as queue:
+        queue.submit([bench.fetch(0)])
+        wait_until(lambda: len(bench.started) == 1)
+        queued = [bench.fetch(slot, layer=slot % 2, priority=PREFETCH) for slot in (1, 2, 3)]
+        queue.submit(queued)
+        assert queue.cancel_prefetch(1) == (queued[0], queued[2])
+        bench.gate.set()
+        assert queue.drain(10)
+    assert queued[1] in [fetch for fetch, _ in bench.landed]
+    assert len(bench.landed) == 2
+
+
+def test_background_reads_are_not_forgotten(bench: Bench) -> None:
+    bench.gate.clear()
+    with bench.queue() as queue:
+        queue.submit([bench.fetch(0)])
+        wait_until(lambda: len(bench.started) == 1)
+        guess, background = (bench.fetch(s, priority=PREFETCH, keep=s == 2) for s in (1, 2))
+        queue.submit([guess, background])
+        assert queue.cancel_prefetch() == (guess,)
+        bench.gate.set()
+        assert queue.drain(10)
+    assert [fetch for fetch, _ in bench.landed][1:] == [background]
+
+
+def test_prefetches_that_demand_meets_are_counted(bench: Bench) -> None:
+    bench.gate.clear()
+    with bench.queue() as queue:
+        begun, queued = (bench.fetch(slot, priority=PREFETCH) for slot in (0, 1))
+        queue.submit([begun])
+        wait_until(lambda: len(bench.started) == 1)
+        queue.submit([queued])
+        queue.submit([replace(fetch, priority=DEMAND) for fetch in (begun, queued)])
+        assert queue.counters.met == [1, 1]
+        bench.gate.set()
+        assert queue.drain(10)
+
+
 def test_a_failed_read_fails_alone(bench: Bench) -> None:
     extent = bench.model.table.extents(2, 5)[0]
     shard = bench.model.file.shards[extent.shard]
