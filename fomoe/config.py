@@ -51,6 +51,7 @@ _ENVIRONMENT = {
 
 _LEAST_SENSITIVE = 1e-3
 
+_MOST_BACKFILL = 64
 _Part = TypeVar("_Part", "Budgets", "RoutingConfig", "EngineConfig", "ServerConfig")
 
 
@@ -137,6 +138,18 @@ def _require_range(name: str, value: Any, low: int, high: int) -> None:
     )
 
 
+def _require_share(name: str, value: Any) -> None:
+    try:
+        share = Fraction(value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        share = Fraction(-1)
+    _require(
+        0 <= share <= _MOST_BACKFILL,
+        f"{name} is {value!r}; give experts per layer and token, 0 to {_MOST_BACKFILL}, for "
+        "example 0.5 or 28/60",
+    )
+
+
 def _from_dict(cls: type[_Part], values: Mapping[str, Any]) -> _Part:
     known = {part.name for part in fields(cls)}
     unknown = sorted(values.keys() - known)
@@ -201,7 +214,7 @@ class RoutingConfig:
         else:
             _require(isinstance(given, Quality), f"quality is {given!r}; give a text or a Quality")
         _require_choice("logical_eviction", self.logical_eviction, LogicalEviction)
-        self.backfill_share  # noqa: B018, raises what is wrong with it
+        _require_share("backfill", self.backfill)
         _require_range("warmup", self.warmup, 0, 1 << 40)
         if self.car_capacity is not None:
             _require_range("car_capacity", self.car_capacity, 1, 1 << 16)
@@ -216,21 +229,8 @@ class RoutingConfig:
 
     @property
     def backfill_share(self) -> Fraction:
-        """`backfill` as a number.
-
-        Raises:
-            ConfigError: it is none, or not between 0 and 64.
-        """
-        try:
-            share = Fraction(self.backfill)
-        except (TypeError, ValueError, ZeroDivisionError):
-            share = Fraction(-1)
-        _require(
-            0 <= share <= 64,
-            f"backfill is {self.backfill!r}; give experts per layer and token, for example 0, 0.5 "
-            "or 28/60",
-        )
-        return share
+        """`backfill` as a number."""
+        return Fraction(self.backfill)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -149,6 +149,10 @@ class TieredExperts:
         """Whether an expert of the layer lies in no tier, and there are slots to read it into."""
         return self.sweeps.may_guess(layer) and not self.residency.mask(layer).all()
 
+    def follow(self, logical: LogicalCache | None) -> None:
+        """Keep at hand what this cache takes as resident, as it changes; None: nothing."""
+        self.residency.follow(None if logical is None else logical.caches.resident[0])
+
     def finish(self) -> F32:
         """Wait for the step begun last and return the routed sum float32 [T, D]."""
         if self.sweeps.active:

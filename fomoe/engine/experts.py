@@ -56,6 +56,9 @@ class ExpertHost(Protocol):
     def may_guess(self, layer: int) -> bool:
         """Whether a look-ahead at the layer, in the prompt under way, can save time."""
 
+    def follow(self, logical: LogicalCache | None) -> None:
+        """Keep at hand what this cache takes as resident, as it changes; None: nothing."""
+
     def finish(self) -> F32:
         """Wait for the step begun last and return the routed sum float32 [T, D]."""
 
@@ -139,6 +142,9 @@ class ResidentExperts:
         """Everything is resident already."""
         del layer
         return False
+
+    def follow(self, logical: LogicalCache | None) -> None:
+        """Everything is resident already."""
 
     def finish(self) -> F32:
         """Return what `begin` computed."""

@@ -84,6 +84,7 @@ class Generation:
         sequence.hold(self._contract.rule)
         sequence.decoding = False
         sequence.touched = request.null_share
+        forward.experts.follow(None if sequence.exact else sequence.logical)
         self._shadow: Shadow | None = None
         meter.start(quality, cached=self._cached)
         recorder = forward.recorder

@@ -1,8 +1,10 @@
 // Python bindings of the residency's rules over the arrays of state.py, and of the logical cache.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -143,6 +145,13 @@ void py_forget(Planner& p, int32_t layer, Ids experts) {
   p.forget(layer, experts.data(), experts.size());
 }
 
+void py_follow(Planner& p, std::optional<Array<const bool, 2>> resident) {
+  if (!resident) return p.follow(nullptr);
+  same("layers that are followed", resident->shape(0), p.state().n_layers);
+  same("experts that are followed", resident->shape(1), p.state().n_experts);
+  p.follow(resident->data());
+}
+
 int64_t py_capacity(const Planner& p, int32_t layer) {
   check_layer(p, layer);
   return p.capacity(layer);
@@ -246,7 +255,8 @@ NB_MODULE(_residency, m) {
       .def("release", &py_release, "layer"_a)
       .def("release_some", &py_release_some, "layer"_a, "experts"_a)
       .def("forget", &py_forget, "layer"_a, "experts"_a)
-      .def("capacity", &py_capacity, "layer"_a);
+      .def("capacity", &py_capacity, "layer"_a)
+      .def("follow", &py_follow, nb::arg("resident").none());
   m.def("observe", &py_observe, "layer"_a, "ids"_a, "tokens"_a, "decision_hash"_a);
   nb::class_<LogicalCaches>(m, "LogicalCaches")
       .def("__init__", &init_logical, "owner"_a, "rules"_a)

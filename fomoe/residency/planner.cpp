@@ -13,8 +13,9 @@ Planner::Planner(const State& state, PlanArrays out, std::unique_ptr<Worth> wort
       out_(out),
       worth_(std::move(worth)),
       is_exclusive_(is_exclusive),
-      device_victims_(state_, state_.device, state_.history),
-      ram_victims_(state_, state_.ram, is_exclusive ? state_.history : state_.ram_history),
+      device_victims_(state_, state_.device, state_.history, followed_),
+      ram_victims_(state_, state_.ram, is_exclusive ? state_.history : state_.ram_history,
+                   followed_),
       guesses_(new bool[state.n_experts]()) {
   claims_.reserve(state.n_experts);
   experts_.reserve(state.n_experts);

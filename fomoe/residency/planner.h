@@ -35,6 +35,8 @@ class Planner {
   void release(int32_t layer, const int32_t* experts, int64_t n);
   void forget(int32_t layer, const int32_t* experts, int64_t n);
   int64_t capacity(int32_t layer) const;
+  // Keep what `resident` [L, E] marks, as it changes; null for nothing.
+  void follow(const bool* resident) { followed_.resident = resident; }
 
   int32_t tier(int32_t layer, int32_t expert) const {
     if (state_.device.slot(layer, expert) >= 0) return kDevice;
@@ -67,6 +69,7 @@ class Planner {
   const PlanArrays out_;
   const std::unique_ptr<Worth> worth_;
   const bool is_exclusive_;
+  Followed followed_;
   VictimQueue device_victims_, ram_victims_;
   std::vector<Claim> claims_;        // [E], capacity kept
   std::vector<int32_t> experts_;     // [E], capacity kept

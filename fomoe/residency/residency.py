@@ -49,6 +49,7 @@ class Residency:
         self._state = State.empty(topology)
         self._policy = policy
         self._is_exclusive = ram == "exclusive"
+        self._followed: npt.NDArray[np.bool_] | None = None  # native rules read its memory
         self.counters = self._state.counters
         self.last_plan = PlanArrays(topology.n_experts)
         self.native = Planner(self._state, self.last_plan, policy, self._is_exclusive)
@@ -95,6 +96,17 @@ class Residency:
         guesses = np.ascontiguousarray(candidates, dtype=np.int32)
         n = self.native.prefetch(layer, guesses, limit, eager)
         return self.last_plan.plan(layer, 0, n)
+
+    def follow(self, resident: npt.NDArray[np.bool_] | None) -> None:
+        """Keep what decisions take as resident, so that they cost the reads that they counted.
+
+        Args:
+            resident: bool [L, E], of the sequence that decodes; read whenever something must
+                leave, as it is then. An expert of it leaves after all others, and for a prefetch
+                never. None: nothing is kept.
+        """
+        self._followed = resident
+        self.native.follow(resident)
 
     def release(self, layer: int, experts: npt.NDArray[np.int32] | None = None) -> None:
         """Unpin the layer's entries, or only these; nothing of them is awaited any more."""

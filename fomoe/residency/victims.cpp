@@ -4,6 +4,8 @@
 
 namespace fomoe::residency {
 
+constexpr double kFollowed = 4294967296.0;  // above every worth, and exact in its sum
+
 void LruWorth::values(const History& history, int32_t layer, const int32_t* experts, int64_t n,
                       double* out) {
   const int64_t* const last = history.last.row(layer);
@@ -18,10 +20,12 @@ void LfruWorth::values(const History& history, int32_t layer, const int32_t* exp
     out[i] = double(uses[experts[i]]) / double(next - last[experts[i]]);
 }
 
-VictimQueue::VictimQueue(const State& state, const Table& table, const History& history)
+VictimQueue::VictimQueue(const State& state, const Table& table, const History& history,
+                         const Followed& followed)
     : state_(state),
       table_(table),
       history_(history),
+      followed_(followed),
       entries_(int64_t(state.n_layers) * state.n_experts),
       left_(state.n_layers, -1),
       experts_(state.n_experts),
@@ -63,9 +67,16 @@ int64_t VictimQueue::ready(int32_t layer, Worth& worth) {
   const int64_t n = collect(layer);
   worth.values(history_, layer, experts_.data(), n, values_.data());
   Entry* const first = row(layer);
-  for (int64_t i = 0; i < n; ++i) first[i] = {values_[i], experts_[i]};
+  const uint8_t* const kept = followed(layer);
+  for (int64_t i = 0; i < n; ++i)
+    first[i] = {values_[i] + (kept[experts_[i]] ? kFollowed : 0.0), experts_[i]};
   std::make_heap(first, first + n);
   return left_[layer] = n;
+}
+
+const uint8_t* VictimQueue::followed(int32_t layer) const {
+  if (!followed_.resident) return nothing_.data();
+  return reinterpret_cast<const uint8_t*>(followed_.resident) + int64_t(layer) * state_.n_experts;
 }
 
 int64_t VictimQueue::collect(int32_t layer) {
@@ -78,11 +89,12 @@ int64_t VictimQueue::collect(int32_t layer) {
       shelter_.last_wanted ? bytes(f.last_wanted.row(layer)) : nothing_.data();
   const uint8_t* const guesses =
       shelter_.layer == layer ? bytes(shelter_.guesses) : nothing_.data();
+  const uint8_t* const kept = shelter_.last_wanted ? followed(layer) : nothing_.data();
   int64_t n = 0;
   // Without branches: which experts are resident cannot be predicted.
   for (int32_t e = 0; e < state_.n_experts; ++e) {
     experts_[n] = e;
-    n += (slots[e] >= 0) & !(pinned[e] | awaited[e] | wanted[e] | guesses[e]);
+    n += (slots[e] >= 0) & !(pinned[e] | awaited[e] | wanted[e] | guesses[e] | kept[e]);
   }
   return n;
 }

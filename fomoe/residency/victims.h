@@ -40,12 +40,18 @@ struct Shelter {
   const bool* guesses = nullptr;
 };
 
+// What decisions take as resident; an expert of it leaves after all others, for a guess never.
+struct Followed {
+  const bool* resident = nullptr;  // [L, E], null for none
+};
+
 // The entries of a table that one plan may evict. A layer at its quota gives up its own; otherwise,
 // or if it has none to give, the layer most over its quota does (the lower index at a tie). Rows
 // are ranked when first needed and then stay as they were.
 class VictimQueue {
  public:
-  VictimQueue(const State& state, const Table& table, const History& history);
+  VictimQueue(const State& state, const Table& table, const History& history,
+              const Followed& followed);
 
   void begin(Shelter shelter);
   Victim peek(int32_t layer, Worth& worth);
@@ -63,11 +69,14 @@ class VictimQueue {
   // The row's heap, ranked on the first call of a plan; returns how many entries are left.
   int64_t ready(int32_t layer, Worth& worth);
   int64_t collect(int32_t layer);
+  // Of the layer's experts, what decisions take as resident.
+  const uint8_t* followed(int32_t layer) const;
   Entry* row(int32_t layer) { return entries_.data() + int64_t(layer) * state_.n_experts; }
 
   const State& state_;
   const Table& table_;
   const History& history_;
+  const Followed& followed_;
   Shelter shelter_;
   std::vector<Entry> entries_;    // [L, E]
   std::vector<int64_t> left_;     // [L], -1 for rows not ranked yet

@@ -90,6 +90,7 @@ class Pair:
         )
         self.native = Residency(self.topology, policy, ram)
         self.reference = ReferenceResidency(self.topology, policy, ram)
+        self.resident = rng.random((self.n_layers, self.n_experts)) < 0.4
         # Popular experts come back, so that history matters.
         self.popularity = rng.normal(size=(self.n_layers, self.n_experts))
 
@@ -104,7 +105,8 @@ class Pair:
         rng = self.rng
         layer = int(rng.integers(self.n_layers))
         act = rng.choice(
-            ["plan", "prefetch", "release", "some", "forget"], p=[0.5, 0.2, 0.2, 0.05, 0.05]
+            ["plan", "prefetch", "release", "some", "forget", "follow", "turn"],
+            p=[0.45, 0.2, 0.15, 0.05, 0.05, 0.05, 0.05],
         )
         if act == "plan":
             a, b = self.both(lambda r: r.capacity(layer))
@@ -117,6 +119,11 @@ class Pair:
             assert_same_plan(*self.both(lambda r: r.prefetch(layer, guesses, limit, eager=eager)))
         elif act == "release":
             self.both(lambda r: r.release(layer))
+        elif act == "follow":
+            followed = self.resident if rng.random() < 0.7 else None
+            self.both(lambda r: r.follow(followed))
+        elif act == "turn":  # both see a change of what they follow
+            self.resident[layer] = rng.random(self.n_experts) < 0.4
         else:
             experts = self.some(layer, int(rng.integers(0, 4)))
             call = "release" if act == "some" else "forget"
@@ -167,6 +174,39 @@ def test_a_large_cache(policy):
     assert native.counters.lookups.sum(axis=0).min() > 100
 
 
+@pytest.mark.parametrize("residency_type", [Residency, ReferenceResidency])
+def test_what_is_followed_stays(residency_type):
+    """Eight slots, six of them followed: all else goes round in the other two."""
+    zeros = np.zeros(1, np.int32)
+    topology = Topology(
+        n_layers=1, n_experts=20, layer_device=zeros, layer_class=zeros,
+        device_slots={(0, 0): 8}, ram_slots={}, device_node=(0,),
+    )  # fmt: skip
+    residency = residency_type(topology, LRU())
+    kept = np.arange(6, dtype=np.int32)
+    resident = np.zeros((1, 20), np.bool_)
+    resident[0, kept] = True
+
+    def run(*experts):
+        plan = residency.plan(0, np.array(experts, np.int32))
+        residency.release(0)
+        return [fetch.expert for fetch in plan.fetches]
+
+    run(*kept)
+    residency.follow(resident)
+    for first in range(6, 18, 2):
+        assert run(first, first + 1) == [first, first + 1]
+        assert not residency.prefetch(0, np.array([19], np.int32), 1, eager=True).fetches
+    assert run(*kept) == []
+    resident[0, 0], resident[0, 19] = False, True  # the decisions have moved on
+    assert run(18, 19) == [18, 19]
+    assert run(7) == [7]
+    assert run(19) == []
+    assert run(0) == [0]
+    residency.follow(None)
+    assert run(8, 9, 10, 11, 12, 13, 14, 15) == [8, 9, 10, 11, 12, 13, 14, 15]
+
+
 def test_ids_out_of_range_are_refused():
     pair = Pair(np.random.default_rng(1), LRU(), "exclusive")
     bad = np.array([pair.n_experts], np.int32)
@@ -177,3 +217,5 @@ def test_ids_out_of_range_are_refused():
             call(0, bad)
     with pytest.raises(IndexError, match=f"layer {pair.n_layers} of"):
         pair.native.capacity(pair.n_layers)
+    with pytest.raises((ValueError, AssertionError)):
+        pair.native.follow(np.zeros((pair.n_layers + 1, pair.n_experts), np.bool_))

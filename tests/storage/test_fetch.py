@@ -242,6 +242,19 @@ def test_cancel_prefetch_of_a_layer(bench: Bench) -> None:
     assert len(bench.landed) == 2
 
 
+def test_background_reads_are_not_forgotten(bench: Bench) -> None:
+    bench.gate.clear()
+    with bench.queue() as queue:
+        queue.submit([bench.fetch(0)])
+        wait_until(lambda: len(bench.started) == 1)
+        guess, background = (bench.fetch(s, priority=PREFETCH, keep=s == 2) for s in (1, 2))
+        queue.submit([guess, background])
+        assert queue.cancel_prefetch() == (guess,)
+        bench.gate.set()
+        assert queue.drain(10)
+    assert [fetch for fetch, _ in bench.landed][1:] == [background]
+
+
 def test_prefetches_that_demand_meets_are_counted(bench: Bench) -> None:
     bench.gate.clear()
     with bench.queue() as queue:

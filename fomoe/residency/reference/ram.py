@@ -44,6 +44,7 @@ class RamTier(ABC):
         self,
         values: Callable[[int], npt.NDArray[np.float64]],
         blocked: Callable[[int], npt.NDArray[np.bool_]],
+        followed: npt.NDArray[np.bool_] | None,
     ) -> VictimQueue:
         """Return a plan's queue of RAM victims; `values` ranks by use of the whole cache."""
 
@@ -65,9 +66,10 @@ class ExclusiveRam(RamTier):
         self,
         values: Callable[[int], npt.NDArray[np.float64]],
         blocked: Callable[[int], npt.NDArray[np.bool_]],
+        followed: npt.NDArray[np.bool_] | None,
     ) -> VictimQueue:
         """Both tiers rank by the same worth."""
-        return VictimQueue(self.table, values, blocked)
+        return VictimQueue(self.table, values, blocked, followed)
 
     def promote(self, key: ExpertKey, victim: Victim, queue: VictimQueue, step: int) -> int:
         """Exchange the two; without a victim the RAM slot becomes free."""
@@ -110,9 +112,10 @@ class InclusiveRam(RamTier):
         self,
         values: Callable[[int], npt.NDArray[np.float64]],
         blocked: Callable[[int], npt.NDArray[np.bool_]],
+        followed: npt.NDArray[np.bool_] | None,
     ) -> VictimQueue:
         """Rank by this tier's own history."""
-        return VictimQueue(self.table, self._values, blocked)
+        return VictimQueue(self.table, self._values, blocked, followed)
 
     def promote(self, key: ExpertKey, victim: Victim, queue: VictimQueue, step: int) -> int:
         """Count a use of the copy; the victim is dropped."""

@@ -64,8 +64,12 @@ class ReferenceResidency(Residency):
             table,
             self._values,
             lambda m: (
-                self._keep(m) | self._flags.last_wanted[m] | (guesses if m == layer else False)
+                self._keep(m)
+                | self._flags.last_wanted[m]
+                | (guesses if m == layer else False)
+                | (False if self._followed is None else self._followed[m])
             ),
+            self._followed,
         )
         worth = self._values(layer)
         claims: list[_Claim] = []
@@ -127,7 +131,7 @@ class ReferenceResidency(Residency):
     def _claim(self, layer: int, experts: list[int]) -> list[_Claim]:
         """Find a device slot for each expert; the worthiest victims meet the first experts."""
         table = self._device
-        queue = VictimQueue(table, self._values, self._keep)
+        queue = VictimQueue(table, self._values, self._keep, self._followed)
         claims: list[tuple[Victim, int]] = []
         for _ in experts:
             least = None if table.free(layer) else queue.peek(layer)
@@ -151,7 +155,7 @@ class ReferenceResidency(Residency):
         """Apply claims to both tables."""
         ram = self._ram
         # An inclusive tier keeps what a copy may still be reading; an exclusive one has none.
-        queue = ram.queue(self._values, self._keep)
+        queue = ram.queue(self._values, self._keep, self._followed)
         fetches = []
         for expert, slot, victim in claims:
             key = ExpertKey(layer, expert)

@@ -10,6 +10,8 @@ import numpy.typing as npt
 from fomoe.residency.slots import SlotTable
 from fomoe.types import ExpertKey
 
+FOLLOWED = 2.0**32  # above every worth, and exact in its sum
+
 
 class VictimQueue:
     """The entries of a table that one plan may evict, least worthy first.
@@ -23,10 +25,12 @@ class VictimQueue:
         table: SlotTable,
         values: Callable[[int], npt.NDArray[np.float64]],
         blocked: Callable[[int], npt.NDArray[np.bool_]],
+        followed: npt.NDArray[np.bool_] | None,
     ) -> None:
         self._table = table
         self._values = values
         self._blocked = blocked
+        self._followed = followed
         self._rows: dict[int, list[tuple[float, int]]] = {}
 
     def peek(self, layer: int) -> tuple[float, ExpertKey] | None:
@@ -53,6 +57,8 @@ class VictimQueue:
             present = self._table.slot_of[layer] >= 0
             experts = (present & ~self._blocked(layer)).nonzero()[0]
             values = self._values(layer)[experts]
+            if self._followed is not None:
+                values = values + np.where(self._followed[layer, experts], FOLLOWED, 0.0)
             falling = values.argsort(kind="stable")[::-1]
             row = list(zip(values[falling].tolist(), experts[falling].tolist(), strict=True))
             self._rows[layer] = row
