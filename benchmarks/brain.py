@@ -48,6 +48,12 @@ SWEEP_BYTES = 48 << 20  # more than a third-level cache
 CASES = {
     "decode": {"ahead": False, "cold": False, "apart": False},
     "decode by a price": {"ahead": False, "cold": False, "apart": False, "ruled": True},
+    "decode by a price, cold caches": {
+        "ahead": False,
+        "cold": True,
+        "apart": False,
+        "ruled": True,
+    },
     "decode, routed apart": {"ahead": False, "cold": False, "apart": True},
     "decode, look-ahead": {"ahead": True, "cold": False, "apart": False},
     "decode, look-ahead, cold caches": {"ahead": True, "cold": True, "apart": False},
