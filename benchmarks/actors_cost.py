@@ -26,6 +26,7 @@ from fomoe.gguf.reader import open_gguf
 from fomoe.llm import LLM
 from fomoe.model.archs import read_spec
 from fomoe.model.layers import DenseModel
+from fomoe.residency import LogicalRules
 
 PROMPT = 8
 _NUMBERS = itertools.count()
@@ -53,7 +54,7 @@ class OneProcess:
         model = DenseModel(file, spec, PROMPT, int8=True)
         experts = ResidentExperts(file, spec, PROMPT, int8=True, threads=threads)
         self._forward = Forward(model, experts, prefetch=False)
-        self._sequence = Sequence(spec, ctx, "f16", spec.moe.n_experts)
+        self._sequence = Sequence(spec, ctx, "f16", LogicalRules(capacity=spec.moe.n_experts))
 
     def run(self, tokens: int) -> float:
         """Return milliseconds per token."""

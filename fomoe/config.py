@@ -8,35 +8,29 @@ that nothing downstream has to check again.
 from __future__ import annotations
 
 import ipaddress
-import math
 import os
 import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from fomoe.errors import ConfigError
+from fomoe.quality import Quality, parse_quality
+from fomoe.units import format_bytes as format_bytes
+from fomoe.units import parse_bytes as parse_bytes
 
 KVDtype = Literal["f16", "f32"]
 Activations = Literal["int8", "f32"]
 RamPolicy = Literal["exclusive", "inclusive"]
 Eviction = Literal["lfru", "lru"]
+LogicalEviction = Literal["lfru", "lru", "mass"]
 Transport = Literal["auto", "shm", "tcp"]
 
 BUNDLED_MODEL = "fomoe-demo-Q4_K_M.gguf"
 
-# Decimal units as on a disk's label, binary ones as the kernel counts memory; a bare letter is
-# binary because that is what docker, systemd and ulimit mean by it.
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS |= {
-        _letter: 1024**_power,
-        f"{_letter}IB": 1024**_power,
-        f"{_letter}B": 1000**_power,
-    }
-_BYTES_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 # A device may stand on another node of the cluster: cpu@192.168.1.20.
 _DEVICE_PATTERN = re.compile(r"(cpu(:\d+)?|(hip|cuda):\d+)(@[\w.:-]+)?")
 
@@ -55,37 +49,9 @@ _ENVIRONMENT = {
     "FOMOE_API_KEY_FILE": "api_key_file",
 }
 
+_LEAST_SENSITIVE = 1e-3
+
 _Part = TypeVar("_Part", "Budgets", "RoutingConfig", "EngineConfig", "ServerConfig")
-
-
-def parse_bytes(text: str) -> int:
-    """Return the number of bytes in a text such as `4GiB`, `512MB`, `1.5G` or `1048576`.
-
-    KB, MB, GB, TB are powers of 1000; KiB, MiB, GiB, TiB and the bare letters K, M, G, T are
-    powers of 1024; no unit means bytes. Fractions round down to a whole byte.
-
-    Raises:
-        ConfigError: the text is not a number followed by one of these units.
-    """
-    match = _BYTES_PATTERN.fullmatch(text)
-    unit = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None:
-        raise ConfigError(
-            f"{text!r} is not a size: write a number and a unit, for example 4GiB, 512MB or 1.5G"
-        )
-    return int(float(match.group(1)) * unit) if "." in match.group(1) else int(match[1]) * unit
-
-
-def format_bytes(n_bytes: int) -> str:
-    """Return a size for people in binary units with three digits, for example `1.50 GiB`."""
-    if abs(n_bytes) < 1024:
-        return f"{n_bytes} B"
-    power = min(int(math.log2(abs(n_bytes)) // 10), 4)
-    value = n_bytes / 1024**power
-    if abs(value) >= 999.5 and power < 4:
-        value, power = value / 1024, power + 1
-    digits = max(0, 2 - int(math.log10(max(abs(value), 1.0))))
-    return f"{value:.{digits}f} {'KMGT'[power - 1]}iB"
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
@@ -206,23 +172,65 @@ class RoutingConfig:
     """How experts are chosen; the default is exact.
 
     Attributes:
-        car: Threshold of cache-aware routing, 0 (off) to 1: a missing expert is replaced when the
-            best resident one scores at least this fraction of it.
-        car_capacity: Experts per layer that cache-aware routing takes as resident; None lets the
+        quality: What a request is held to that asks for nothing else; a text is parsed.
+        car_capacity: Experts per layer that lossy routing takes as resident; None lets the
             budgets fix it at start.
+        logical_eviction: Who leaves what lossy routing takes as resident: by decayed frequency and
+            age, by age, or by the router's mean probability.
+        backfill: Experts that lossy routing left out and that are read in the background, per
+            layer and token, as a number or a fraction such as 28/60.
+        warmup: The first so many generated tokens are exact.
+        shadow_every: One generated token in so many is also computed exactly where routing is
+            lossy, which estimates the loss; 0 does so only where a contract needs it (`kl`).
+        sensitivities: What a substitution costs in each layer, as a multiple of an average one;
+            prices are divided by it. Empty: all layers are alike.
     """
 
-    car: float = 0.0
+    quality: Quality = field(default_factory=Quality)
     car_capacity: int | None = None
+    logical_eviction: LogicalEviction = "lfru"
+    backfill: str = "0"
+    warmup: int = 0
+    shadow_every: int = 64
+    sensitivities: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        car: Any = self.car
-        _require(
-            isinstance(car, (int, float)) and 0.0 <= car <= 1.0,
-            f"car is {self.car!r}; it must lie between 0 (exact) and 1",
-        )
+        given: Any = self.quality
+        if isinstance(given, str):
+            object.__setattr__(self, "quality", parse_quality(given))
+        else:
+            _require(isinstance(given, Quality), f"quality is {given!r}; give a text or a Quality")
+        _require_choice("logical_eviction", self.logical_eviction, LogicalEviction)
+        self.backfill_share  # noqa: B018, raises what is wrong with it
+        _require_range("warmup", self.warmup, 0, 1 << 40)
         if self.car_capacity is not None:
             _require_range("car_capacity", self.car_capacity, 1, 1 << 16)
+        _require_range("shadow_every", self.shadow_every, 0, 1 << 20)
+        object.__setattr__(self, "sensitivities", tuple(self.sensitivities))
+        wrong = [s for s in self.sensitivities if not _LEAST_SENSITIVE <= s <= 1 / _LEAST_SENSITIVE]
+        _require(
+            not wrong,
+            f"a layer's sensitivity is {wrong[:1]}; it must lie between {_LEAST_SENSITIVE} and "
+            f"{1 / _LEAST_SENSITIVE:.0f}",
+        )
+
+    @property
+    def backfill_share(self) -> Fraction:
+        """`backfill` as a number.
+
+        Raises:
+            ConfigError: it is none, or not between 0 and 64.
+        """
+        try:
+            share = Fraction(self.backfill)
+        except (TypeError, ValueError, ZeroDivisionError):
+            share = Fraction(-1)
+        _require(
+            0 <= share <= 64,
+            f"backfill is {self.backfill!r}; give experts per layer and token, for example 0, 0.5 "
+            "or 28/60",
+        )
+        return share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,12 +249,16 @@ class EngineConfig:
         activations: Input of the quantised kernels: int8 blocks, or float32 for comparisons.
         ram_policy: Whether an expert on a device also keeps its place in RAM.
         eviction: Which resident expert makes room.
-        prefetch: Read the experts that the next layer is expected to need.
+        prefetch: Read experts before the router asks for them, in prompts and in answers.
+        prefetch_depth: Layers that a generated token looks ahead, 0 to 2.
+        prefetch_budget: Bytes that reads in vain may add to a generated token's, as a share of
+            what would be read without them.
         overlap: False runs the serial twin of the loop, which gives the same bits.
         prefill_chunk: Prompt tokens that go through a layer together; 0 lets the budgets fix it.
         read_threads: File reads in flight per node.
         transport: How actors talk: shared memory, TCP, or by handshake.
         seed: Seed of everything that draws random numbers outside a request.
+        trace: File to which the router's rows of every request are appended; None records nothing.
     """
 
     model: Path
@@ -261,14 +273,19 @@ class EngineConfig:
     ram_policy: RamPolicy = "exclusive"
     eviction: Eviction = "lfru"
     prefetch: bool = True
+    prefetch_depth: int = 1
+    prefetch_budget: float = 0.05
     overlap: bool = True
     prefill_chunk: int = 0
     read_threads: int = 4
     transport: Transport = "auto"
     seed: int = 0
+    trace: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))
+        if self.trace is not None:
+            object.__setattr__(self, "trace", Path(self.trace))
         object.__setattr__(self, "devices", tuple(self.devices))
         self._check_devices()
         _require_choice("kv_dtype", self.kv_dtype, KVDtype)
@@ -280,6 +297,12 @@ class EngineConfig:
         _require_range("sequences", self.sequences, 1, 256)
         _require_range("prefill_chunk", self.prefill_chunk, 0, 4096)
         _require_range("read_threads", self.read_threads, 1, 64)
+        _require_range("prefetch_depth", self.prefetch_depth, 0, 2)
+        budget: Any = self.prefetch_budget
+        _require(
+            isinstance(budget, (int, float)) and 0.0 <= budget <= 1.0,
+            f"prefetch_budget is {budget!r}; it must lie between 0 and 1",
+        )
         _require_range("seed", self.seed, 0, (1 << 64) - 1)
         if self.threads is not None:
             _require_range("threads", self.threads, 1, 1024)
@@ -303,10 +326,15 @@ class EngineConfig:
         values = {part.name: getattr(self, part.name) for part in fields(self)}
         return values | {
             "model": str(self.model),
+            "trace": None if self.trace is None else str(self.trace),
             "devices": list(self.devices),
             "budgets": {part.name: getattr(self.budgets, part.name) for part in fields(Budgets)},
             "routing": {
                 part.name: getattr(self.routing, part.name) for part in fields(RoutingConfig)
+            }
+            | {
+                "quality": str(self.routing.quality),
+                "sensitivities": list(self.routing.sensitivities),
             },
         }
 

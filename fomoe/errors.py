@@ -5,6 +5,7 @@ FomoeError
 │   └── BudgetError        a memory budget cannot hold what must be held
 ├── GGUFError              a model file is malformed, truncated or not supported
 ├── StorageError           expert bytes could not be read
+├── TraceError             a trace file is foreign, damaged or cannot be written
 ├── RequestError           a client's request is refused; the server lives on
 ├── ChannelError           a message could not be delivered
 │   ├── PeerDeadError      the process at the other end is gone
@@ -49,6 +50,18 @@ class GGUFError(FomoeError):
 
 class StorageError(FomoeError):
     """Bytes of an expert could not be read: names file, tensor and offset."""
+
+
+class TraceError(FomoeError):
+    """A trace file is refused or cannot be written: names the file and what to do about it."""
+
+    def __init__(self, path: Path | str, problem: str, hint: str) -> None:
+        super().__init__(path, problem, hint)  # what pickle makes a copy from
+        self.path = Path(path)
+        self._text = f"{path}: {problem}; {hint}"
+
+    def __str__(self) -> str:
+        return self._text
 
 
 class RequestError(FomoeError):

@@ -18,7 +18,7 @@ import psutil
 from fomoe.actors.cluster import Cluster, niceness_hint
 from fomoe.actors.names import DRIVER, STORAGE
 from fomoe.actors.supervisor import Supervisor
-from fomoe.config import Budgets, EngineConfig, default_model, parse_bytes
+from fomoe.config import Budgets, EngineConfig, RoutingConfig, default_model, parse_bytes
 from fomoe.engine.plan import resolve
 from fomoe.engine.requests import (
     Finished,
@@ -28,13 +28,14 @@ from fomoe.engine.requests import (
     SamplingParams,
     TokenEvent,
 )
-from fomoe.errors import EngineError
+from fomoe.errors import ConfigError, EngineError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
 from fomoe.model.buffers import F32
 from fomoe.model.chat import ChatTemplate
 from fomoe.model.tokenizer import Tokenizer
+from fomoe.quality import car_quality, parse_quality, profile_beside, read_sensitivities
 
 _NUMBERS = itertools.count()
 _CALL_S = 10.0
@@ -58,10 +59,13 @@ class LLM:
         devices: One name per device, e.g. `["cpu", "cpu"]`.
         vram_budget: Bytes (or text such as "4GiB") for each device's expert slots.
         ram_budget: The same for each node's RAM tier.
+        quality: What answers are held to, e.g. "kl=0.01" (see `fomoe.quality`); None leaves it to
+            `routing`, which is exact unless told otherwise. A loss profile beside the file,
+            MODEL.loss.json, is used where `routing` names no sensitivities.
         address: Ray cluster; None finds a running one or starts one, "local" always starts one.
         on_progress: Called with (share done, what) while loading.
         options: Any other field of `EngineConfig`, e.g. `ctx_size=8192` or
-            `routing=RoutingConfig(car=0.6)`; and `name`, the prefix of the actors' names.
+            `routing=RoutingConfig(car_capacity=40)`; and `name`, the prefix of the actors' names.
 
     Raises ConfigError, BudgetError, GGUFError or EngineError; nothing is left running then.
     """
@@ -73,13 +77,16 @@ class LLM:
         devices: list[str] | tuple[str, ...] = ("cpu",),
         vram_budget: int | str | None = None,
         ram_budget: int | str | None = None,
+        quality: str | None = None,
         address: str | None = None,
         on_progress: Callable[[float, str], None] | None = None,
         **options: Any,
     ) -> None:  # fmt: skip
         name = options.pop("name", f"fomoe-{os.getpid()}-{next(_NUMBERS)}")
+        model = default_model() if path is None else Path(path)
+        options["routing"] = _routing(options.get("routing", RoutingConfig()), quality, model)
         config = EngineConfig(
-            model=default_model() if path is None else Path(path),
+            model=model,
             devices=tuple(devices),
             budgets=Budgets(vram_bytes=_size(vram_budget), ram_bytes=_size(ram_budget)),
             **options,
@@ -88,7 +95,10 @@ class LLM:
         self.spec = read_spec(self.file)
         table = ExpertTable.from_gguf(self.file, self.spec.n_layers)
         free = psutil.virtual_memory().available
-        self.config = resolve(replace(config, model=config.model.resolve()), table, self.spec, free)
+        # Actors have working directories of their own.
+        trace = None if config.trace is None else config.trace.absolute()
+        config = replace(config, model=config.model.resolve(), trace=trace)
+        self.config = resolve(config, table, self.spec, free)
         self.tokenizer = Tokenizer.from_gguf(self.file.metadata)
         self.cluster = Cluster(address)
         try:
@@ -140,7 +150,8 @@ class LLM:
     ) -> Completion:
         """Return the whole continuation of a prompt (text or token ids).
 
-        `sampling` are fields of `SamplingParams`, plus `car`, `min_tokens` and `ignore_eos`.
+        `sampling` are fields of `SamplingParams`, plus `quality` (a contract's text in place of
+        the model's), `car` (short for quality "car=..."), `min_tokens` and `ignore_eos`.
         """
         ids: list[int] = []
         for event in self._events(prompt, max_tokens, sampling):
@@ -180,7 +191,7 @@ class LLM:
             prompt=ids,
             max_tokens=max_tokens,
             min_tokens=sampling.pop("min_tokens", 0),
-            car=sampling.pop("car", None),
+            quality=_contract(sampling.pop("quality", None), sampling.pop("car", None)),
             stop_ids=frozenset() if ignore_eos else self.tokenizer.eos_ids,
             sampling=SamplingParams(**sampling),
         )
@@ -205,6 +216,25 @@ class LLM:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _routing(routing: RoutingConfig, quality: str | None, model: Path) -> RoutingConfig:
+    """Return `routing` under a contract, with the sensitivities of the model's loss profile."""
+    if quality is not None:
+        routing = replace(routing, quality=parse_quality(quality))
+    profile = None if routing.sensitivities else profile_beside(model)
+    if profile is None:
+        return routing
+    return replace(routing, sensitivities=read_sensitivities(profile))
+
+
+def _contract(quality: str | None, car: float | None) -> str | None:
+    """Return a request's contract as text; ConfigError where both or something else is given."""
+    if quality is not None and car is not None:
+        raise ConfigError("car is short for quality car=...; give one of the two")
+    if car is not None:
+        return str(car_quality(car))
+    return None if quality is None else str(parse_quality(quality))
 
 
 def _size(value: int | str | None) -> int | None:

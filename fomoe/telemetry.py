@@ -18,6 +18,7 @@ from typing import Literal
 
 _SERIES_PATTERN = re.compile(r'(\w+)(?:\{(\w+)="(\w+)"\})?')
 _TIERS = ("device", "ram", "nvme")
+_CAUSES = ("demand", "prompt", "prefetch", "background", "shadow")
 _PARTS = ("dense", "experts", "brain", "channel", "disk", "rest")
 
 
@@ -103,16 +104,70 @@ METRICS: tuple[Metric, ...] = (
         _TIERS,
     ),
     Metric(
+        "fomoe_expert_share",
+        "gauge",
+        "ratio",
+        "Outcomes of the expert activations of the answer in progress, or of the last one.",
+        "outcome",
+        (*_TIERS, "substituted"),
+    ),
+    Metric(
         "fomoe_substitutions_total",
         "counter",
         "activations",
-        "Expert activations that cache-aware routing gave to another expert.",
+        "Expert activations that lossy routing gave to another expert.",
+    ),
+    Metric(
+        "fomoe_substitutes_total",
+        "counter",
+        "activations",
+        "Experts that ran in another's place, by the tier that held them.",
+        "tier",
+        _TIERS,
     ),
     Metric(
         "fomoe_router_mass_lost_total",
         "counter",
         "probability",
         "Router weight lost to substitutions, summed over layers and tokens.",
+    ),
+    Metric(
+        "fomoe_logical_bytes_total",
+        "counter",
+        "bytes",
+        "Expert bytes that lossy routing's budgets count: asked for and not logically resident.",
+    ),
+    Metric(
+        "fomoe_shadow_steps_total",
+        "counter",
+        "tokens",
+        "Generated tokens that were also computed exactly.",
+    ),
+    Metric(
+        "fomoe_shadow_kl_nats_total",
+        "counter",
+        "nats",
+        "KL divergence of lossy from exact tokens, summed over shadow steps.",
+    ),
+    Metric(
+        "fomoe_estimated_kl",
+        "gauge",
+        "nats/token",
+        "Mean loss that shadow steps measured in the answer in progress, or in the last one.",
+    ),
+    Metric(
+        "fomoe_quality_price",
+        "gauge",
+        "ratio",
+        "Price of a read at the last generated token, as a share of its router mass.",
+    ),
+    Metric(
+        "fomoe_expert_cause_bytes_total",
+        "counter",
+        "bytes",
+        "Expert bytes read from the files, by why they were read.",
+        "cause",
+        _CAUSES,
     ),
     Metric(
         "fomoe_expert_bytes_read_total", "counter", "bytes", "Expert bytes read from the files."
@@ -156,6 +211,14 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "experts",
         "Prefetched experts that were evicted or superseded before any use.",
+    ),
+    Metric(
+        "fomoe_decode_prefetches_total",
+        "counter",
+        "experts",
+        "Experts asked for before a generated token's router spoke: all, wanted, never read.",
+        "outcome",
+        ("asked", "used", "dropped"),
     ),
     Metric(
         "fomoe_tier_bytes",

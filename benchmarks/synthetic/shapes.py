@@ -64,6 +64,11 @@ SHAPES = {
             name="tiny60", full_layers=60, hidden=256, experts=32, top_k=4, width=64,
             heads=4, head_dim=64, rotary=16, key_heads=2, value_heads=4, state_dim=64, vocab=1024,
         ),
+        # The routing of the 397B, layer for layer, over narrow experts: for hit rates.
+        ModelShape(
+            name="397b-narrow", full_layers=60, hidden=512, experts=512, top_k=10, width=32,
+            heads=4, head_dim=64, rotary=16, key_heads=2, value_heads=4, state_dim=64, vocab=8192,
+        ),
     )
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from fomoe.model.archs import read_spec
 from fomoe.model.buffers import F32
 from fomoe.model.layers import DenseModel
 from fomoe.model.state import Batch
+from fomoe.residency import LogicalRules
 from fomoe.routing import Route, route_exact
 from synthetic.locality import Locality, measure
 
@@ -50,7 +51,12 @@ class RecordingExperts(ResidentExperts):
         self.chosen.append(route.ids.copy())
         super().begin(layer, h, route, decoding=decoding)
 
-    def look_ahead(self, layer: int, scores: F32) -> None:
+    @property
+    def guess_depth(self) -> int:
+        """One layer, as a driver looks ahead by default."""
+        return 1
+
+    def look_ahead(self, layer: int, scores: F32, depth: int = 1) -> None:
         """Note the experts."""
         self.foreseen.append(route_exact(scores, self._top_k).ids.copy())
 
@@ -69,7 +75,7 @@ def trace(
     top_k, depth = spec.moe.top_k, spec.n_layers
     experts = RecordingExperts(file, top_k, threads)
     forward = Forward(DenseModel(file, spec, CHUNK, int8=True), experts, prefetch=True)
-    sequence = Sequence(spec, len(tokens), "f16", capacity=spec.moe.n_experts)
+    sequence = Sequence(spec, len(tokens), "f16", LogicalRules(capacity=spec.moe.n_experts))
     sequence.decoding = True  # look-ahead belongs to decoding
     for start in range(0, len(tokens), CHUNK):
         part = tokens[start : start + CHUNK]

@@ -10,7 +10,9 @@ import numpy.typing as npt
 from fomoe.actors.channel import Fabric
 from fomoe.actors.layout import StepArena
 from fomoe.actors.messages import (
+    COUNT,
     DONE,
+    DROPPED,
     STEP,
     STEP_FIRST,
     STEP_ID,
@@ -20,11 +22,13 @@ from fomoe.actors.messages import (
     Tag,
     decode,
 )
-from fomoe.actors.step import DeviceLink, NodeLink, Step
+from fomoe.actors.step import DeviceLink, Links, NodeLink, Step
 from fomoe.actors.sweep_driver import PromptSweeps
+from fomoe.engine.ahead import Governor
+from fomoe.engine.decisions import Decider
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import READ, Read
-from fomoe.engine.waves import Priorities, WaveLayout, WavePlanner
+from fomoe.engine.waves import BACKGROUND, GUESSED, Priorities, WaveLayout, WavePlanner
 from fomoe.errors import PeerStalledError, StorageError
 from fomoe.model.buffers import F32
 from fomoe.residency import LogicalCache, Placement, Residency, Topology
@@ -42,37 +46,45 @@ FETCH_BATCH = 256  # records a message: half of the smallest ring slot
 class TieredExperts:
     """Expert host over three tiers and any number of devices; see `ExpertHost`."""
 
-    def __init__(self, fabric: Fabric, devices: list[DeviceLink], nodes: list[NodeLink],
-                 topology: Topology, residency: Residency, expert_bytes: list[int],
-                 arena: StepArena) -> None:  # fmt: skip
+    def __init__(self, fabric: Fabric, links: Links, topology: Topology, residency: Residency,
+                 expert_bytes: list[int], arena: StepArena, governor: Governor,
+                 ) -> None:  # fmt: skip
         self.counters = HostCounters()
         self.residency = residency
         self.fabric = fabric
-        self._nodes: list[NodeLink] = nodes
+        self._nodes: list[NodeLink] = links.nodes
+        self._governor = governor
+        self._guesses = [0] * topology.n_layers  # asked for, until the layer's step
         self._top_k = arena.top_k
-        self._home: list[DeviceLink] = [devices[d] for d in topology.layer_device]
+        self._home: list[DeviceLink] = [links.devices[d] for d in topology.layer_device]
         self._bell = [int(d) for d in topology.layer_device]
         layout = WaveLayout(
             layer_node=np.array([device.node for device in self._home], np.int32),
             layer_device=topology.layer_device,
             expert_bytes=np.array(expert_bytes, np.int64),
         )
+        self.expert_bytes = layout.expert_bytes
         self._planner = WavePlanner(
-            residency, [node.slots for node in nodes], layout,
-            Priorities(int(Priority.DEMAND), int(Priority.PREFETCH)),
+            residency, [node.slots for node in links.nodes], layout,
+            Priorities(int(Priority.DEMAND), int(Priority.PREFETCH), int(Priority.BACKGROUND)),
+            governor.arrays,
             max_tokens=arena.max_tokens, top_k=arena.top_k,
         )  # fmt: skip
         self._buffer = bytearray(fabric.spec.slot_bytes)
         self._steps = {
-            device.name: [Step(device, buffer) for buffer in device.buffers] for device in devices
+            device.name: [Step(device, buffer) for buffer in device.buffers]
+            for device in links.devices
         }
-        self._step = self._steps[devices[0].name][0]
+        self._step = self._steps[links.devices[0].name][0]
         self._step_id = 0
         # A step that goes out when the driver has nothing more to compute meanwhile; its reads are
         # under way already.
         self._held: bytes | None = None
         self._answered = 0.0  # when a device last did
+        self._asked = 0.0  # when the step's reads were sent
+        self._window_s = 0.0  # from the answer before to then
         self.unproven = self._planner.arrays.unproven
+        self.background = self._planner.arrays.background
         self.sweeps = PromptSweeps(self, arena.top_k)
 
     def decide(
@@ -87,6 +99,20 @@ class TieredExperts:
         step = self._open(layer, h, decoding)
         self._send_wave(step, self._planner.decide(layer, scores, logical, step.buffer.arrays))
 
+    def decide_by(
+        self, layer: int, h: F32, scores: F32, decider: Decider, prices: F32 | None
+    ) -> None:
+        """Let a rule choose for one sequence's decode step and begin the layer with that."""
+        step = self._open(layer, h, decoding=True)
+        arrays = step.buffer.arrays
+        self._send_wave(step, self._planner.decide_by(layer, scores, decider, prices, arrays))
+
+    def read_later(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
+        """Load what a rule left out, behind all demand; never waits."""
+        reads = self._planner.read_later(layer, experts)
+        self._planner.charge(self.counters, decoding=True)
+        self._send_reads(self._home[layer].node, self._planner.arrays.reads[:reads])
+
     def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
         if not decoding:
@@ -96,16 +122,24 @@ class TieredExperts:
         step = self._open(layer, h, decoding)
         self._send_wave(step, self._planner.place(layer, route, step.buffer.arrays))
 
-    def look_ahead(self, layer: int, scores: F32) -> None:
-        """Load what `layer` will probably want, behind all demand reads; never waits."""
+    @property
+    def guess_depth(self) -> int:
+        """For how many of the next layers a decode step is to call `look_ahead` now."""
+        return self._governor.depth
+
+    def look_ahead(self, layer: int, scores: F32, depth: int = 1) -> None:
+        """Load what `layer`, `depth` further on, will want, behind all demand; never waits."""
         if self.sweeps.takes_guesses:
             if np.isfinite(scores).all():  # a guess fails nothing
                 self.sweeps.look_ahead(layer, expect_of_chunk(scores, self._top_k))
             return
-        reads = self._planner.look_ahead(layer, scores)
+        reads = self._planner.look_ahead(layer, scores, depth)
         if reads:
+            self._guesses[layer] += reads
             self._send_reads(self._home[layer].node, self._planner.arrays.reads[:reads])
+            before = self.counters.nvme_bytes
             self._planner.charge(self.counters, decoding=True)
+            self.counters.prefetch_bytes += self.counters.nvme_bytes - before
 
     def open_prompt(self, tokens: int) -> None:
         """Begin a chunk of a prompt: `look_ahead` may be called for its first layers."""
@@ -128,6 +162,11 @@ class TieredExperts:
             self.residency.release(step.layer)
             if planner.end == planner.n_experts:
                 step.under_way = False
+                if step.layer:  # nobody can guess for the first
+                    took_s = self._answered - self._asked
+                    self._governor.step(
+                        self._window_s, took_s, step.waited_s, step.reads, step.guessed
+                    )
                 return step.buffer.rows(step.tokens)[1]
             self._send_wave(step, planner.wave())
 
@@ -158,7 +197,9 @@ class TieredExperts:
     def ask(self, layer: int, reads: list[Read], priority: Priority) -> None:
         """See `SweepHost`."""
         self._ask(self._home[layer].node, reads, priority)
-        self.counters.nvme_bytes += len(reads) * int(self._planner.arrays.expert_bytes[layer])
+        n_bytes = len(reads) * int(self.expert_bytes[layer])
+        self.counters.nvme_bytes += n_bytes
+        self.counters.prompt_bytes += n_bytes
 
     def prove(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
         """See `SweepHost`."""
@@ -200,9 +241,11 @@ class TieredExperts:
             self._storage_messages(node, [])  # an expert whose read failed must be read again
         self._forget_step()
         self._step_id += 1
+        if layer == 0:
+            self._governor.token()
         step = self._steps[self._home[layer].name][self._step_id % StepArena.BUFFERS]
         step.id, step.layer, step.tokens, step.decoding = self._step_id, layer, len(h), decoding
-        step.under_way = True
+        step.under_way, step.waited_s = True, 0.0
         np.copyto(step.buffer.rows(step.tokens)[0], h)
         self._step = step
         return step
@@ -212,6 +255,8 @@ class TieredExperts:
         if reads:
             self._send_reads(device.node, planner.arrays.reads[:reads])
         planner.charge(self.counters, decoding=step.decoding)
+        if planner.first == 0:
+            self._note_reads(step, reads)
         first, end, count = planner.first, planner.end, planner.n_experts
         flags = (STEP_FIRST if first == 0 else 0) | (STEP_LAST if end == count else 0)
         payload = STEP.pack(step.id, step.layer, step.tokens, self._top_k, first, end - first,
@@ -221,6 +266,18 @@ class TieredExperts:
             self.fabric.ring(device.name)  # it is awake by the time that its step goes out
             return
         self._send_step(step, payload)
+
+    def _note_reads(self, step: Step, reads: int) -> None:
+        """Time the step's reads from now on; drop the guesses for it that it does not want."""
+        self._asked = time.monotonic()
+        self._window_s = self._asked - self._answered
+        step.guessed = int(self._planner.arrays.counts[GUESSED])
+        step.reads = reads - step.guessed - int(self._planner.arrays.counts[BACKGROUND])
+        in_vain = self._guesses[step.layer] - step.guessed
+        self._guesses[step.layer] = 0
+        if in_vain > 0:
+            node = self._nodes[step.device.node]
+            node.sender.send(Tag.DROP, COUNT.pack(step.layer), (), SEND_BOUND_S)
 
     def _is_long(self) -> bool:
         """Whether layers are so long that driver and device would lose turns to each other.
@@ -255,6 +312,7 @@ class TieredExperts:
                 self._answered = time.monotonic()
                 self.counters.compute_s += computed_ns / 1e9
                 self.counters.stall_s += waited_ns / 1e9
+                step.waited_s += waited_ns / 1e9
                 if aborted:
                     self.residency.release(step.layer)
                     raise StorageError(failure.message if failure else "a device gave up a step")
@@ -286,6 +344,9 @@ class TieredExperts:
             if tag == Tag.PRELOADED:
                 landed += 1
                 continue
+            if tag == Tag.DROPPED:
+                self._take_dropped(node, nbytes)
+                continue
             report = decode(memoryview(self._buffer)[:nbytes])
             assert isinstance(report, ReadFailed)
             if failed is None:
@@ -297,3 +358,22 @@ class TieredExperts:
             self._planner.forget(key)
             failed.append(report)
         return landed
+
+    def _take_dropped(self, node: NodeLink, nbytes: int) -> None:
+        """Forget prefetches that storage never read, unless they are asked for again by now."""
+        for layer, expert, generation in DROPPED.iter_unpack(self._buffer[:nbytes]):
+            key = ExpertKey(layer, expert)
+            if node.slots.is_current(key, generation):
+                if self.unproven[layer, expert] == Tier.DEVICE:
+                    continue
+                self._planner.forget(key)
+            cost = int(self.expert_bytes[layer])
+            self.counters.nvme_bytes -= cost
+            was_guess = self._governor.refund(layer, expert, cost)
+            self.counters.guesses_dropped += was_guess
+            if was_guess:
+                self.counters.prefetch_bytes -= cost
+            elif self.background[layer, expert]:
+                self.counters.background_bytes -= cost
+            else:
+                self.counters.prompt_bytes -= cost

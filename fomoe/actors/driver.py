@@ -12,15 +12,17 @@ from fomoe.actors.layout import StepArena
 from fomoe.actors.messages import Cancel, LogitsRequest, LogitsRows, StatusRequest
 from fomoe.actors.names import CLIENT, arena_name, device_name, storage_name
 from fomoe.actors.process import FabricMember, LoopThread, log
-from fomoe.actors.step import DeviceLink, NodeLink, StepBuffer
+from fomoe.actors.step import DeviceLink, Links, NodeLink, StepBuffer
 from fomoe.actors.wire import MessagePort
 from fomoe.config import EngineConfig
+from fomoe.engine.ahead import AheadArrays, Governor
 from fomoe.engine.fill import fill_order
 from fomoe.engine.forward import Forward
 from fomoe.engine.generation import Generation, check_request
 from fomoe.engine.local import sequence_logits
 from fomoe.engine.meter import Meter
 from fomoe.engine.plan import EnginePlan, make_plan
+from fomoe.engine.recorder import Recorder
 from fomoe.engine.requests import EngineStatus, Finished, GenerateRequest, Receipt
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.series import engine_series, tier_bytes
@@ -38,7 +40,9 @@ from fomoe.gguf.reader import open_gguf
 from fomoe.kernels.cpu import ops
 from fomoe.model.archs import read_spec
 from fomoe.model.layers import DenseModel
+from fomoe.quality import Quality
 from fomoe.residency import LFRU, LRU, Residency
+from fomoe.traces import TraceFacts, TraceWriter
 
 _PRELOAD_STALL_S = 60.0
 _ROWS_PER_MESSAGE = 64
@@ -56,6 +60,7 @@ class DriverActor(FabricMember):
         self._cancelled = False  # the request under way, in the middle of a pass
         self._in_pass = False
         self._rate = 0.0
+        self._recorder: Recorder | None = None
 
     def open(self, config: dict[str, Any], device_node: list[int], threads: int) -> None:
         """Read the dense weights, reserve the sequences' state; experts are not touched."""
@@ -78,8 +83,21 @@ class DriverActor(FabricMember):
             stored_embedding=not self._plan.holds_all, on_layer=on_layer,
         )  # fmt: skip
         self._sequence = Sequence(
-            self._spec, self._config.ctx_size, self._config.kv_dtype, self._plan.logical_capacity
-        )
+            self._spec, self._config.ctx_size, self._config.kv_dtype,
+            self._plan.logical_rules(self._config.routing),
+        )  # fmt: skip
+        self._recorder = self._open_recorder()
+
+    def _open_recorder(self) -> Recorder | None:
+        config, spec, table = self._config, self._spec, self._plan.table
+        if config.trace is None:
+            return None
+        facts = TraceFacts(
+            model=config.model.stem, n_layers=spec.n_layers, n_experts=spec.moe.n_experts,
+            top_k=spec.moe.top_k,
+            expert_bytes=tuple(table.expert_bytes(layer) for layer in range(spec.n_layers)),
+        )  # fmt: skip
+        return Recorder(TraceWriter(config.trace, facts), config.prefill_chunk)
 
     def start(self) -> None:
         """Begin to fill the tiers and then to serve; `progress` tells how far it is."""
@@ -88,6 +106,7 @@ class DriverActor(FabricMember):
         # Where every expert has a slot there is nothing to read ahead.
         prefetch = self._config.prefetch and not self._plan.holds_all
         self._forward = Forward(self._model, self._experts, prefetch=prefetch)
+        self._forward.recorder = self._recorder
         emulated = all(name.startswith("cpu") for name in self._config.devices)
         self._meter = Meter(
             self._experts.counters, self._forward.brain.loss, self._forward.watch,
@@ -129,7 +148,14 @@ class DriverActor(FabricMember):
         policy = LRU() if self._config.eviction == "lru" else LFRU()
         residency = Residency(topology, policy, self._config.ram_policy)
         sizes = [plan.table.expert_bytes(i) for i in range(spec.n_layers)]
-        return TieredExperts(fabric, devices, nodes, topology, residency, sizes, layout)
+        governor = Governor(
+            AheadArrays(spec.n_layers, spec.moe.n_experts, self._config.prefetch_budget),
+            depth=self._config.prefetch_depth,
+            expert_bytes=sum(sizes) // len(sizes),
+        )  # fmt: skip
+        return TieredExperts(
+            fabric, Links(devices, nodes), topology, residency, sizes, layout, governor
+        )
 
     def _fill(self) -> None:
         """Load experts into free slots until they are full, before anyone waits for a token."""
@@ -207,7 +233,7 @@ class DriverActor(FabricMember):
                 return
             self._running = Generation(
                 request, self._sequence, self._forward, self._meter,
-                chunk=self._config.prefill_chunk, default_car=self._config.routing.car,
+                chunk=self._config.prefill_chunk, routing=self._config.routing,
                 serial=not self._config.overlap,
             )  # fmt: skip
             self._running.watch(self._client.send, self._checkpoint)
@@ -271,7 +297,7 @@ class DriverActor(FabricMember):
         sequence.reset()
         whole = GenerateRequest(request_id=request.request_id, prompt=request.tokens, max_tokens=0)
         check_request(whole, sequence.state.ctx_size, self._spec.vocab)
-        self._meter.start(car=0.0, cached=0)
+        self._meter.start(Quality(), cached=0)
         logits = sequence_logits(
             self._forward, sequence, request.tokens, self._config.prefill_chunk
         )
@@ -316,3 +342,5 @@ class DriverActor(FabricMember):
         """End the loop after the present step."""
         if self._loop is not None:
             self._loop.stop()
+        if self._recorder is not None:
+            self._recorder.close()

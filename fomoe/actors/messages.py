@@ -11,9 +11,10 @@ lie in an arena of the fabric (`layout.py`). Nothing here is pickled.
 | SWEEP    | driver -> device  | `STEP` struct: a wave of a prompt's sweep | DONE            |
 | ABORT    | driver -> device  | u64 step id: stop waiting for its experts | DONE, aborted   |
 | FETCH    | driver -> storage | array of `READ` records                   | landed words    |
-| DROP     | driver -> storage | nothing: forget prefetches not started    |                 |
+| DROP     | driver -> storage | u32: forget the layer's unbegun prefetches| DROPPED         |
 | PRELOADED| storage -> driver | u32: preload jobs that have landed        |                 |
 | FAILED   | storage -> driver | `ReadFailed`                              |                 |
+| DROPPED  | storage -> driver | array of `DROPPED`: prefetches never read |                 |
 
 A landed read is announced by no message: storage writes the job's generation into the slot's
 landed word in the shared segment and rings the device's bell.
@@ -53,6 +54,7 @@ class Tag(IntEnum):
     PRELOADED = 8
     FAILED = 9
     SWEEP = 10
+    DROPPED = 11
 
 
 class Priority(IntEnum):
@@ -61,6 +63,7 @@ class Priority(IntEnum):
     DEMAND = 0
     PREFETCH = 1
     PRELOAD = 2
+    BACKGROUND = 3  # as a prefetch, but not to be forgotten
 
 
 # step id u64, layer, tokens, top_k, first entry, entries, flags, buffer: i32
@@ -70,6 +73,7 @@ STEP_FIRST, STEP_LAST = 1, 2
 DONE = struct.Struct("<QiiQQ")
 STEP_ID = struct.Struct("<Q")
 COUNT = struct.Struct("<I")
+DROPPED = struct.Struct("<iiQ")  # layer, expert, generation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

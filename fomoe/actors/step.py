@@ -83,6 +83,14 @@ class NodeLink:
     slots: SegmentSlots
 
 
+@dataclass(frozen=True, slots=True)
+class Links:
+    """The driver's ends of all devices and nodes."""
+
+    devices: list[DeviceLink]
+    nodes: list[NodeLink]
+
+
 @dataclass(slots=True)
 class Step:
     """The layer under way; its experts stand in the wave planner."""
@@ -93,4 +101,7 @@ class Step:
     layer: int = -1
     tokens: int = 0
     decoding: bool = False
+    reads: int = 0  # experts asked for as demand that nobody had guessed
+    guessed: int = 0  # wanted experts that a look-ahead had asked for
+    waited_s: float = 0.0
     under_way: bool = field(default=False)

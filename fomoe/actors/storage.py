@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fomoe.actors.channel import load_acquire_u64, store_release_u64
-from fomoe.actors.messages import COUNT, Priority, ReadFailed, Tag, encode
+from fomoe.actors.messages import COUNT, DROPPED, Priority, ReadFailed, Tag, encode
 from fomoe.actors.process import FabricMember, LoopThread, log
 from fomoe.engine.transfers import READ
 from fomoe.errors import ChannelError, StorageError
@@ -21,6 +21,7 @@ from fomoe.storage.reader import DirectReader
 from fomoe.storage.segment import Segment, SegmentHandle
 
 _SEND_BOUND_S = 5.0
+_IDLE = (Priority.PREFETCH, Priority.BACKGROUND)  # read when nothing is demanded
 _PAGE = 4096
 
 
@@ -62,6 +63,7 @@ class StorageActor(FabricMember):
         self._reader: DirectReader | None = None
         self._readers_ended = True
         self._send_lock = threading.Lock()
+        self._landed_early = 0
 
     def open(
         self, plan: StoragePlan, delay: Callable[[Fetch], float] | None = None
@@ -99,14 +101,26 @@ class StorageActor(FabricMember):
         assert self._queue is not None
         if tag == Tag.FETCH:
             records = self._buffer[:nbytes].view(READ).tolist()
-            self._queue.submit([self._fetch(r) for r in records if not self._has_landed(r)])
+            self._report_dropped(
+                self._queue.submit([self._fetch(r) for r in records if not self._has_landed(r)])
+            )
         elif tag == Tag.DROP:
-            self._queue.cancel_prefetch()
+            self._report_dropped(
+                self._queue.cancel_prefetch(COUNT.unpack(self._buffer[:nbytes].tobytes())[0])
+            )
         return True
 
     def _has_landed(self, record: tuple[int, ...]) -> bool:
         """Whether a read that is asked for again, because it was a prefetch, is there already."""
-        return bool(load_acquire_u64(self._landed, record[2]) >= record[1])
+        has = bool(load_acquire_u64(self._landed, record[2]) >= record[1])
+        self._landed_early += has
+        return has
+
+    def _report_dropped(self, dropped: tuple[Fetch, ...]) -> None:
+        """Tell the driver of prefetches that were never read."""
+        if dropped:
+            records = (DROPPED.pack(f.layer, f.expert, f.generation) for f in dropped)
+            self._send(Tag.DROPPED, b"".join(records))
 
     def _fetch(self, record: tuple[int, ...]) -> Fetch:
         address, generation, slot, layer, expert, priority, bell, _ = record
@@ -115,7 +129,8 @@ class StorageActor(FabricMember):
             self._announce.add((slot, generation))
         return Fetch(slot=slot, address=address + self._slots_at, generation=generation,
                      layer=layer, expert=expert,
-                     priority=PREFETCH if priority == Priority.PREFETCH else DEMAND)  # fmt: skip
+                     priority=PREFETCH if priority in _IDLE else DEMAND,
+                     keep=priority == Priority.BACKGROUND)  # fmt: skip
 
     def _on_landed(self, job: Fetch, error: StorageError | None) -> None:
         """Announce a job; runs on a reader thread."""
@@ -161,6 +176,7 @@ class StorageActor(FabricMember):
             "demand_bytes": c.nbytes[DEMAND], "demand_open_s": c.open_s[DEMAND],
             "prefetch_bytes": c.nbytes[PREFETCH], "prefetch_open_s": c.open_s[PREFETCH],
             "busy_s": sum(c.busy_s), "failed": c.failed, "dropped": c.dropped,
+            "met_landed": self._landed_early, "met_begun": c.met[1], "met_queued": c.met[0],
         }  # fmt: skip
 
     def stop(self) -> None:

@@ -47,6 +47,7 @@ class SweepHost(Protocol):
     residency: Residency
     fabric: Fabric
     unproven: npt.NDArray[np.int8]
+    background: npt.NDArray[np.bool_]
 
     def next_step(self) -> int:
         """Return the id of a new step."""
@@ -247,6 +248,7 @@ class PromptSweeps:
         self._read(layer, guess.dropped, guess.placed, Priority.PREFETCH)
         for place in guess.placed:
             host.unproven[layer, place.key.expert] = Tier.NVME
+            host.background[layer, place.key.expert] = False
         host.counters.prefetch_issued += len(guess.placed)
 
     def _read(self, layer: int, dropped: tuple[ExpertKey, ...], placed: tuple[Placement, ...],
@@ -262,8 +264,10 @@ class PromptSweeps:
         """Count the chunk's activations by the tier that their bytes came from."""
         counters, layer = self._host.counters, running.layer
         sources = running.sweep.sources.copy()
-        guessed = self._host.unproven[layer, running.sweep.experts]
-        early = (guessed != Tier.DEVICE) & (sources != Tier.NVME)
+        experts = running.sweep.experts
+        guessed = self._host.unproven[layer, experts]
+        paid = self._host.background[layer, experts]  # when it was wanted in a decode step
+        early = (guessed != Tier.DEVICE) & (sources != Tier.NVME) & ~paid
         counters.prefetch_used += int(np.count_nonzero(early))
         sources[early] = guessed[early]
         by_tier = np.bincount(sources, weights=running.pairs, minlength=len(Tier))

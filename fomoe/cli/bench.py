@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import typer
 
 from fomoe.cli.machine_file import part_of, write_machine
 from fomoe.cli.opening import opened, progress_bar
-from fomoe.cli.options import EngineOptions, ModelOptions
+from fomoe.cli.options import EngineOptions, ModelOptions, TraceOptions
 from fomoe.engine.requests import Finished, GenerateRequest, Receipt, SamplingParams, TokenEvent
 from fomoe.engine.waterfall import PARTS
 from fomoe.errors import ConfigError, EngineError, StorageError
@@ -106,12 +107,12 @@ def _ids(source: Path | None, count: int, vocab: int) -> list[int]:
 
 
 def _run_once(
-    llm: LLM, name: str, prompt: list[int], forced: list[int], trace: bool
+    llm: LLM, name: str, prompt: list[int], forced: list[int], waterfall: bool
 ) -> tuple[Receipt, list[list[float]]]:
     """Run one request that feeds `forced` after the prompt; returns receipt and token parts."""
     request = GenerateRequest(
-        request_id=name, prompt=prompt, max_tokens=len(forced), forced=forced, trace=trace,
-        sampling=SamplingParams(temperature=0.0),
+        request_id=name, prompt=prompt, max_tokens=len(forced), forced=forced,
+        waterfall=waterfall, sampling=SamplingParams(temperature=0.0),
     )  # fmt: skip
     parts: list[list[float]] = []
     for event in llm.engine.stream(request):
@@ -153,7 +154,7 @@ def _decode_figures(receipts: list[Receipt], sizes: Sizes, rates: Rates) -> dict
         for part in PARTS
     }
     weights = sizes.dense + sizes.experts
-    read = sum(r.nvme_bytes for r in receipts) / steps / len(receipts)
+    read = sum(r.nvme_bytes - r.prompt_bytes for r in receipts) / steps / len(receipts)
     return {
         "tokens": steps,
         "tokens_per_s": _spread([1e3 * steps / r.generated_ms for r in receipts]),
@@ -163,10 +164,40 @@ def _decode_figures(receipts: list[Receipt], sizes: Sizes, rates: Rates) -> dict
             "ram": sum(r.hits_ram for r in receipts),
             "nvme": sum(r.reads_nvme for r in receipts),
         },
+        "contract": _contract_figures(receipts, steps),
         "weight_bytes_per_token": weights,
         "share_of_memory": weights / seconds / rates.memory,
         "nvme_bytes_per_token": read,
     }
+
+
+def _contract_figures(receipts: list[Receipt], steps: int) -> dict[str, Any]:
+    """Return what the quality contract was, what it cost and what was read for it, per token."""
+    tokens = steps * len(receipts)
+    shadows = sum(r.shadow_steps for r in receipts)
+    causes = Counter[str]()
+    for receipt in receipts:
+        causes.update(receipt.bytes_by_cause)
+    return {
+        "quality": receipts[0].mode,
+        "substituted_per_token": sum(r.substituted for r in receipts) / tokens,
+        "router_mass_lost_per_token": sum(r.lost_mass for r in receipts) / tokens,
+        "estimated_kl": sum(r.shadow_kl for r in receipts) / shadows if shadows else None,
+        "shadow_steps": shadows,
+        "price": receipts[-1].price,
+        "bytes_per_token": {cause: n / tokens for cause, n in causes.items() if cause != "prompt"},
+        "logical_bytes_per_token": sum(r.logical_bytes for r in receipts) / tokens,
+    }
+
+
+def _contract_line(contract: dict[str, Any]) -> str:
+    kl = contract["estimated_kl"]
+    said = "no shadow steps" if kl is None else f"KL {kl:.2g} ({contract['shadow_steps']} steps)"
+    read = ", ".join(f"{cause} {n / 1e6:.3g}" for cause, n in contract["bytes_per_token"].items())
+    return (
+        f"         {contract['quality']}: {contract['substituted_per_token']:.1f} substituted a "
+        f"token, {said}, price {contract['price']:.2g}; MB read a token: {read}"
+    )
 
 
 def _read_figures(reads: dict[str, float], rates: Rates) -> dict[str, float]:
@@ -205,6 +236,8 @@ def _lines(figures: dict[str, Any]) -> list[str]:
             f"{d['share_of_memory']:.0%} of memory's rate; "
             f"{d['nvme_bytes_per_token'] / 1e6:,.1f} MB read from the drive"
         )
+        if d["contract"]["quality"] != "exact":
+            lines.append(_contract_line(d["contract"]))
     reads = figures["reads"]
     if reads["bytes"]:
         lines.append(
@@ -243,7 +276,8 @@ def bench(
     model: ModelOptions,
     engine: EngineOptions,
     work: Work,
-    trace: Annotated[
+    recording: TraceOptions,
+    waterfall: Annotated[
         bool, typer.Option(help="Print where each token's time went, in microseconds.")
     ] = False,
     machine: Annotated[
@@ -257,18 +291,21 @@ def bench(
     """Measure prefill and decode: medians, tiers, and shares of the machine's own rates."""
     memory = psutil.virtual_memory()
     all_of = model if machine is None or model.has_budget else part_of(model, 1)
-    figures = _measure(all_of, engine, work, trace)
+    figures = _measure(all_of, engine, work, recording, waterfall)
     if machine is not None:
         plain = dataclasses.replace(engine, prefetch=False)
-        limited = _measure(part_of(model, 2), plain, work, False)
+        limited = _measure(part_of(model, 2), plain, work, TraceOptions(), False)
         write_machine(machine, model.path, (figures, limited), memory.available)
     _print(figures, as_json)
 
 
-def _measure(model: ModelOptions, engine: EngineOptions, work: Work, trace: bool) -> dict[str, Any]:
+def _measure(
+    model: ModelOptions, engine: EngineOptions, work: Work, recording: TraceOptions,
+    waterfall: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Open the model, run the work and return its figures."""
     engine = dataclasses.replace(engine, ctx_size=max(engine.ctx_size, work.tokens))
-    with opened(model, engine) as llm, progress_bar() as progress:
+    with opened(model, engine, trace=recording.trace) as llm, progress_bar() as progress:
         threads = llm.config.threads or len(os.sched_getaffinity(0))
         rates, sizes = Rates.measured(model.path, threads), Sizes.of(llm)
         fed = _ids(work.ids, work.tokens, llm.spec.vocab)
@@ -276,7 +313,7 @@ def _measure(model: ModelOptions, engine: EngineOptions, work: Work, trace: bool
         runs, before = [], llm.read_stats()
         for number in range(work.repetitions + 1):
             parts = fed[: work.prompt], fed[work.prompt :]
-            runs.append(_run_once(llm, f"bench-{number}", *parts, trace))
+            runs.append(_run_once(llm, f"bench-{number}", *parts, waterfall))
             progress.advance(task)
         reads = {name: value - before[name] for name, value in llm.read_stats().items()}
     receipts = [receipt for receipt, _ in runs[1:]]
@@ -287,8 +324,8 @@ def _measure(model: ModelOptions, engine: EngineOptions, work: Work, trace: bool
     }  # fmt: skip
     if work.generate:
         figures["decode"] = _decode_figures(receipts, sizes, rates)
-    if trace:
-        figures["trace"] = {"parts": PARTS, "seconds": runs[-1][1]}
+    if waterfall:
+        figures["waterfall"] = {"parts": PARTS, "seconds": runs[-1][1]}
     return figures
 
 
@@ -298,9 +335,9 @@ def _print(figures: dict[str, Any], as_json: bool) -> None:
         return
     for line in _lines(figures):
         typer.echo(line)
-    if "trace" not in figures:
+    if "waterfall" not in figures:
         return
     typer.echo("token  " + "  ".join(f"{part:>8}" for part in (*PARTS, "wall")))
-    for number, parts in enumerate(figures["trace"]["seconds"]):
+    for number, parts in enumerate(figures["waterfall"]["seconds"]):
         cells = (f"{1e6 * value:8.0f}" for value in (*parts, sum(parts)))
         typer.echo(f"{number:5}  " + "  ".join(cells))

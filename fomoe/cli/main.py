@@ -13,6 +13,7 @@ from fomoe.cli.evaluate import ppl
 from fomoe.cli.logits import logits
 from fomoe.cli.options import flattened
 from fomoe.cli.plan import plan
+from fomoe.cli.replay import replay
 from fomoe.cli.run import run
 from fomoe.cli.serve import serve
 from fomoe.cli.show import show
@@ -31,7 +32,7 @@ def make_app() -> typer.Typer:
         help="Runs mixture-of-experts models that are larger than VRAM + RAM.",
     )
     app.callback()(_before_any_verb)
-    for verb in (serve, run, show, plan, logits, bench, stop):
+    for verb in (serve, run, show, plan, logits, bench, replay, stop):
         app.command()(flattened(verb))
     evaluation = typer.Typer(no_args_is_help=True, help="Measure a model's quality.")
     evaluation.callback()(_evaluation)
@@ -67,5 +68,6 @@ def _before_any_verb(
 ) -> None:
     # Variables stand in for options that are not given; each verb takes those that it knows.
     values = environment()
-    verbs = dict.fromkeys(("serve", "run", "show", "plan", "logits", "bench", "stop"), values)
+    names = ("serve", "run", "show", "plan", "logits", "bench", "replay", "stop")
+    verbs = dict.fromkeys(names, values)
     context.default_map = {**verbs, "eval": {"ppl": values}}

@@ -13,6 +13,7 @@ from fomoe.cli.options import EngineOptions, ModelOptions
 from fomoe.config import RoutingConfig
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
+from fomoe.quality import read_sensitivities
 
 if TYPE_CHECKING:
     from fomoe.llm import LLM
@@ -35,17 +36,28 @@ def llm_arguments(model: ModelOptions, engine: EngineOptions) -> dict[str, Any]:
     if model.is_demo and not model.has_budget:
         table = ExpertTable.from_gguf(open_gguf(model.path))
         vram_budget, ram_budget = demo_budgets(table, len(devices))
+    profile = engine.loss_profile
     return {
         "devices": list(devices),
         "vram_budget": vram_budget,
         "ram_budget": ram_budget,
-        "routing": RoutingConfig(car=engine.car, car_capacity=engine.car_capacity),
+        "routing": RoutingConfig(
+            quality=engine.contract,
+            car_capacity=engine.car_capacity,
+            logical_eviction=engine.logical_eviction,
+            backfill=engine.backfill,
+            warmup=engine.warmup,
+            shadow_every=engine.shadow_every,
+            sensitivities=() if profile is None else read_sensitivities(profile),
+        ),
         "ctx_size": engine.ctx_size,
         "threads": engine.threads,
         "kv_dtype": engine.kv_dtype,
         "activations": engine.activations,
         "ram_policy": engine.ram_policy,
         "prefetch": engine.prefetch,
+        "prefetch_depth": engine.prefetch_depth,
+        "prefetch_budget": engine.prefetch_budget,
         "overlap": engine.overlap,
         "prefill_chunk": engine.prefill_chunk,
         "transport": engine.transport,

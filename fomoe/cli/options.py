@@ -16,6 +16,7 @@ from fomoe.config import (
     Activations,
     EngineConfig,
     KVDtype,
+    LogicalEviction,
     RamPolicy,
     ServerConfig,
     Transport,
@@ -24,8 +25,10 @@ from fomoe.config import (
     parse_devices,
 )
 from fomoe.errors import ConfigError
+from fomoe.quality import Quality, car_quality, parse_quality
 
 _DEFAULTS = EngineConfig(model=Path())
+_ROUTING = _DEFAULTS.routing
 
 
 def flattened(verb: Callable[..., None]) -> Callable[..., None]:
@@ -73,6 +76,13 @@ def parse_size(text: str) -> int:
     """Parse an option that is a size; see `parse_bytes`."""
     try:
         return parse_bytes(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _quality(text: str) -> Quality:
+    try:
+        return parse_quality(text)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -135,19 +145,67 @@ class EngineOptions:
     ctx_size: Annotated[
         int, typer.Option(metavar="TOKENS", help="Longest prompt and answer together.")
     ] = _DEFAULTS.ctx_size
+    quality: Annotated[
+        Quality | None,
+        typer.Option(
+            parser=_quality,
+            metavar="CONTRACT",
+            help="What answers are held to: exact (default), kl=0.01 (mean loss), "
+            "bytes=500MB/token (mean reads), price=0.05 or car=0.35.",
+        ),
+    ] = None
     car: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="0..1",
-            help="Cache-aware routing: lets a resident expert stand in for a missing one that it "
-            "comes this close to. 0 is exact.",
+            help="Short for --quality car=...: lets a resident expert stand in for a missing one "
+            "that it comes this close to. 0 is exact.",
         ),
-    ] = 0.0
+    ] = None
     car_capacity: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Experts per layer that --car takes as resident. Default: what the budgets hold.",
+            help="Experts per layer that lossy routing takes as resident. "
+            "Default: what the budgets hold.",
+        ),
+    ] = None
+    logical_eviction: Annotated[
+        LogicalEviction,
+        typer.Option(
+            help="Lossy routing: who leaves what it takes as resident, by decayed frequency and "
+            "age, by age, or by mean probability.",
+        ),
+    ] = _ROUTING.logical_eviction
+    backfill: Annotated[
+        str,
+        typer.Option(
+            metavar="N|N/M",
+            help="Lossy routing: experts read in the background per layer and token, of those "
+            "left out, for example 28/60.",
+        ),
+    ] = _ROUTING.backfill
+    warmup: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS", min=0, help="Lossy routing: the first generated tokens are exact."
+        ),
+    ] = _ROUTING.warmup
+    shadow_every: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Lossy routing: measure the loss at one token in N; 0 only where a contract "
+            "needs it.",
+        ),
+    ] = _DEFAULTS.routing.shadow_every
+    loss_profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What a substitution costs in each layer. Default: MODEL.loss.json, if it is "
+            "there.",
         ),
     ] = None
     threads: Annotated[
@@ -161,8 +219,18 @@ class EngineOptions:
         RamPolicy, typer.Option(help="Whether an expert on a device keeps its place in RAM.")
     ] = _DEFAULTS.ram_policy
     prefetch: Annotated[
-        bool, typer.Option(help="Read the experts that the next layer is expected to need.")
+        bool, typer.Option(help="Read experts before the router asks for them.")
     ] = True
+    prefetch_depth: Annotated[
+        int, typer.Option(metavar="0..2", help="Layers that a generated token looks ahead.")
+    ] = _DEFAULTS.prefetch_depth
+    prefetch_budget: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Bytes that reads in vain may add to a generated token's, as a share of them.",
+        ),
+    ] = _DEFAULTS.prefetch_budget
     overlap: Annotated[
         bool, typer.Option("--overlap/--serial", help="Compute and read at the same time.")
     ] = True
@@ -179,6 +247,32 @@ class EngineOptions:
     address: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Ray cluster to join; found by itself if local."),
+    ] = None
+
+    @property
+    def contract(self) -> Quality:
+        """What answers are held to.
+
+        Raises:
+            ConfigError: both --quality and --car are given, or --car is out of range.
+        """
+        if self.quality is not None and self.car is not None:
+            raise ConfigError("--car is short for --quality car=...; give one of the two")
+        if self.car is not None:
+            return car_quality(self.car)
+        return self.quality or Quality()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceOptions:
+    """What is kept of the router's decisions."""
+
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Append what the router said for each token to FILE, for `fomoe replay`.",
+        ),
     ] = None
 
 

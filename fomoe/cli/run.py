@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fomoe.cli.answering import Answer, answer, make_request
 from fomoe.cli.opening import opened, progress_bar
-from fomoe.cli.options import EngineOptions, ModelOptions
+from fomoe.cli.options import EngineOptions, ModelOptions, TraceOptions
 from fomoe.engine.requests import PromptProgress, SamplingParams
 from fomoe.errors import RequestError
 from fomoe.server.receipts import prompt_line, tier_line
@@ -40,6 +40,21 @@ class SamplingOptions:
         return SamplingParams(
             temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The one thing that is asked, where it is not a chat."""
+
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this and end.")
+    ] = None
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt's text; no chat template.")
+    ] = False
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --prompt: print the answer as JSON.")
+    ] = False
 
 
 class Session:
@@ -117,30 +132,23 @@ def run(
     model: ModelOptions,
     engine: EngineOptions,
     sampling: SamplingOptions,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this and end.")
-    ] = None,
+    recording: TraceOptions,
+    request: Request,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Instruction that comes first.")
     ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt's text; no chat template.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="With --prompt: print the answer as JSON.")
-    ] = False,
 ) -> None:
     """Chat with a model in the terminal, or answer one prompt."""
-    if prompt is None and (raw or as_json):
+    if request.prompt is None and (request.raw or request.as_json):
         raise typer.BadParameter("--raw and --json need --prompt")
     err = Console(stderr=True)
-    with opened(model, engine) as llm:
+    with opened(model, engine, trace=recording.trace) as llm:
         session = Session(llm, sampling, system)
-        if prompt is None:
+        if request.prompt is None:
             _chat(session, Console(), err)
             return
-        result = session.ask(prompt, Console(quiet=as_json), raw=raw)
-        if as_json:
+        result = session.ask(request.prompt, Console(quiet=request.as_json), raw=request.raw)
+        if request.as_json:
             typer.echo(json.dumps(asdict(result)))
         else:
             typer.echo()

@@ -18,7 +18,7 @@ import uvicorn
 
 from fomoe.cli.notify import notify
 from fomoe.cli.opening import opened
-from fomoe.cli.options import EngineOptions, ModelOptions, ServerOptions
+from fomoe.cli.options import EngineOptions, ModelOptions, ServerOptions, TraceOptions
 from fomoe.cli.runfile import announced
 from fomoe.config import (
     BUNDLED_MODEL,
@@ -154,14 +154,16 @@ def _answer_requests(llm: LLM, config: ServerConfig, sock: socket.socket) -> Non
         notify(notify_socket(), "STOPPING=1")
 
 
-def serve(model: ModelOptions, engine: EngineOptions, server: ServerOptions) -> None:
+def serve(
+    model: ModelOptions, engine: EngineOptions, server: ServerOptions, recording: TraceOptions
+) -> None:
     """Serve a model over an OpenAI-compatible API until Ctrl-C or `fomoe stop`."""
     config = server.config()
     _stop_on_sigterm()
     with closing(listen(config.host, config.port)) as sock:
         typer.echo(f"{banner(model)}\nstarting Ray and loading the model ...\n")
         notify(notify_socket(), f"STATUS=loading {model.path.name}")
-        with opened(model, engine, name="fomoe") as llm:
+        with opened(model, engine, name="fomoe", trace=recording.trace) as llm:
             # Ray installs a handler of its own while it starts.
             _stop_on_sigterm()
             _answer_requests(llm, config, sock)

@@ -3,9 +3,12 @@
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.engine.ahead import AheadArrays
+from fomoe.engine.decisions import Decisions
 from fomoe.engine.transfers import SegmentSlots
-from fomoe.engine.waves import WaveArrays
-from fomoe.residency._residency import Planner
+from fomoe.engine.waves import Priorities, WaveArrays
+from fomoe.residency._residency import LogicalCaches, Planner
+from fomoe.routing._routing import Rule
 
 _F32 = npt.NDArray[np.float32]
 _I32 = npt.NDArray[np.int32]
@@ -25,6 +28,26 @@ def part_addresses(parts: _U64, entries: npt.NDArray[np.void], out: _U64) -> Non
     `parts` [3, E] holds where gate, up and down of each expert would begin if its slot had address
     0. IndexError for an expert that is not there.
     """
+
+class Decider:
+    """Decides many sequences' tokens of a layer with the GIL released."""
+
+    def __init__(
+        self, caches: LogicalCaches, rule: Rule, k: int, threads: int, own: Decisions
+    ) -> None: ...
+    def decide(
+        self,
+        layer: int,
+        scores: _F32,
+        ids: _I32 | None,
+        sequences: _I32,
+        prices: _F32 | None,
+        out: Decisions | None,
+    ) -> int:
+        """Write decisions into `out`, None: `own`; returns the first row not finite, or -1.
+
+        With such a row nothing is decided.
+        """
 
 class StepArrays:
     """Where a step is written for the device, in place.
@@ -49,8 +72,8 @@ class WavePlanner:
         planner: Planner,
         segments: list[SegmentSlots],
         arrays: WaveArrays,
-        demand: int,
-        prefetch: int,
+        ahead: AheadArrays,
+        priorities: Priorities,
     ) -> None: ...
     def decide(
         self,
@@ -68,8 +91,17 @@ class WavePlanner:
         substituted: npt.NDArray[np.bool_],
         out: StepArrays,
     ) -> int: ...
+    def decide_by(
+        self,
+        layer: int,
+        scores: _F32,
+        decider: Decider,
+        prices: _F32 | None,
+        out: StepArrays,
+    ) -> int: ...
+    def read_later(self, layer: int, experts: _I32) -> int: ...
     def wave(self) -> int: ...
-    def look_ahead(self, layer: int, scores: _F32) -> int: ...
+    def look_ahead(self, layer: int, scores: _F32, depth: int) -> int: ...
     @property
     def first(self) -> int: ...
     @property

@@ -1,52 +1,71 @@
-"""Routing of one layer for a batch: exact for prompts, cache-aware where a sequence asks for it."""
+"""Routing of one layer for a batch: exact for prompts, by a sequence's rule in its decode steps."""
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
+from fomoe.engine.decisions import Decisions
 from fomoe.engine.meter import LossCounters
 from fomoe.engine.sequences import Sequence
 from fomoe.model.buffers import F32
 from fomoe.model.state import Batch
-from fomoe.routing import CacheAwareRouting, Route, route_exact
+from fomoe.routing import Route, route_exact
+from fomoe.routing.router import softmax
+
+_Ids = npt.NDArray[np.int32]
 
 
 class Brain:
-    """Turns router scores into experts and weights; reads logical state only."""
+    """Turns router scores into experts and weights; reads logical state only.
+
+    Attributes:
+        loss: what rules cost so far.
+        later: experts int32 [n] of the layer routed last that rules ask to be read in the
+            background.
+    """
 
     def __init__(self, top_k: int) -> None:
         self._top_k = top_k
-        self._lossy: dict[float, CacheAwareRouting] = {}
         self.loss = LossCounters()
+        self.later: list[_Ids] = []
 
     def route(
         self, layer: int, scores: F32, batch: Batch, sequences: tuple[Sequence, ...]
     ) -> Route:
         """Return experts and weights [T, k]; each sequence's logical cache learns of them."""
         route = route_exact(scores, self._top_k)
+        self.later.clear()
         for run, sequence in zip(batch.runs, sequences, strict=True):
             rows = slice(run.start, run.stop)
-            wanted = route.ids[rows]
-            if sequence.car > 0.0:
-                if sequence.decoding:
-                    self._substitute(layer, scores, rows, sequence, route)
-                sequence.logical.commit(layer, route.ids[rows])
+            if sequence.decider is None:
+                sequence.logical.observe(layer, route.ids[rows])
+            elif sequence.decoding:
+                self._decide(layer, scores, rows, sequence, route)
             else:
-                sequence.logical.observe(layer, wanted)
+                weighs = sequence.logical.caches.rules.eviction == "mass"
+                p = softmax(scores[rows]) if weighs else None
+                sequence.logical.commit(layer, route.ids[rows], p)
         return route
 
-    def _substitute(
+    def _decide(
         self, layer: int, scores: F32, rows: slice, sequence: Sequence, route: Route
     ) -> None:
-        policy = self._lossy.get(sequence.car)
-        if policy is None:
-            policy = self._lossy[sequence.car] = CacheAwareRouting(sequence.car)
-        lossy = policy.route(scores[rows], self._top_k, sequence.logical.mask(layer))
-        changed = int(np.count_nonzero(lossy.substituted))
-        if changed:
+        assert sequence.decider is not None
+        made = sequence.decider.decide(layer, scores[rows], prices=sequence.prices)
+        background = self.take(layer, sequence, made)
+        if background:
+            self.later.append(made.background[0, :background])
+        route.ids[rows] = made.ids
+        route.weights[rows] = made.weights
+        route.substituted[rows] = made.substituted
+
+    def take(self, layer: int, sequence: Sequence, made: Decisions) -> int:
+        """Count a sequence's decision; returns its background reads."""
+        read, background, substituted = made.tally[0].tolist()
+        sequence.reads[layer] = read + background
+        if substituted:
             sequence.lossy = True
-            self.loss.substituted += changed
-            self.loss.lost_mass += float(np.sum(1.0 - lossy.weights.sum(axis=1)))
-        route.ids[rows] = lossy.ids
-        route.weights[rows] = lossy.weights
-        route.substituted[rows] = lossy.substituted
+            self.loss.substituted += substituted
+            self.loss.lost_mass += float(made.lost[0])
+        return int(background)

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.engine.decisions import Decider
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
 from fomoe.kernels.device import ExpertShape, open_device
@@ -19,6 +20,14 @@ from fomoe.routing import Route, group_by_expert, route_exact
 class ExpertHost(Protocol):
     """Computes a layer's routed experts; one step is under way at a time."""
 
+    @property
+    def expert_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of one expert of each layer, int64 [L]."""
+
+    @property
+    def guess_depth(self) -> int:
+        """For how many of the next layers a decode step is to call `look_ahead` now."""
+
     def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
 
@@ -27,8 +36,19 @@ class ExpertHost(Protocol):
     ) -> None:
         """Route one sequence's tokens exactly, tell its logical cache, and begin."""
 
-    def look_ahead(self, layer: int, scores: F32) -> None:
-        """Load what `layer` will probably want, behind all demand reads; never waits."""
+    def decide_by(
+        self, layer: int, h: F32, scores: F32, decider: Decider, prices: F32 | None
+    ) -> None:
+        """Let a rule choose for one sequence's decode step, and begin; `decider.out` has it.
+
+        `prices` float32 [1] stands in for the rule's own.
+        """
+
+    def read_later(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
+        """Load experts that were wanted and did not run, behind all demand; never waits."""
+
+    def look_ahead(self, layer: int, scores: F32, depth: int = 1) -> None:
+        """Load what `layer`, `depth` further on, will want, behind all demand; never waits."""
 
     def open_prompt(self, tokens: int) -> None:
         """Begin a chunk of a prompt: `look_ahead` may be called for its first layers."""
@@ -49,6 +69,9 @@ class ResidentExperts:
         table = ExpertTable.from_gguf(file)
         self._spec = spec
         self._device = open_device("cpu", threads=threads, int8=int8)
+        self.expert_bytes = np.array(
+            [table.expert_bytes(i) for i in range(spec.n_layers)], np.int64
+        )
         self._shapes = [expert_shape(table, spec, i) for i in range(spec.n_layers)]
         self._tensors: list[npt.NDArray[np.uint8]] = []
         self._addresses = [self._load(file, table, i) for i in range(spec.n_layers)]
@@ -91,7 +114,22 @@ class ResidentExperts:
         logical.observe(layer, route.ids)
         self.begin(layer, h, route, decoding=decoding)
 
-    def look_ahead(self, layer: int, scores: F32) -> None:
+    def decide_by(
+        self, layer: int, h: F32, scores: F32, decider: Decider, prices: F32 | None
+    ) -> None:
+        """Let a rule choose for one sequence's decode step and compute the layer."""
+        made = decider.decide(layer, scores, prices=prices)
+        self.begin(layer, h, Route(made.ids, made.weights, made.substituted), decoding=True)
+
+    def read_later(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
+        """Everything is resident already."""
+
+    @property
+    def guess_depth(self) -> int:
+        """Everything is resident already."""
+        return 0
+
+    def look_ahead(self, layer: int, scores: F32, depth: int = 1) -> None:
         """Everything is resident already."""
 
     def open_prompt(self, tokens: int) -> None:

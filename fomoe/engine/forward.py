@@ -7,22 +7,19 @@ import numpy.typing as npt
 
 from fomoe.engine.brain import Brain
 from fomoe.engine.experts import ExpertHost
+from fomoe.engine.recorder import Recorder
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.waterfall import Lap, Stopwatch
 from fomoe.model.buffers import F32
 from fomoe.model.layers import DenseModel
 from fomoe.model.state import Batch
-from fomoe.residency import LogicalCache
-
-
-def exact_cache(sequences: tuple[Sequence, ...]) -> LogicalCache | None:
-    """Return the logical cache of a sequence that goes alone and exactly, else None."""
-    alone = len(sequences) == 1 and sequences[0].car <= 0.0
-    return sequences[0].logical if alone else None
 
 
 class Forward:
-    """Runs batches through the model; where experts lie is the host's business."""
+    """Runs batches through the model; where experts lie is the host's business.
+
+    `recorder`, where there is one, gets the router's scores of every pass.
+    """
 
     def __init__(self, model: DenseModel, experts: ExpertHost, *, prefetch: bool) -> None:
         self.model = model
@@ -30,39 +27,59 @@ class Forward:
         self.brain = Brain(model.spec.moe.top_k)
         self.watch = Stopwatch()
         self.prefetch = prefetch
+        self.recorder: Recorder | None = None
 
     def step(self, batch: Batch, sequences: tuple[Sequence, ...]) -> F32:
         """Return the last residual stream [T, D]; sequences have advanced by their tokens.
 
-        While the devices compute a layer's experts, the shared expert runs here and the next
-        layer's probable experts are asked for. `finish` is the one place that can wait.
+        While the devices compute a layer's experts, the next layers' probable experts are asked
+        for and the shared expert runs here. `finish` is the one place that can wait.
         """
         model, experts, watch = self.model, self.experts, self.watch
-        decoding = all(sequence.decoding for sequence in sequences)
-        plain = exact_cache(sequences)
-        ahead = self.prefetch and decoding
+        recorder = self.recorder
+        ahead = self.prefetch and all(sequence.decoding for sequence in sequences)
         watch.start()
         x = model.embed(batch)
         for layer in range(model.spec.n_layers):
             model.mix(layer, x, batch)
             h, scores = model.scores(layer, x)
             watch.lap(Lap.DENSE)
-            if plain is not None:
-                experts.decide(layer, h, scores, plain, decoding=decoding)
-            else:
-                route = self.brain.route(layer, scores, batch, sequences)
-                experts.begin(layer, h, route, decoding=decoding)
+            self._begin(layer, h, scores, batch, sequences)
+            if ahead:
+                self._look_ahead(layer, x)
+            if recorder is not None:
+                recorder.take(layer, scores)
             watch.lap(Lap.BRAIN)
             shared = model.shared(layer, h)
             watch.lap(Lap.DENSE)
-            if ahead and layer + 1 < model.spec.n_layers:
-                experts.look_ahead(layer + 1, model.look_ahead(layer + 1, x))
-                watch.lap(Lap.BRAIN)
             routed = experts.finish()
             watch.lap(Lap.AWAIT)
             model.close(x, routed, shared)
         batch.advance()
         return x
+
+    def _begin(
+        self, layer: int, h: F32, scores: F32, batch: Batch, sequences: tuple[Sequence, ...]
+    ) -> None:
+        """Choose the layer's experts and begin with them; one sequence alone takes one call."""
+        experts, sequence = self.experts, sequences[0]
+        decoding = all(one.decoding for one in sequences)
+        if len(sequences) == 1 and sequence.decider is None:
+            experts.decide(layer, h, scores, sequence.logical, decoding=decoding)
+        elif len(sequences) == 1 and sequence.decider is not None and decoding:
+            experts.decide_by(layer, h, scores, sequence.decider, sequence.prices)
+            self.brain.take(layer, sequence, sequence.decider.out)
+        else:
+            route = self.brain.route(layer, scores, batch, sequences)
+            experts.begin(layer, h, route, decoding=decoding)
+            for later in self.brain.later:
+                experts.read_later(layer, later)
+
+    def _look_ahead(self, layer: int, x: F32) -> None:
+        """Let the next layers' routers say what they would choose for this residual stream."""
+        experts, last = self.experts, self.model.spec.n_layers - 1 - layer
+        for depth in range(1, min(experts.guess_depth, last) + 1):
+            experts.look_ahead(layer + depth, self.model.look_ahead(layer + depth, x), depth)
 
     def logits(self, x: F32, rows: npt.NDArray[np.intp]) -> F32:
         """Return the logits [n, V] of some rows of the last residual stream."""
@@ -74,19 +91,16 @@ class Forward:
     def step_serial(self, batch: Batch, sequences: tuple[Sequence, ...]) -> F32:
         """The same pass with nothing overlapped and nothing prefetched; gives the same bits."""
         model, experts, watch = self.model, self.experts, self.watch
-        decoding = all(sequence.decoding for sequence in sequences)
-        plain = exact_cache(sequences)
+        recorder = self.recorder
         watch.start()
         x = model.embed(batch)
         for layer in range(model.spec.n_layers):
             model.mix(layer, x, batch)
             h, scores = model.scores(layer, x)
             watch.lap(Lap.DENSE)
-            if plain is not None:
-                experts.decide(layer, h, scores, plain, decoding=decoding)
-            else:
-                route = self.brain.route(layer, scores, batch, sequences)
-                experts.begin(layer, h, route, decoding=decoding)
+            self._begin(layer, h, scores, batch, sequences)
+            if recorder is not None:
+                recorder.take(layer, scores)
             watch.lap(Lap.BRAIN)
             routed = experts.finish()
             watch.lap(Lap.AWAIT)

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from fomoe.config import RoutingConfig
+from fomoe.engine.contract import Contract
 from fomoe.engine.forward import Forward
 from fomoe.engine.meter import Meter
 from fomoe.engine.prefill import prefill
+from fomoe.engine.recorder import Recorder
 from fomoe.engine.requests import (
     Event,
     Finished,
@@ -23,10 +26,13 @@ from fomoe.engine.requests import (
 )
 from fomoe.engine.sampler import log_probabilities, sample
 from fomoe.engine.sequences import Sequence
-from fomoe.errors import RequestError
+from fomoe.engine.shadow import Shadow, divergence
+from fomoe.errors import ConfigError, RequestError
 from fomoe.model.buffers import F32
 from fomoe.model.layers import HEAD_ROWS
 from fomoe.model.state import Batch
+from fomoe.quality import parse_quality
+from fomoe.traces import Passage
 
 PROGRESS_S = 0.25  # between two progress events inside a chunk
 
@@ -50,7 +56,7 @@ class Generation:
         meter: Meter,
         *,
         chunk: int,
-        default_car: float,
+        routing: RoutingConfig,
         serial: bool = False,
     ) -> None:
         check_request(request, sequence.state.ctx_size, forward.model.spec.vocab)
@@ -69,12 +75,18 @@ class Generation:
         self._next: int | None = None
         self._echo: list[float | None] = [None]
         self._echo_top: list[list[tuple[int, float]]] = [[]]
-        car = default_car if request.car is None else request.car
-        self._cached = 0 if request.echo or car > 0.0 else sequence.reusable_prefix(request.prompt)
+        quality = routing.quality if request.quality is None else parse_quality(request.quality)
+        afresh = request.echo or not quality.is_exact
+        self._cached = 0 if afresh else sequence.reusable_prefix(request.prompt)
         if not self._cached:
             sequence.reset()
-        sequence.car, sequence.decoding = car, False
-        meter.start(car=car, cached=self._cached)
+        self._contract = Contract(quality, routing.shadow_every, routing.sensitivities)
+        sequence.hold(self._contract.rule)
+        sequence.decoding = False
+        self._shadow: Shadow | None = None
+        meter.start(quality, cached=self._cached)
+        recorder = forward.recorder
+        self._trace_number = 0 if recorder is None else recorder.new_sequence()
         self._processed = self._cached
         self._started = self._reported = time.monotonic()
 
@@ -91,9 +103,32 @@ class Generation:
         if self._next is None:
             return self._prefill()
         token, self._next = self._next, None
-        self._sequence.decoding = True
-        hidden = self._run([token])
-        return self._choose(self._forward.logits(hidden, _LAST)[0])
+        return self._choose(self._decode(token))
+
+    def _decode(self, token: int) -> F32:
+        """Run a decode step under the contract, and its exact twin where that is due."""
+        sequence, contract, meter = self._sequence, self._contract, self._meter
+        shadowed, price = contract.is_shadowed, contract.price
+        if shadowed:
+            self._shadow = self._shadow or Shadow(self._forward, sequence)
+            self._shadow.take()
+        sequence.decoding = True
+        sequence.prices = None if price is None else np.array([price], np.float32)
+        logits: F32 = self._forward.logits(self._run([token]), _LAST)[0]
+        if contract.quality.is_exact:
+            return logits
+        missing, loss = sequence.reads, None
+        if shadowed and self._shadow is not None:
+            logits = logits.copy()  # the twin's come into the same buffer
+            with meter.shadow():
+                exact, more = self._shadow.repeat(token)
+            missing, loss = missing + more, divergence(exact, logits)
+        spent = int(missing @ self._forward.experts.expert_bytes)
+        meter.stepped(price or 0.0, spent)
+        whole = contract.stepped(spent, loss)
+        if loss is not None:
+            meter.shadowed(whole)
+        return logits
 
     @property
     def in_prompt(self) -> bool:
@@ -128,8 +163,19 @@ class Generation:
             hidden = forward.step(batch, (sequence,))
         else:
             hidden = prefill(forward, batch, (sequence,), self._on_layer)
+        if forward.recorder is not None:
+            self._record(forward.recorder, tokens)
         sequence.tokens.extend(tokens)
         return hidden
+
+    def _record(self, recorder: Recorder, tokens: list[int]) -> None:
+        sequence, request = self._sequence, self.request
+        passage = Passage(
+            sequence=self._trace_number, tokens=tokens, position=len(sequence.tokens),
+            label=request.request_id, domain=request.domain, is_prompt=not sequence.decoding,
+            hash=sequence.logical.hash,
+        )  # fmt: skip
+        recorder.write(passage)
 
     def _on_layer(self, layer: int) -> None:
         """Report a long chunk's progress: the layers done count as so many of its tokens."""
@@ -211,7 +257,7 @@ class Generation:
                 token=token,
                 logprob=own,
                 top=top,
-                parts_s=list(self._meter.token_parts) if request.trace else [],
+                parts_s=list(self._meter.token_parts) if request.waterfall else [],
             )
         ]
         full = position + 1 > self._sequence.state.ctx_size
@@ -283,7 +329,15 @@ def _check_numbers(request: GenerateRequest) -> None:
         _check_range(name, getattr(sampling, name), low, high)
     for bias in sampling.logit_bias.values():
         _check_range("logit_bias", bias, -_FAR, _FAR)
-    _check_range("car", request.car or 0.0, 0.0, 1.0)
+    _check_quality(request.quality)
+
+
+def _check_quality(text: Any) -> None:
+    try:
+        if text is not None:
+            parse_quality(text if isinstance(text, str) else repr(text))
+    except ConfigError as error:
+        raise RequestError(str(error), "quality") from None
 
 
 def _check_whole(param: str, value: Any, least: int) -> None:

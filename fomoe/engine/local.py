@@ -14,6 +14,7 @@ from fomoe.model.archs import read_spec
 from fomoe.model.buffers import F32
 from fomoe.model.layers import HEAD_ROWS, DenseModel
 from fomoe.model.state import Batch
+from fomoe.residency import LogicalRules
 
 
 def local_logits(
@@ -35,7 +36,7 @@ def local_logits(
     model = DenseModel(file, spec, chunk, int8=int8)
     experts = ResidentExperts(file, spec, chunk, int8=int8, threads=threads)
     forward = Forward(model, experts, prefetch=False)
-    sequence = Sequence(spec, len(tokens), kv_dtype, capacity=spec.moe.n_experts)
+    sequence = Sequence(spec, len(tokens), kv_dtype, LogicalRules(capacity=spec.moe.n_experts))
     return sequence_logits(forward, sequence, tokens, chunk)
 
 

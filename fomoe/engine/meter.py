@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 from fomoe.engine.requests import Receipt
 from fomoe.engine.waterfall import NOTHING, Seconds, Stopwatch, Waterfall, added, milliseconds
+from fomoe.quality import Quality
+from fomoe.routing.price import NANO
 
 
 @dataclass(slots=True)
 class HostCounters:
     """Running totals of an expert host; activations are (layer, token, expert) triples.
 
-    `prompt_*` are the activations of prefill steps, the others those of decode steps.
+    `prompt_*` are the activations of prefill steps, the others those of decode steps. `guesses`
+    are the prefetches of decode steps: asked for, wanted by the layer that they were for, and
+    dropped before their read began; `prefetch_*` count those of prompts, too. Of `nvme_bytes`, all
+    that was read, `prompt_bytes` were read by prompts, `prefetch_bytes` ahead of the router,
+    `background_bytes` for what was wanted earlier and `shadow_bytes` by shadow steps.
     """
 
     hits_device: int = 0
@@ -25,8 +33,18 @@ class HostCounters:
     nvme_bytes: int = 0
     ram_bytes: int = 0
     demoted_bytes: int = 0
+    prompt_bytes: int = 0
+    prefetch_bytes: int = 0
+    background_bytes: int = 0
+    shadow_bytes: int = 0
+    substitutes_device: int = 0
+    substitutes_ram: int = 0
+    substitutes_nvme: int = 0
     prefetch_issued: int = 0
     prefetch_used: int = 0
+    guesses: int = 0
+    guesses_used: int = 0
+    guesses_dropped: int = 0
     stall_s: float = 0.0
     compute_s: float = 0.0
 
@@ -37,10 +55,17 @@ class HostCounters:
 
 @dataclass(slots=True)
 class LossCounters:
-    """Running totals of cache-aware routing."""
+    """Running totals of lossy routing; see `Receipt` for what each counts."""
 
     substituted: int = 0
     lost_mass: float = 0.0
+    logical_bytes: int = 0
+    shadow_steps: int = 0
+    shadow_kl: float = 0.0
+
+    def copy(self) -> LossCounters:
+        """Return the present values."""
+        return LossCounters(*(getattr(self, name) for name in self.__slots__))
 
 
 class Meter:
@@ -48,6 +73,7 @@ class Meter:
 
     Attributes:
         token_parts: where the last token's time went, seconds by `waterfall.PARTS`.
+        price: of a read in the last decode step.
     """
 
     def __init__(
@@ -69,13 +95,14 @@ class Meter:
         self.prompt_s = self.generated_s = 0.0
         self._devices = devices
         self._capacity = capacity
-        self.start(car=0.0, cached=0)
+        self.start(Quality(), cached=0)
 
-    def start(self, *, car: float, cached: int) -> None:
-        """Begin a request with cache-aware threshold `car` and `cached` tokens taken over."""
+    def start(self, quality: Quality, *, cached: int) -> None:
+        """Begin a request that is held to `quality` and takes over `cached` tokens."""
         self._host0 = self.host.copy()
-        self._loss0 = LossCounters(self.loss.substituted, self.loss.lost_mass)
-        self._car, self._cached = car, cached
+        self._loss0 = self.loss.copy()
+        self._quality, self._cached = quality, cached
+        self.price = 0.0
         self._prompt = self._generated = 0
         self._t0 = self._t1 = self._last = time.monotonic()
         self._parts()
@@ -105,14 +132,51 @@ class Meter:
         self._generated_parts = added(self._generated_parts, self.token_parts)
         self.generated_parts = added(self.generated_parts, self.token_parts)
 
+    def stepped(self, price: float, spent: int) -> None:
+        """A decode step of lossy routing asked for `spent` bytes that were not resident."""
+        self.price = price
+        self.loss.logical_bytes += spent
+
+    @contextmanager
+    def shadow(self) -> Iterator[None]:
+        """Charge what is read inside to shadow steps; its activations are none of the answer's."""
+        before = self.host.copy()
+        yield
+        host = self.host
+        host.hits_device, host.hits_ram = before.hits_device, before.hits_ram
+        host.reads_nvme = before.reads_nvme
+        host.shadow_bytes += host.nvme_bytes - before.nvme_bytes
+
+    def shadowed(self, loss: int) -> None:
+        """A shadow step estimated a loss in nanonats."""
+        self.loss.shadow_steps += 1
+        self.loss.shadow_kl += loss / NANO
+
     def rate(self) -> float:
         """Return generated tokens per second of the request under way or the last one."""
         seconds = self._last - self._t1
         return (self._generated - 1) / seconds if self._generated > 1 and seconds > 0 else 0.0
 
+    def estimated_kl(self) -> float:
+        """Return nats per token that shadow steps measured in this request; 0 without any."""
+        steps = self.loss.shadow_steps - self._loss0.shadow_steps
+        return (self.loss.shadow_kl - self._loss0.shadow_kl) / steps if steps else 0.0
+
+    def shares(self) -> dict[str, float]:
+        """Return the outcomes of this request's generated activations, as shares of 1."""
+        host, before = self.host, self._host0
+        counts = {
+            "device": host.hits_device - before.hits_device,
+            "ram": host.hits_ram - before.hits_ram,
+            "nvme": host.reads_nvme - before.reads_nvme,
+            "substituted": self.loss.substituted - self._loss0.substituted,
+        }
+        total = max(1, sum(counts.values()))
+        return {name: count / total for name, count in counts.items()}
+
     def receipt(self, decision_hash: int) -> Receipt:
         """Return what the request cost so far."""
-        now, a, b = time.monotonic(), self._host0, self.host
+        now, a, b, loss = time.monotonic(), self._host0, self.host, self.loss
         start = self._t1 if self._prompt else now
         return Receipt(
             prompt_tokens=self._prompt,
@@ -120,22 +184,26 @@ class Meter:
             prompt_ms=(start - self._t0) * 1e3,
             generated_tokens=self._generated,
             generated_ms=(now - start) * 1e3,
-            hits_device=b.hits_device - a.hits_device,
-            hits_ram=b.hits_ram - a.hits_ram,
-            reads_nvme=b.reads_nvme - a.reads_nvme,
-            substituted=self.loss.substituted - self._loss0.substituted,
-            prompt_hits_device=b.prompt_hits_device - a.prompt_hits_device,
-            prompt_hits_ram=b.prompt_hits_ram - a.prompt_hits_ram,
-            prompt_reads_nvme=b.prompt_reads_nvme - a.prompt_reads_nvme,
-            nvme_bytes=b.nvme_bytes - a.nvme_bytes,
-            ram_bytes=b.ram_bytes - a.ram_bytes,
-            demoted_bytes=b.demoted_bytes - a.demoted_bytes,
+            prefetched=b.guesses - a.guesses,
+            prefetched_used=b.guesses_used - a.guesses_used,
+            prefetched_dropped=b.guesses_dropped - a.guesses_dropped,
             stall_ms=(b.stall_s - a.stall_s) * 1e3,
-            lost_mass=self.loss.lost_mass - self._loss0.lost_mass,
-            mode=f"car {self._car:.2f}" if self._car > 0.0 else "exact",
+            price=self.price,
+            mode=str(self._quality),
             devices=self._devices,
             prompt_parts_ms=milliseconds(self._prompt_parts),
             generated_parts_ms=milliseconds(self._generated_parts),
-            logical_capacity=self._capacity if self._car > 0.0 else 0,
+            logical_capacity=0 if self._quality.is_exact else self._capacity,
             decision_hash=f"{decision_hash:016x}",
+            **{name: getattr(b, name) - getattr(a, name) for name in _HOST_COUNTS},
+            **{name: getattr(loss, name) - getattr(self._loss0, name) for name in _LOSS_COUNTS},
         )
+
+
+def _shared(counters: type) -> tuple[str, ...]:
+    """Return the names that running totals and receipts have in common."""
+    return tuple(part.name for part in fields(counters) if part.name in _RECEIPT)
+
+
+_RECEIPT = {part.name for part in fields(Receipt)}
+_HOST_COUNTS, _LOSS_COUNTS = _shared(HostCounters), _shared(LossCounters)

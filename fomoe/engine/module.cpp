@@ -1,5 +1,6 @@
 // Python bindings of the wave planner; it works on the residency of fomoe.residency._residency.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 
 #include <algorithm>
 #include <optional>
@@ -7,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "decisions.h"
 #include "fomoe/native/array.h"
 #include "waves.h"
 
@@ -33,6 +35,7 @@ WaveArrays arrays_of(nb::handle a) {
           field<int32_t, 1>(a, "layer_device").data(),
           field<int64_t, 1>(a, "expert_bytes").data(),
           field<int8_t, 2>(a, "unproven").view(),
+          field<bool, 2>(a, "background").view(),
           field<int32_t, 2>(a, "ids").data(),
           field<float, 2>(a, "weights").data(),
           field<int32_t, 1>(a, "experts").data(),
@@ -41,8 +44,23 @@ WaveArrays arrays_of(nb::handle a) {
           reinterpret_cast<Counts*>(field<int64_t, 1>(a, "counts").data())};
 }
 
+AheadArrays ahead_of(nb::handle a, const residency::State& state) {
+  const auto named = field<int64_t, 2>(a, "named"), wanted = field<int64_t, 2>(a, "wanted");
+  const auto allowed = field<bool, 2>(a, "allowed");
+  for (const int64_t rows : {named.shape(0), wanted.shape(0), allowed.shape(0)})
+    same("depths of guesses", rows, kDepths);
+  for (const int64_t columns : {named.shape(1), wanted.shape(1), allowed.shape(1)})
+    same("levels of guesses", columns, kLevels);
+  const auto charged = field<bool, 2>(a, "charged");
+  same("layers of guesses", charged.shape(0), state.n_layers);
+  same("experts of guesses", charged.shape(1), state.n_experts);
+  return {named.view(),   wanted.view(), allowed.view(),
+          charged.view(), field<int64_t, 1>(a, "misses").data(),
+          field<int64_t, 1>(a, "credit").data()};
+}
+
 void init_planner(WavePlanner* self, residency::Planner& planner, nb::list segments,
-                  nb::object arrays, int32_t demand, int32_t prefetch) {
+                  nb::object arrays, nb::object ahead, nb::object priorities) {
   std::vector<Segment> all;
   for (const nb::handle s : segments) all.push_back(segment_of(s));
   const auto ids = field<int32_t, 2>(arrays, "ids");
@@ -51,8 +69,11 @@ void init_planner(WavePlanner* self, residency::Planner& planner, nb::list segme
   same("room for reads", nb::cast<Records<Read>>(arrays.attr("reads")).size(), 2 * n);
   same("room for experts", field<int32_t, 1>(arrays, "experts").size(), n);
   same("room for pairs", field<int64_t, 1>(arrays, "pairs").size(), n);
-  new (self) WavePlanner(planner, std::move(all), arrays_of(arrays),
-                         {ids.shape(0), ids.shape(1), demand, prefetch});
+  const auto priority = [&](const char* name) { return nb::cast<int32_t>(priorities.attr(name)); };
+  new (self) WavePlanner(
+      planner, std::move(all), arrays_of(arrays), ahead_of(ahead, planner.state()),
+      {ids.shape(0), ids.shape(1), nb::cast<int64_t>(ahead.attr("budget_permille")),
+       priority("demand"), priority("prefetch"), priority("background")});
 }
 
 void init_arrays(StepArrays* self, Array<int32_t, 2> order, Array<float, 2> weights,
@@ -120,9 +141,43 @@ int64_t py_place(WavePlanner& w, int32_t layer, Array<const int32_t, 2> ids,
   return w.wave();
 }
 
-int64_t py_look_ahead(WavePlanner& w, int32_t layer, Array<const float, 2> scores) {
+int64_t py_read_later(WavePlanner& w, int32_t layer, Array<const int32_t, 1> experts) {
+  check(w, layer, 0, w.state().n_experts);
+  if (experts.size() > w.state().n_experts) throw nb::index_error("too many reads");
+  w.clear_counts();
+  return w.read_later(layer, experts.data(), experts.size(), 0);
+}
+
+// One sequence's token by its rule: the decision, the step and what is read later, in one call.
+int64_t py_decide_by(WavePlanner& w, int32_t layer, Array<const float, 2> scores, Decider& decider,
+                     std::optional<Array<const float, 1>> prices, const StepArrays& out) {
+  check(w, layer, scores.shape(0), scores.shape(1));
+  check_room(w, scores.shape(0), out);
+  const residency::LogicalShape& s = decider.caches().shape();
+  same("tokens of a decision", scores.shape(0), 1);
+  same("sequences of the decider", s.sequences, 1);
+  same("layers of the decider", s.layers, w.state().n_layers);
+  same("experts of the decider", s.experts, w.state().n_experts);
+  same("experts per token of the decider", decider.k(), w.shape().top_k);
+  if (prices) same("number of prices", prices->size(), 1);
+  if (decider.rule().kind == routing::RuleKind::kDrop)
+    throw std::invalid_argument("a step runs k experts, a rule that drops some cannot plan it");
+  const int32_t sequence = 0;
+  const DecisionInputs in{&sequence, prices ? prices->data() : nullptr, scores.data(), nullptr, 1,
+                          scores.shape(1)};
+  const DecisionArrays& made = decider.own();
+  if (decider.decide(layer, in, made) >= 0) return -1;
+  w.take(made.ids, made.weights, decider.k());
+  w.begin(layer, 1, made.substituted, out);
+  const int64_t reads = w.wave(), later = made.tally[kBackground];
+  return later ? w.read_later(layer, made.background, later, reads) : reads;
+}
+
+int64_t py_look_ahead(WavePlanner& w, int32_t layer, Array<const float, 2> scores,
+                      int32_t depth) {
   check(w, layer, 0, scores.shape(1));
-  return w.look_ahead(layer, scores.data(), scores.shape(0));
+  if (depth < 1 || depth > kDepths) throw nb::index_error("guesses reach one or two layers ahead");
+  return w.look_ahead(layer, depth - 1, scores.data(), scores.shape(0));
 }
 
 void check_slot(int32_t slot, int64_t n_slots) {
@@ -158,6 +213,75 @@ void py_part_addresses(Array<const uint64_t, 2> parts, Records<Entry> entries,
   }
 }
 
+DecisionArrays decisions_of(nb::handle out, int64_t rows, int64_t k) {
+  const auto pairs = [&](auto array, const char* name) {
+    same(name, array.shape(0), rows);
+    same(name, array.shape(1), k);
+    return array.data();
+  };
+  const auto lost = field<float, 1>(out, "lost");
+  const auto tally = field<int64_t, 2>(out, "tally");
+  same("length of lost", lost.size(), rows);
+  same("size of tally", tally.size(), rows * kTallies);
+  return {pairs(field<int32_t, 2>(out, "ids"), "size of ids"),
+          pairs(field<float, 2>(out, "weights"), "size of weights"),
+          pairs(field<bool, 2>(out, "substituted"), "size of substituted"),
+          pairs(field<bool, 2>(out, "read"), "size of read"),
+          pairs(field<int32_t, 2>(out, "wanted"), "size of wanted"),
+          pairs(field<int32_t, 2>(out, "background"), "size of background"),
+          lost.data(),
+          tally.data()};
+}
+
+void init_decider(Decider* self, const residency::LogicalCaches& caches, const routing::Rule& rule,
+                  int64_t k, int64_t threads, nb::handle own) {
+  const residency::LogicalShape& s = caches.shape();
+  if (k < 1 || k > s.capacity) throw std::invalid_argument("k does not fit the caches");
+  if (threads < 1) throw std::invalid_argument("a decider needs a thread");
+  if (!rule.sensitivities.empty())
+    same("layer sensitivities", int64_t(rule.sensitivities.size()), s.layers);
+  new (self) Decider(caches, rule, k, threads, decisions_of(own, s.sequences, k));
+}
+
+// Rows must name different sequences: threads share nothing.
+void check_sequences(const residency::LogicalShape& s, const Array<const int32_t, 1>& sequences) {
+  std::vector<uint8_t> seen(s.sequences);
+  for (int64_t i = 0; i < sequences.size(); ++i) {
+    const int32_t row = sequences.data()[i];
+    if (row < 0 || row >= s.sequences)
+      throw nb::index_error(("sequence " + std::to_string(row) + " of " +
+                             std::to_string(s.sequences)).c_str());
+    if (seen[row]++)
+      throw std::invalid_argument("sequence " + std::to_string(row) + " has two rows");
+  }
+}
+
+int64_t py_decide_rows(Decider& d, int64_t layer, Array<const float, 2> scores,
+                       std::optional<Array<const int32_t, 2>> ids,
+                       Array<const int32_t, 1> sequences,
+                       std::optional<Array<const float, 1>> prices, nb::object out) {
+  const residency::LogicalShape& s = d.caches().shape();
+  const int64_t rows = scores.shape(0), width = scores.shape(1);
+  if (layer < 0 || layer >= s.layers) throw nb::index_error("no such layer");
+  same("number of sequences", sequences.size(), rows);
+  check_sequences(s, sequences);
+  if (prices) same("number of prices", prices->size(), rows);
+  if (!ids) same("experts of a layer", width, s.experts);
+  if (ids) {
+    same("rows of ids", ids->shape(0), rows);
+    same("columns of ids", ids->shape(1), width);
+    if (width < d.k()) throw std::invalid_argument("heads must have at least k experts");
+    for (int64_t i = 0; i < ids->size(); ++i)
+      if (ids->data()[i] < 0 || ids->data()[i] >= s.experts)
+        throw nb::index_error("no such expert");
+  }
+  const DecisionArrays arrays = out.is_none() ? d.own() : decisions_of(out, rows, d.k());
+  const DecisionInputs in{sequences.data(), prices ? prices->data() : nullptr, scores.data(),
+                          ids ? ids->data() : nullptr, rows, width};
+  nb::gil_scoped_release released;
+  return d.decide(layer, in, arrays);
+}
+
 }  // namespace
 }  // namespace fomoe::engine
 
@@ -169,17 +293,26 @@ NB_MODULE(_engine, m) {
   m.def("landed", &py_landed, "words"_a, "entries"_a, "ready"_a);
   m.def("part_addresses", &py_part_addresses, "parts"_a, "entries"_a, "out"_a);
 
+  nb::class_<Decider>(m, "Decider")
+      .def("__init__", &init_decider, "caches"_a, "rule"_a, "k"_a, "threads"_a, "own"_a,
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 6>())
+      .def("decide", &py_decide_rows, "layer"_a, "scores"_a, "ids"_a.none(), "sequences"_a,
+           "prices"_a.none(), "out"_a.none());
   nb::class_<StepArrays>(m, "StepArrays")
       .def("__init__", &init_arrays, "order"_a, "weights"_a, "pair_token"_a, "pair_start"_a,
            "entries"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(),
            nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>());
   nb::class_<WavePlanner>(m, "WavePlanner")
-      .def("__init__", &init_planner, "planner"_a, "segments"_a, "arrays"_a, "demand"_a,
-           "prefetch"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
+      .def("__init__", &init_planner, "planner"_a, "segments"_a, "arrays"_a, "ahead"_a,
+           "priorities"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
+           nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
       .def("decide", &py_decide, "layer"_a, "scores"_a, "tokens"_a, "decision_hash"_a, "out"_a)
+      .def("decide_by", &py_decide_by, "layer"_a, "scores"_a, "decider"_a, "prices"_a.none(),
+           "out"_a)
+      .def("read_later", &py_read_later, "layer"_a, "experts"_a)
       .def("place", &py_place, "layer"_a, "ids"_a, "weights"_a, "substituted"_a, "out"_a)
       .def("wave", &WavePlanner::wave)
-      .def("look_ahead", &py_look_ahead, "layer"_a, "scores"_a)
+      .def("look_ahead", &py_look_ahead, "layer"_a, "scores"_a, "depth"_a)
       .def_prop_ro("first", &WavePlanner::first)
       .def_prop_ro("end", &WavePlanner::end)
       .def_prop_ro("n_experts", &WavePlanner::n_experts);

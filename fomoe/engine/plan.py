@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fomoe.config import Budgets, EngineConfig, format_bytes
+from fomoe.config import Budgets, EngineConfig, RoutingConfig, format_bytes
 from fomoe.engine.chunk import auto_chunk
 from fomoe.engine.transfers import SegmentSlots
 from fomoe.errors import ConfigError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.model.spec import ModelSpec
-from fomoe.residency import ExpertSizes, Topology, plan_budgets
+from fomoe.residency import ExpertSizes, LogicalRules, Topology, plan_budgets
 
 # Of the memory that is free when fomoe starts, the share that experts may take by default; the
 # rest is for the page cache, other programs and what the processes need themselves.
@@ -44,6 +44,15 @@ class EnginePlan:
             {c: (n, self.table.classes[c].slot_bytes) for c, n in counts.items() if n},
             t.layer_class, t.n_experts,
         )  # fmt: skip
+
+    def logical_rules(self, routing: RoutingConfig) -> LogicalRules:
+        """Return how each sequence's logical cache behaves."""
+        return LogicalRules(
+            capacity=self.logical_capacity,
+            eviction=routing.logical_eviction,
+            backfill=routing.backfill_share,
+            warmup=routing.warmup,
+        )
 
     @property
     def holds_all(self) -> bool:
@@ -85,9 +94,13 @@ def make_plan(
 
     Raises:
         BudgetError: a budget cannot hold one layer's top-k of each size class.
-        ConfigError: a budget is missing, or the logical capacity does not fit.
+        ConfigError: a budget is missing, or the logical capacity or the loss profile does not fit.
     """
-    budgets = config.budgets
+    budgets, known = config.budgets, len(config.routing.sensitivities)
+    if known not in (0, spec.n_layers):
+        raise ConfigError(
+            f"the loss profile has {known} layers, the model {spec.n_layers}; measure one for it"
+        )
     if budgets.vram_bytes is None or budgets.ram_bytes is None:
         raise ConfigError("budgets must be resolved before a plan is made")
     n = len(device_node)

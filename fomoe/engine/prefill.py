@@ -39,6 +39,8 @@ def prefill(
         watch.lap(Lap.DENSE)
         route = forward.brain.route(layer, scores, batch, sequences)
         experts.begin(layer, h, route, decoding=False)
+        if forward.recorder is not None:
+            forward.recorder.take(layer, scores)
         if forward.prefetch:
             _look_ahead(forward, layer, x)
         watch.lap(Lap.BRAIN)

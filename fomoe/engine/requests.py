@@ -36,9 +36,9 @@ class GenerateRequest:
     `stop_ids` end the sequence (the stop token is reported in `Finished.stop_id`, never emitted
     as a token); stop *strings* are the server's business, which cancels. `logprobs` is the number
     of alternatives per emitted token (-1: none at all, 0: only the token's own). `echo` asks for
-    `PromptLogprobs` of the prompt's own tokens before the first token. `car` overrides the
-    engine's cache-aware threshold for this request (None: the engine's default, 0: exact).
-    `trace` asks for each token's `parts_s`.
+    `PromptLogprobs` of the prompt's own tokens before the first token. `quality` is a
+    contract's text in place of the engine's default (see `fomoe.quality`).
+    `waterfall` asks for each token's `parts_s`. `domain` says what kind of text it is, for traces.
     `forced` are emitted and fed in place of the first sampled tokens: a benchmark's text.
     """
 
@@ -50,8 +50,9 @@ class GenerateRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     logprobs: int = -1
     echo: bool = False
-    car: float | None = None
-    trace: bool = False
+    quality: str | None = None
+    waterfall: bool = False
+    domain: str = ""
     forced: list[int] = field(default_factory=list)
 
 
@@ -80,7 +81,7 @@ class TokenEvent:
     """One generated token.
 
     `top` holds (token id, log probability), best first; `parts_s` where the token's time went, by
-    `waterfall.PARTS`, where the request asked for a trace.
+    `waterfall.PARTS`, where the request asked for a waterfall.
     """
 
     request_id: str
@@ -97,6 +98,14 @@ class Receipt:
     `hits_device`, `hits_ram` and `reads_nvme` count expert activations of decode steps (one per
     layer, token and chosen expert); `substituted` counts those replaced by cache-aware routing,
     which are in none of the three. The prompt's activations are counted apart in `prompt_*`.
+    `nvme_bytes` is all that was read, of which `prompt_bytes` by prompts, `prefetch_bytes` ahead of
+    the router, `background_bytes` for experts that were wanted earlier, `shadow_bytes` by shadow
+    steps; the rest on demand. `logical_bytes` is what the contract's budget counts: expert bytes
+    that generated tokens asked for and that were not logically resident, shadow steps included.
+    `shadow_kl` is the sum over `shadow_steps` of the estimated KL(exact, answer), in nats.
+    `prefetched` experts were asked for before a decode step's router spoke, `_used` of them were
+    wanted, `_dropped` never read: used / (prefetched - dropped) is their precision, used /
+    reads_nvme their recall on misses.
     `prompt_parts_ms` and `generated_parts_ms` say where the time went, by `waterfall.PARTS`.
     """
 
@@ -115,6 +124,17 @@ class Receipt:
     nvme_bytes: int = 0
     ram_bytes: int = 0
     demoted_bytes: int = 0
+    prompt_bytes: int = 0
+    prefetch_bytes: int = 0
+    background_bytes: int = 0
+    shadow_bytes: int = 0
+    logical_bytes: int = 0
+    shadow_steps: int = 0
+    shadow_kl: float = 0.0
+    price: float = 0.0  # of a read in the last step
+    prefetched: int = 0
+    prefetched_used: int = 0
+    prefetched_dropped: int = 0
     stall_ms: float = 0.0
     lost_mass: float = 0.0
     prompt_parts_ms: dict[str, float] = field(default_factory=dict)
@@ -123,6 +143,27 @@ class Receipt:
     devices: str = "device"  # "device (emulated)" where a cpu device stands in for a GPU
     logical_capacity: int = 0  # experts per layer, lossy modes only
     decision_hash: str = ""
+
+    @property
+    def bytes_by_cause(self) -> dict[str, int]:
+        """What was read from the files, by why; the values add up to `nvme_bytes`."""
+        return causes(
+            self.nvme_bytes,
+            prompt=self.prompt_bytes,
+            prefetch=self.prefetch_bytes,
+            background=self.background_bytes,
+            shadow=self.shadow_bytes,
+        )
+
+    @property
+    def estimated_kl(self) -> float | None:
+        """Mean KL(exact, answer) in nats per token, by the shadow steps; None without any."""
+        return self.shadow_kl / self.shadow_steps if self.shadow_steps else None
+
+
+def causes(total: int, **known: int) -> dict[str, int]:
+    """Return bytes read by cause; what is no other's was read on demand."""
+    return {"demand": total - sum(known.values())} | known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

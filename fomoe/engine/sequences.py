@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from fomoe.engine.decisions import Decider
+from fomoe.errors import ConfigError
+from fomoe.model.buffers import F32
 from fomoe.model.spec import ModelSpec
 from fomoe.model.state import SequenceState
-from fomoe.residency import LogicalCache
+from fomoe.residency import LogicalCache, LogicalRules
+from fomoe.routing import DropRouting, ExactRouting, RoutingRule
 
 
 class Sequence:
     """One text under way; `tokens` are those that have gone through the layers.
 
-    `car` is the cache-aware threshold that decode steps use (0: exact); it never acts in prefill.
+    `decider` chooses the experts of decode steps under a lossy rule, at `prices` float32 [1] in
+    place of the rule's own; None is exact. It never acts in prefill. `reads` int64 [L] counts what
+    the last such step read, by its logical cache.
     `decoding` says whether the next step is a decode step. `lossy` stays set once a substituted
     expert may have touched the state, so that no exact request continues from it.
     """
 
-    def __init__(self, spec: ModelSpec, ctx_size: int, kv_dtype: str, capacity: int) -> None:
+    def __init__(self, spec: ModelSpec, ctx_size: int, kv_dtype: str, rules: LogicalRules) -> None:
         self.state = SequenceState(spec, ctx_size, kv_dtype)
-        self.logical = LogicalCache(spec.n_layers, spec.moe.n_experts, capacity)
+        self.logical = LogicalCache(spec.n_layers, spec.moe.n_experts, rules)
         self._nothing = self.logical.snapshot()
         self.tokens: list[int] = []
-        self.car = 0.0
+        self.decider: Decider | None = None
+        self.prices: F32 | None = None
+        self._top_k = spec.moe.top_k
+        self.reads = np.zeros(spec.n_layers, np.int64)
         self.decoding = False
         self.lossy = False
 
@@ -29,9 +40,26 @@ class Sequence:
         self.state.reset()
         self.logical.restore(self._nothing)
         self.tokens.clear()
-        self.car = 0.0
+        self.hold(ExactRouting())
         self.decoding = False
         self.lossy = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing may differ from the router's choice."""
+        return self.decider is None
+
+    def hold(self, rule: RoutingRule) -> None:
+        """Let a rule choose the experts of decode steps, at its own price.
+
+        Raises:
+            ConfigError: a step runs k experts, and the rule may drop some.
+        """
+        if isinstance(rule, DropRouting):
+            raise ConfigError("dropping experts can be replayed and evaluated, not served")
+        lossy = not isinstance(rule, ExactRouting)
+        self.decider = Decider(rule, self.logical.caches, self._top_k) if lossy else None
+        self.prices = None
 
     def reusable_prefix(self, prompt: list[int]) -> int:
         """Return how many leading tokens of `prompt` this state already holds (all or nothing).

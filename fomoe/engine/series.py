@@ -8,6 +8,7 @@ import numpy as np
 
 from fomoe.engine.meter import Meter
 from fomoe.engine.plan import EnginePlan
+from fomoe.engine.requests import causes
 from fomoe.engine.waterfall import PARTS
 from fomoe.residency import Counters, Residency
 from fomoe.types import Tier
@@ -44,6 +45,21 @@ def engine_series(meter: Meter, residency: Counters, tiers: TierBytes) -> dict[s
         )
         for part, value in zip(PARTS, values, strict=True)
     }
+    by_cause = causes(
+        host.nvme_bytes,
+        prompt=host.prompt_bytes,
+        prefetch=host.prefetch_bytes,
+        background=host.background_bytes,
+        shadow=host.shadow_bytes,
+    )
+    parts |= {
+        f'fomoe_expert_cause_bytes_total{{cause="{cause}"}}': float(value)
+        for cause, value in by_cause.items()
+    }
+    parts |= {
+        f'fomoe_expert_share{{outcome="{outcome}"}}': share
+        for outcome, share in meter.shares().items()
+    }
     lookups, prompt = "fomoe_expert_lookups_total", "fomoe_prompt_expert_lookups_total"
     return {
         "fomoe_prompt_tokens_total": float(meter.prompt_tokens),
@@ -59,7 +75,15 @@ def engine_series(meter: Meter, residency: Counters, tiers: TierBytes) -> dict[s
         f'{prompt}{{tier="ram"}}': float(host.prompt_hits_ram),
         f'{prompt}{{tier="nvme"}}': float(host.prompt_reads_nvme),
         "fomoe_substitutions_total": float(loss.substituted),
+        'fomoe_substitutes_total{tier="device"}': float(host.substitutes_device),
+        'fomoe_substitutes_total{tier="ram"}': float(host.substitutes_ram),
+        'fomoe_substitutes_total{tier="nvme"}': float(host.substitutes_nvme),
         "fomoe_router_mass_lost_total": loss.lost_mass,
+        "fomoe_logical_bytes_total": float(loss.logical_bytes),
+        "fomoe_shadow_steps_total": float(loss.shadow_steps),
+        "fomoe_shadow_kl_nats_total": loss.shadow_kl,
+        "fomoe_estimated_kl": meter.estimated_kl(),
+        "fomoe_quality_price": meter.price,
         "fomoe_expert_bytes_read_total": float(host.nvme_bytes),
         "fomoe_expert_bytes_copied_total": float(host.ram_bytes),
         "fomoe_expert_stall_seconds_total": host.stall_s,
@@ -70,6 +94,9 @@ def engine_series(meter: Meter, residency: Counters, tiers: TierBytes) -> dict[s
         "fomoe_prefetch_issued_total": float(host.prefetch_issued),
         "fomoe_prefetch_used_total": float(host.prefetch_used),
         "fomoe_prefetch_wasted_total": float(residency.prefetch_wasted.sum()),
+        'fomoe_decode_prefetches_total{outcome="asked"}': float(host.guesses),
+        'fomoe_decode_prefetches_total{outcome="used"}': float(host.guesses_used),
+        'fomoe_decode_prefetches_total{outcome="dropped"}': float(host.guesses_dropped),
         'fomoe_tier_bytes{tier="device"}': float(tiers.device),
         'fomoe_tier_bytes{tier="ram"}': float(tiers.ram),
         'fomoe_tier_capacity_bytes{tier="device"}': float(tiers.device_slots),

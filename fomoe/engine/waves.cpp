@@ -12,11 +12,12 @@ using residency::kNvme;
 using residency::kRam;
 
 WavePlanner::WavePlanner(residency::Planner& planner, std::vector<Segment> segments,
-                         WaveArrays arrays, WaveShape shape)
+                         WaveArrays arrays, AheadArrays ahead, WaveShape shape)
     : planner_(planner),
       segments_(std::move(segments)),
       a_(arrays),
       shape_(shape),
+      ahead_(planner.state().n_layers, ahead, shape.budget_permille),
       router_(planner.state().n_experts, shape.top_k) {
   const int64_t pairs = shape.max_tokens * shape.top_k, n = planner.state().n_experts;
   for (std::vector<int32_t>* by_pair : {&pair_token_, &order_, &ranks_, &moved_})
@@ -24,6 +25,7 @@ WavePlanner::WavePlanner(residency::Planner& planner, std::vector<Segment> segme
   grouped_.resize(pairs);
   pair_start_.resize(pairs + 1);
   sorted_.resize(n);
+  margins_.resize(n);
   source_.resize(n);
 }
 
@@ -42,6 +44,7 @@ void WavePlanner::begin(int32_t layer, int64_t tokens, const bool* substituted,
   room_ = std::max<int64_t>(state().device.quota[layer], shape_.top_k);
   group(tokens);
   arrange(tokens);
+  ahead_.score(layer, a_.experts, n_experts_);
   if (!substituted) return;
   // A substitute's activation is counted as such, not by where its bytes lie.
   for (int64_t p = 0; p < tokens * shape_.top_k; ++p) {
@@ -112,41 +115,57 @@ int64_t WavePlanner::wave() {
   std::copy(experts, experts + n, sorted_.begin());
   std::sort(sorted_.begin(), sorted_.begin() + n);
   const int64_t fetches = planner_.plan(layer_, sorted_.data(), n);
-  std::memset(a_.counts, 0, sizeof(Counts));
+  clear_counts();
   count(experts, n, fetches);
-  Read* const end = prove(experts, n, fetch(layer_, fetches));
+  Read* const end = prove(experts, n, fetch(layer_, fetches, a_.reads));
   address(a_.reads, end, shape_.demand);
   const Segment& segment = segments_[a_.layer_node[layer_]];
   for (int64_t i = 0; i < n; ++i) segment.locate(layer_, experts[i], out_.entries + first_ + i);
   return end - a_.reads;
 }
 
-// Counts the wave's activations by the tier that their bytes came from.
+// Counts the wave's activations, and substitutes, by the tier that their bytes came from.
 void WavePlanner::count(const int32_t* experts, int64_t n, int64_t fetches) {
   int8_t* const unproven = a_.unproven.row(layer_);
+  bool* const background = a_.background.row(layer_);
   const Fetch* const plan = planner_.fetches();
   for (int64_t i = 0; i < fetches; ++i)  // a prefetch of it, if any, was evicted unused
-    if (plan[i].source == kNvme) unproven[plan[i].expert] = kDevice;
+    if (plan[i].source == kNvme) {
+      unproven[plan[i].expert] = kDevice;
+      background[plan[i].expert] = false;
+    }
   for (int64_t i = 0; i < n; ++i) {
-    source_[experts[i]] = unproven[experts[i]];
-    a_.counts->prefetch_used += unproven[experts[i]] != kDevice;
+    // What was read in the background is a hit: it was paid for when it was asked for.
+    source_[experts[i]] = background[experts[i]] ? int8_t(kDevice) : unproven[experts[i]];
+    a_.counts->prefetch_used += source_[experts[i]] != kDevice;
   }
-  for (int64_t i = 0; i < fetches; ++i)
-    if (source_[plan[i].expert] != kNvme) source_[plan[i].expert] = int8_t(plan[i].source);
-  for (int64_t i = 0; i < n; ++i) a_.counts->by_tier[source_[experts[i]]] += a_.pairs[first_ + i];
+  const int64_t nbytes = a_.expert_bytes[layer_];
+  for (int64_t i = 0; i < n; ++i)
+    if (source_[experts[i]] != kDevice)
+      a_.counts->guesses_used += ahead_.earn(layer_, experts[i], nbytes, true);
+  for (int64_t i = 0; i < fetches; ++i) {
+    const int32_t e = plan[i].expert;
+    if (plan[i].source == kNvme) ahead_.earn(layer_, e, nbytes, false);
+    if (source_[e] != kNvme) source_[e] = int8_t(plan[i].source);
+  }
+  for (int64_t i = first_; i < first_ + n; ++i) {
+    const int32_t tier = source_[a_.experts[i]];
+    a_.counts->by_tier[tier] += a_.pairs[i];
+    a_.counts->substitutes[tier] += out_.pair_start[i + 1] - out_.pair_start[i] - a_.pairs[i];
+  }
 }
 
 // Moves the plan into the segment; charges link and RAM for what a card would move: promotions, and
 // victims copied back. Returns the end of its reads.
-Read* WavePlanner::fetch(int32_t layer, int64_t fetches) {
+Read* WavePlanner::fetch(int32_t layer, int64_t fetches, Read* reads) {
   const Segment& segment = segments_[a_.layer_node[layer]];
-  Read* const end = segment.apply(planner_, layer, fetches, a_.reads);
+  Read* const end = segment.apply(planner_, layer, fetches, reads);
   const Fetch* const plan = planner_.fetches();
   for (int64_t i = 0; i < fetches; ++i) {
     if (plan[i].source == kRam) a_.counts->ram_bytes += a_.expert_bytes[layer];
     if (plan[i].demoted_to >= 0) a_.counts->demoted_bytes += a_.expert_bytes[plan[i].victim_layer];
   }
-  a_.counts->nvme_bytes += (end - a_.reads) * a_.expert_bytes[layer];
+  a_.counts->nvme_bytes += (end - reads) * a_.expert_bytes[layer];
   return end;
 }
 
@@ -172,17 +191,48 @@ void WavePlanner::address(Read* first, Read* end, int32_t priority) {
   }
 }
 
-int64_t WavePlanner::look_ahead(int32_t layer, const float* scores, int64_t tokens) {
-  std::memset(a_.counts, 0, sizeof(Counts));
-  const int64_t guesses = router_.predict(scores, tokens, sorted_.data());
+int64_t WavePlanner::read_later(int32_t layer, const int32_t* experts, int64_t n, int64_t reads) {
+  const int64_t fetches = planner_.prefetch(layer, experts, n, n, true);
+  Read* const first = a_.reads + reads;
+  Read* const end = fetch(layer, fetches, first);
+  const Fetch* const plan = planner_.fetches();
+  const residency::History& history = state().history;
+  for (int64_t i = 0; i < fetches; ++i) {
+    const int32_t e = plan[i].expert;
+    a_.unproven.row(layer)[e] = int8_t(plan[i].source);
+    a_.background.row(layer)[e] = true;
+    if (plan[i].source == kNvme) ahead_.earn(layer, e, a_.expert_bytes[layer], false);
+    // It was wanted just now, which is all that speaks for keeping it until it is wanted again.
+    history.touch(layer, e, history.steps[layer]);
+  }
+  a_.counts->background_reads = end - first;
+  a_.counts->background_bytes = (end - first) * a_.expert_bytes[layer];
+  address(first, end, shape_.background);
+  return end - a_.reads;
+}
+
+int64_t WavePlanner::look_ahead(int32_t layer, int32_t depth, const float* scores,
+                                int64_t tokens) {
+  clear_counts();
+  const int64_t guesses = router_.predict(scores, tokens, sorted_.data(), margins_.data());
   // While a step is under way nothing may fail, least of all a guess.
   if (guesses < 0) return 0;
-  // Eager: a guess by the next layer's own router is worth more than the past of a victim.
-  const int64_t fetches = planner_.prefetch(layer, sorted_.data(), guesses, shape_.top_k, true);
-  Read* const end = fetch(layer, fetches);
+  const int64_t nbytes = a_.expert_bytes[layer];
+  int64_t sure = 0;
+  for (int64_t i = 0; i < guesses; ++i) {
+    const int32_t e = sorted_[i];
+    if (planner_.tier(layer, e) != kNvme) continue;
+    if (ahead_.note(layer, e, Ahead::level(margins_[i]), depth, nbytes, sure)) sorted_[sure++] = e;
+  }
+  // Eager: a guess by the layer's own router is worth more than the past of a victim.
+  const int64_t fetches = planner_.prefetch(layer, sorted_.data(), sure, sure, true);
+  Read* const end = fetch(layer, fetches, a_.reads);
   const Fetch* const plan = planner_.fetches();
-  for (int64_t i = 0; i < fetches; ++i)
+  for (int64_t i = 0; i < fetches; ++i) {
     a_.unproven.row(layer)[plan[i].expert] = int8_t(plan[i].source);
+    a_.background.row(layer)[plan[i].expert] = false;
+    ahead_.spend(layer, plan[i].expert, nbytes);
+  }
   a_.counts->prefetch_issued = fetches;
   address(a_.reads, end, shape_.prefetch);
   return end - a_.reads;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "ahead.h"
 #include "fomoe/native/view.h"
 #include "fomoe/residency/logical.h"
 #include "fomoe/residency/planner.h"
@@ -27,8 +28,9 @@ struct StepArrays {
 
 // Added up over the activations and reads of one call.
 struct Counts {
-  int64_t by_tier[3];
-  int64_t prefetch_used, prefetch_issued, nvme_bytes, ram_bytes, demoted_bytes;
+  int64_t by_tier[3], substitutes[3];
+  int64_t prefetch_used, prefetch_issued, nvme_bytes, ram_bytes, demoted_bytes, guesses_used;
+  int64_t background_reads, background_bytes;
 };
 
 // Arrays that the planner shares with Python; see WaveArrays in waves.py.
@@ -36,6 +38,7 @@ struct WaveArrays {
   const int32_t *layer_node, *layer_device;  // [L]
   const int64_t* expert_bytes;               // [L]
   View<int8_t> unproven;                     // [L, E]
+  View<bool> background;                     // [L, E]
   int32_t* ids;                              // [T, k]
   float* weights;                            // [T, k]
   int32_t* experts;                          // [E]
@@ -45,14 +48,14 @@ struct WaveArrays {
 };
 
 struct WaveShape {
-  int64_t max_tokens, top_k;
-  int32_t demand, prefetch;  // priorities of reads
+  int64_t max_tokens, top_k, budget_permille;
+  int32_t demand, prefetch, background;  // priorities of reads
 };
 
 class WavePlanner {
  public:
   WavePlanner(residency::Planner& planner, std::vector<Segment> segments, WaveArrays arrays,
-              WaveShape shape);
+              AheadArrays ahead, WaveShape shape);
 
   // Routes [tokens, E] into `ids` and `weights`; returns the first row that is not finite, or -1.
   int64_t route(const float* scores, int64_t tokens);
@@ -69,8 +72,13 @@ class WavePlanner {
   void begin(int32_t layer, int64_t tokens, const bool* substituted, const StepArrays& out);
   // Plans as many experts as fit; returns the number of reads. Ranges over the step's experts.
   int64_t wave();
-  // Asks for what the layer will probably want; returns the number of reads.
-  int64_t look_ahead(int32_t layer, const float* scores, int64_t tokens);
+  // Asks for experts of the layer that were wanted and did not run, behind `reads` others; nothing
+  // waits for them until they are wanted again. Returns the number of all reads.
+  int64_t read_later(int32_t layer, const int32_t* experts, int64_t n, int64_t reads);
+  void clear_counts() { *a_.counts = {}; }
+  // Asks for what a layer `depth` + 1 further on will want for sure enough; returns the number of
+  // reads.
+  int64_t look_ahead(int32_t layer, int32_t depth, const float* scores, int64_t tokens);
 
   const residency::State& state() const { return planner_.state(); }
   const WaveShape& shape() const { return shape_; }
@@ -82,7 +90,7 @@ class WavePlanner {
   void group(int64_t tokens);
   void arrange(int64_t tokens);
   void count(const int32_t* experts, int64_t n, int64_t fetches);
-  Read* fetch(int32_t layer, int64_t fetches);
+  Read* fetch(int32_t layer, int64_t fetches, Read* reads);
   Read* prove(const int32_t* experts, int64_t n, Read* reads);
   void address(Read* first, Read* end, int32_t priority);
 
@@ -90,11 +98,13 @@ class WavePlanner {
   const std::vector<Segment> segments_;
   const WaveArrays a_;
   const WaveShape shape_;
+  Ahead ahead_;
   routing::Router router_;
   routing::Grouper grouper_;
   std::vector<int32_t> grouped_, pair_start_, pair_token_, order_, ranks_;  // by ascending expert
   std::vector<int32_t> moved_;   // [P], the served number of each grouped pair
   std::vector<int32_t> sorted_;  // [E], scratch
+  std::vector<float> margins_;   // [E], scratch
   std::vector<int8_t> source_;   // [E], scratch
   StepArrays out_{};
   int32_t layer_ = 0;

@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from fomoe.engine import _engine
 from fomoe.engine._engine import StepArrays
+from fomoe.engine.ahead import AheadArrays
+from fomoe.engine.decisions import Decider
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import READ, SegmentSlots
 from fomoe.residency import LogicalCache, Residency
@@ -22,9 +24,19 @@ from fomoe.routing import Route
 from fomoe.routing.router import refuse_broken
 from fomoe.types import ExpertKey, Tier
 
-__all__ = ["Priorities", "StepArrays", "WaveArrays", "WaveLayout", "WavePlanner"]
+__all__ = [
+    "BACKGROUND",
+    "GUESSED",
+    "Priorities",
+    "StepArrays",
+    "WaveArrays",
+    "WaveLayout",
+    "WavePlanner",
+]
 
-_COUNTS = 8
+_COUNTS = 14
+GUESSED = 11  # where the prefetches used stand that a look-ahead asked for
+BACKGROUND = 12  # where the background reads stand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -38,10 +50,11 @@ class WaveLayout:
 
 @dataclass(frozen=True, slots=True)
 class Priorities:
-    """What the `priority` of demand reads and of prefetches is."""
+    """What the `priority` of demand reads, of prefetches and of background reads is."""
 
     demand: int
     prefetch: int
+    background: int
 
 
 class WaveArrays:
@@ -53,13 +66,16 @@ class WaveArrays:
         expert_bytes: int64 [L].
         unproven: int8 [L, E], the `Tier` that a prefetched expert came from until it is wanted;
             Tier.DEVICE for all others.
+        background: bool [L, E], whether what was last read ahead was so in the background: it had
+            been wanted and did not run. Its next use counts as a hit.
         ids: int32 [T, k], the route, best rank first.
         weights: float32 [T, k], its weights.
         experts: int32 [E], a step's experts in the order they are served.
         pairs: int64 [E], pairs of each of them, substitutes left out.
         reads: records of `READ` [2 E], what the last call asks storage for.
-        counts: int64 [8] of the last call: activations whose bytes came from device, RAM, NVMe;
-            prefetches used; issued; bytes read; promoted; demoted.
+        counts: int64 [14] of the last call: activations whose bytes came from device, RAM, NVMe;
+            substitutes alike; prefetches used; issued; bytes read; promoted; demoted; prefetches
+            used that a look-ahead of this planner asked for; background reads and their bytes.
     """
 
     def __init__(self, layout: WaveLayout, n_experts: int, max_tokens: int, top_k: int) -> None:
@@ -67,6 +83,7 @@ class WaveArrays:
         self.layer_device = np.ascontiguousarray(layout.layer_device, dtype=np.int32)
         self.expert_bytes = np.ascontiguousarray(layout.expert_bytes, dtype=np.int64)
         self.unproven = np.full((len(self.layer_node), n_experts), Tier.DEVICE, np.int8)
+        self.background = np.zeros(self.unproven.shape, np.bool_)
         self.ids = np.zeros((max_tokens, top_k), np.int32)
         self.weights = np.zeros((max_tokens, top_k), np.float32)
         self.experts = np.zeros(n_experts, np.int32)
@@ -85,14 +102,14 @@ class WavePlanner:
 
     def __init__(
         self, residency: Residency, segments: Sequence[SegmentSlots], layout: WaveLayout,
-        priorities: Priorities, *, max_tokens: int, top_k: int,
+        priorities: Priorities, ahead: AheadArrays, *, max_tokens: int, top_k: int,
     ) -> None:  # fmt: skip
         n_experts = segments[0].slot_of.shape[1]
         self.arrays = WaveArrays(layout, n_experts, max_tokens, top_k)
         self._residency = residency
         self._segments = list(segments)
         self._native = _engine.WavePlanner(
-            residency.native, self._segments, self.arrays, priorities.demand, priorities.prefetch
+            residency.native, self._segments, self.arrays, ahead, priorities
         )
 
     def decide(
@@ -117,6 +134,38 @@ class WavePlanner:
             refuse_broken(-1 - n, len(scores))
         return n
 
+    def decide_by(
+        self, layer: int, scores: npt.NDArray[np.float32], decider: Decider,
+        prices: npt.NDArray[np.float32] | None, out: StepArrays,
+    ) -> int:  # fmt: skip
+        """Let a rule choose for one sequence's token, start the step, ask for what it left out.
+
+        Args:
+            layer: index of the layer.
+            scores: float32 [1, E], router scores.
+            decider: of one sequence, whose logical cache it advances; `decider.out` has the rest.
+            prices: float32 [1], in place of the rule's own price.
+            out: where the step is written.
+
+        Returns:
+            The number of reads, those in the background last; `arrays.counts` says how many.
+
+        Raises:
+            EngineError: the scores are not finite; nothing is decided then.
+        """
+        n = self._native.decide_by(layer, scores, decider.native, prices, out)
+        if n < 0:
+            refuse_broken(0, 1)
+        return n
+
+    def read_later(self, layer: int, experts: npt.NDArray[np.int32]) -> int:
+        """Ask for experts that were wanted and did not run; returns the number of reads.
+
+        Nothing waits for them; the layer's next steps ask for them again, as demand, when they are
+        wanted.
+        """
+        return self._native.read_later(layer, experts)
+
     def place(self, layer: int, route: Route, out: StepArrays) -> int:
         """Start the step of a route that was made elsewhere; returns the number of reads."""
         return self._native.place(layer, route.ids, route.weights, route.substituted, out)
@@ -125,13 +174,15 @@ class WavePlanner:
         """Plan the next wave, once the last one is computed and released; returns its reads."""
         return self._native.wave()
 
-    def look_ahead(self, layer: int, scores: npt.NDArray[np.float32]) -> int:
-        """Prefetch what the layer will probably want; returns the number of reads.
+    def look_ahead(self, layer: int, scores: npt.NDArray[np.float32], depth: int = 1) -> int:
+        """Prefetch what the layer, `depth` further on, will want for sure enough.
+
+        Returns the number of reads; `AheadArrays` says which guesses are worth one.
 
         Scores that are not finite give none: between the start and the end of a step nothing may
         fail, least of all a guess.
         """
-        return self._native.look_ahead(layer, scores)
+        return self._native.look_ahead(layer, scores, depth)
 
     @property
     def first(self) -> int:
@@ -150,15 +201,22 @@ class WavePlanner:
 
     def charge(self, totals: HostCounters, *, decoding: bool) -> None:
         """Add what the last call cost to the totals."""
-        device, ram, nvme, used, issued, read, promoted, demoted = self.arrays.counts.tolist()
+        device, ram, nvme, on_device, in_ram, in_file, *rest = self.arrays.counts.tolist()
+        used, issued, read, promoted, demoted, guessed, _, later = rest
         if decoding:
             totals.hits_device += device
             totals.hits_ram += ram
             totals.reads_nvme += nvme
+            totals.substitutes_device += on_device
+            totals.substitutes_ram += in_ram
+            totals.substitutes_nvme += in_file
+            totals.guesses += issued
+            totals.guesses_used += guessed
         else:
             totals.prompt_hits_device += device
             totals.prompt_hits_ram += ram
             totals.prompt_reads_nvme += nvme
+        totals.background_bytes += later
         totals.prefetch_used += used
         totals.prefetch_issued += issued
         totals.nvme_bytes += read

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +89,45 @@ class SequenceState:
     def nbytes(self) -> int:
         """Bytes reserved for this sequence."""
         return sum(first.nbytes + second.nbytes for first, second in map(_arrays, self.layers))
+
+
+class TwinState(SequenceState):
+    """A state to try one token on: recurrent memory of its own, keys and values of the original.
+
+    One copy of the recurrent memory is all that trying costs; keys and values of earlier positions
+    are only read.
+    """
+
+    def __init__(self, original: SequenceState) -> None:
+        self.length = 0
+        self.ctx_size = original.ctx_size
+        self._original = original
+        self.layers = tuple(
+            layer
+            if isinstance(layer, KVCache)
+            else DeltaState(np.empty_like(layer.conv), np.empty_like(layer.memory))
+            for layer in original.layers
+        )
+
+    def take(self) -> None:
+        """Take the original's state as it is now."""
+        self.length = self._original.length
+        for mine, its in zip(self.layers, self._original.layers, strict=True):
+            if isinstance(mine, DeltaState) and isinstance(its, DeltaState):
+                np.copyto(mine.conv, its.conv)
+                np.copyto(mine.memory, its.memory)
+
+    @contextmanager
+    def borrowed_row(self) -> Iterator[None]:
+        """Give the original back the keys and values of the position that is tried inside."""
+        at = self.length
+        caches = [layer for layer in self.layers if isinstance(layer, KVCache)]
+        kept = [(cache.k[at].copy(), cache.v[at].copy()) for cache in caches]
+        try:
+            yield
+        finally:
+            for cache, (k, v) in zip(caches, kept, strict=True):
+                cache.k[at], cache.v[at] = k, v
 
 
 def _arrays(layer: LayerState) -> tuple[Array, Array]:

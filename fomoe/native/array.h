@@ -23,7 +23,9 @@ constexpr int npy_type() {
   if constexpr (std::is_same_v<U, bool>) return NPY_BOOL;
   if constexpr (std::is_same_v<U, int8_t>) return NPY_INT8;
   if constexpr (std::is_same_v<U, uint8_t>) return NPY_UINT8;
+  if constexpr (std::is_same_v<U, uint16_t>) return NPY_UINT16;
   if constexpr (std::is_same_v<U, int32_t>) return NPY_INT32;
+  if constexpr (std::is_same_v<U, uint32_t>) return NPY_UINT32;
   if constexpr (std::is_same_v<U, int64_t>) return NPY_INT64;
   if constexpr (std::is_same_v<U, uint64_t>) return NPY_UINT64;
   if constexpr (std::is_same_v<U, float>) return NPY_FLOAT32;

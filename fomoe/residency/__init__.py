@@ -5,7 +5,13 @@ Shape letters: L MoE layers, E experts of a layer, T tokens, k experts per token
 
 from fomoe.residency.budget import ExpertSizes, plan_budgets
 from fomoe.residency.counters import Counters
-from fomoe.residency.logical import LogicalCache, LogicalSnapshot
+from fomoe.residency.logical import (
+    LogicalCache,
+    LogicalCaches,
+    LogicalCounts,
+    LogicalRules,
+    LogicalSnapshot,
+)
 from fomoe.residency.plans import Fetch, Placement, Plan
 from fomoe.residency.policy import LFRU, LRU, EvictionPolicy, History
 from fomoe.residency.residency import ChunkUse, Residency
@@ -23,6 +29,9 @@ __all__ = [
     "Guess",
     "History",
     "LogicalCache",
+    "LogicalCaches",
+    "LogicalCounts",
+    "LogicalRules",
     "LogicalSnapshot",
     "Placement",
     "Plan",

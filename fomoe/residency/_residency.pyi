@@ -3,6 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.residency.logical import LogicalCaches as _Owner
+from fomoe.residency.logical import LogicalRules
 from fomoe.residency.plans import PlanArrays
 from fomoe.residency.policy import EvictionPolicy
 from fomoe.residency.state import State
@@ -22,4 +24,11 @@ class Planner:
     def capacity(self, layer: int) -> int: ...
 
 def observe(layer: int, ids: _I32, tokens: _I64, decision_hash: npt.NDArray[np.uint64]) -> int: ...
-def commit(first: int, ids: _I32, keys: _I64, layer: int) -> None: ...
+
+class LogicalCaches:
+    """The rules on the arrays of a `fomoe.residency.logical.LogicalCaches`."""
+
+    def __init__(self, owner: _Owner, rules: LogicalRules) -> None: ...
+    def commit(
+        self, layer: int, ids: _I32, rows: _I32, probabilities: npt.NDArray[np.float32]
+    ) -> None: ...

@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "fomoe/native/array.h"
 #include "logical.h"
@@ -153,12 +154,73 @@ int64_t py_observe(int32_t layer, Array<const int32_t, 2> ids, Array<int64_t, 1>
   return observe(layer, ids.data(), ids.shape(0), ids.shape(1), {tokens.data(), hash.data()});
 }
 
-void py_commit(int64_t first, Array<const int32_t, 2> ids, Array<int64_t, 2> keys, int32_t layer) {
-  if (layer < 0 || layer >= keys.shape(0)) throw nb::index_error("no such layer");
-  const int64_t n_experts = keys.shape(1);
+Eviction eviction_of(const std::string& name) {
+  if (name == "lru") return Eviction::kLru;
+  if (name == "lfru") return Eviction::kLfru;
+  if (name == "mass") return Eviction::kMass;
+  throw std::invalid_argument("no eviction of a logical cache is called " + name);
+}
+
+void init_logical(LogicalCaches* self, nb::object owner, nb::object rules) {
+  const auto resident = nb::cast<Array<bool, 3>>(owner.attr("resident"));
+  const auto members = nb::cast<Array<int32_t, 3>>(owner.attr("members"));
+  const auto flight = nb::cast<Array<int32_t, 3>>(owner.attr("flight"));
+  const auto number = [&](const char* name) { return nb::cast<int64_t>(rules.attr(name)); };
+  const nb::object backfill = rules.attr("backfill");
+  const LogicalShape shape{resident.shape(0), resident.shape(1), resident.shape(2),
+                           members.shape(2), flight.shape(2)};
+  const LogicalRules r{eviction_of(nb::cast<std::string>(rules.attr("eviction"))),
+                       number("shift"),
+                       nb::cast<int64_t>(backfill.attr("numerator")),
+                       nb::cast<int64_t>(backfill.attr("denominator")),
+                       number("delay"),
+                       number("warmup")};
+  const auto counters = nb::cast<Array<int64_t, 3>>(owner.attr("counters"));
+  same("counts of a layer", counters.shape(2), kLogicalCounts);
+  const LogicalArrays a{resident.data(),
+                        members.data(),
+                        field<int32_t, 2>(owner, "held").data,
+                        field<uint32_t, 3>(owner, "weight").data,
+                        field<int32_t, 3>(owner, "last").data,
+                        field<int64_t, 2>(owner, "tokens").data,
+                        field<int64_t, 2>(owner, "decoded").data,
+                        field<uint64_t, 1>(owner, "hashes").data,
+                        field<int64_t, 2>(owner, "credit").data,
+                        flight.data(),
+                        field<int64_t, 3>(owner, "due").data,
+                        field<int32_t, 2>(owner, "flying").data,
+                        counters.data(),
+                        field<uint64_t, 1>(owner, "decay").data,
+                        field<uint64_t, 1>(owner, "quotient").data,
+                        nb::cast<Array<uint64_t, 1>>(owner.attr("decay")).size()};
+  new (self) LogicalCaches(shape, r, a);
+}
+
+void py_commit(const LogicalCaches& caches, int64_t layer, Array<const int32_t, 3> ids,
+               Array<const int32_t, 1> rows, Array<const float, 3> probabilities) {
+  const LogicalShape& s = caches.shape();
+  const int64_t tokens = ids.shape(1), k = ids.shape(2);
+  if (layer < 0 || layer >= s.layers) throw nb::index_error("no such layer");
+  same("sequences of ids", ids.shape(0), rows.size());
+  for (int64_t i = 0; i < rows.size(); ++i)
+    if (rows.data()[i] < 0 || rows.data()[i] >= s.sequences)
+      throw nb::index_error("no such sequence");
   for (int64_t i = 0; i < ids.size(); ++i)
-    if (ids.data()[i] < 0 || ids.data()[i] >= n_experts) throw nb::index_error("no such expert");
-  commit(first, ids.data(), ids.shape(0), ids.shape(1), keys.view().row(layer), n_experts);
+    if (ids.data()[i] < 0 || ids.data()[i] >= s.experts) throw nb::index_error("no such expert");
+  const bool weighs = caches.rules().eviction == Eviction::kMass;
+  if (weighs) same("size of probabilities", probabilities.size(), rows.size() * tokens * s.experts);
+  LogicalCaches::Scratch scratch(s.experts);
+  std::vector<uint8_t> read(k);
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    const int64_t cell = caches.cell(rows.data()[i], layer);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int32_t* const token = ids.data() + (i * tokens + t) * k;
+      if (weighs) caches.weigh(cell, probabilities.data() + (i * tokens + t) * s.experts);
+      caches.want(cell, token, k);
+      caches.run(cell, token, k, reinterpret_cast<bool*>(read.data()), scratch);
+      caches.close(cell, token, k, nullptr, scratch);
+    }
+  }
 }
 
 }  // namespace
@@ -186,5 +248,7 @@ NB_MODULE(_residency, m) {
       .def("forget", &py_forget, "layer"_a, "experts"_a)
       .def("capacity", &py_capacity, "layer"_a);
   m.def("observe", &py_observe, "layer"_a, "ids"_a, "tokens"_a, "decision_hash"_a);
-  m.def("commit", &py_commit, "first"_a, "ids"_a, "keys"_a, "layer"_a);
+  nb::class_<LogicalCaches>(m, "LogicalCaches")
+      .def("__init__", &init_logical, "owner"_a, "rules"_a)
+      .def("commit", &py_commit, "layer"_a, "ids"_a, "rows"_a, "probabilities"_a);
 }

@@ -1,9 +1,16 @@
 // Python bindings of routing; every result goes into arrays of the caller.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "fomoe/native/array.h"
 #include "groups.h"
 #include "router.h"
+#include "rules.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -47,11 +54,12 @@ int64_t py_route(Floats<2> scores, Ids<2> ids, Array<float, 2> weights) {
   return -1;
 }
 
-int64_t py_predict(Floats<2> scores, int64_t k, Ids<1> ids) {
+int64_t py_predict(Floats<2> scores, int64_t k, Ids<1> ids, Array<float, 1> margins) {
   const int64_t n = scores.shape(1);
   check_k(k, n);
   same("length of ids", ids.shape(0), n);
-  return Router(n, k).predict(scores.data(), scores.shape(0), ids.data());
+  same("length of margins", margins.shape(0), n);
+  return Router(n, k).predict(scores.data(), scores.shape(0), ids.data(), margins.data());
 }
 
 int64_t py_group(Array<const int32_t, 2> ids, Ids<1> experts, Ids<1> pair_start, Ids<1> pair_token,
@@ -74,6 +82,40 @@ int64_t py_group(Array<const int32_t, 2> ids, Ids<1> experts, Ids<1> pair_start,
       {experts.data(), pair_start.data(), pair_token.data(), order.data(), ranks.data()});
 }
 
+RuleKind kind_of(const std::string& name) {
+  if (name == "exact") return RuleKind::kExact;
+  if (name == "cache_aware") return RuleKind::kCacheAware;
+  if (name == "price") return RuleKind::kPrice;
+  if (name == "drop") return RuleKind::kDrop;
+  throw std::invalid_argument("no routing rule is called " + name);
+}
+
+void init_rule(Rule* self, const std::string& kind, float limit, float kappa, int64_t guarded,
+               int64_t budget, std::vector<float> sensitivities) {
+  new (self) Rule{kind_of(kind), kappa, guarded, budget, limit, std::move(sensitivities)};
+}
+
+int64_t py_choose(const Rule& rule, int64_t layer, Floats<2> scores, Array<const bool, 2> resident,
+                  Ids<2> ids, Array<float, 2> weights, Array<bool, 2> substituted) {
+  const int64_t rows = scores.shape(0), n = scores.shape(1), k = ids.shape(1);
+  check_k(k, n);
+  same("rows of the mask", resident.shape(0), rows);
+  same("columns of the mask", resident.shape(1), n);
+  same("rows of ids", ids.shape(0), rows);
+  same("size of weights", weights.size(), rows * k);
+  same("size of substituted", substituted.size(), rows * k);
+  if (layer < 0 || (!rule.sensitivities.empty() && layer >= int64_t(rule.sensitivities.size())))
+    throw nb::index_error(("no sensitivity of layer " + std::to_string(layer)).c_str());
+  RuleRouter router(n, k);
+  const float limit = rule.limit_of(layer, rule.limit);
+  for (int64_t t = 0; t < rows; ++t) {
+    if (!router.rank(scores.view().row(t))) return t;
+    router.choose(rule, limit, resident.view().row(t),
+                  {ids.view().row(t), weights.view().row(t), substituted.view().row(t)});
+  }
+  return -1;
+}
+
 }  // namespace
 }  // namespace fomoe::routing
 
@@ -82,7 +124,11 @@ NB_MODULE(_routing, m) {
   if (_import_array() < 0) throw nb::python_error();
   m.def("softmax", &py_softmax, "scores"_a, "out"_a);
   m.def("route", &py_route, "scores"_a, "ids"_a, "weights"_a);
-  m.def("predict", &py_predict, "scores"_a, "k"_a, "ids"_a);
+  m.def("predict", &py_predict, "scores"_a, "k"_a, "ids"_a, "margins"_a);
   m.def("group", &py_group, "ids"_a, "experts"_a, "pair_start"_a, "pair_token"_a, "order"_a,
         "ranks"_a);
+  nb::class_<Rule>(m, "Rule").def("__init__", &init_rule, "kind"_a, "limit"_a, "kappa"_a,
+                                  "guarded"_a, "budget"_a, "sensitivities"_a);
+  m.def("choose", &py_choose, "rule"_a, "layer"_a, "scores"_a, "resident"_a, "ids"_a, "weights"_a,
+        "substituted"_a);
 }

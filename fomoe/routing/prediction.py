@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -27,7 +29,21 @@ def expect_of_chunk(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.b
     return expected
 
 
-def predict_experts(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int32]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """The experts that a layer is expected to want, the surest first.
+
+    Attributes:
+        ids: int32 [n], distinct.
+        margins: float32 [n], how far each one's probability lies above that of the first expert
+            that would not be chosen, over the sum of the chosen ones' (0 to 1).
+    """
+
+    ids: npt.NDArray[np.int32]
+    margins: npt.NDArray[np.float32]
+
+
+def predict_experts(logits: npt.NDArray[np.float32], k: int) -> Prediction:
     """Rank the experts that a layer is expected to want.
 
     Args:
@@ -35,8 +51,7 @@ def predict_experts(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.i
         k: experts per token.
 
     Returns:
-        int32 [n], the union of the tokens' top-k, by the greatest probability that any token
-        gives (descending), then lower id.
+        The union of the tokens' top-k by the greatest margin that any token gives, then lower id.
 
     Raises:
         ConfigError: k does not fit E.
@@ -46,6 +61,7 @@ def predict_experts(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.i
     n_experts = logits.shape[1]
     check_k(k, n_experts)
     ranked = np.empty(n_experts, dtype=np.int32)
-    n = _routing.predict(logits, k, ranked)
+    margins = np.empty(n_experts, dtype=np.float32)
+    n = _routing.predict(logits, k, ranked, margins)
     refuse_broken(-1 - n, len(logits))
-    return ranked[:n]
+    return Prediction(ranked[:n], margins[:n])

@@ -114,8 +114,9 @@ bool Router::route(const float* scores, int32_t* ids, float* weights) {
   return true;
 }
 
-int64_t Router::predict(const float* scores, int64_t rows, int32_t* ids) {
-  peaks_.assign(n_, 0.0f);
+int64_t Router::predict(const float* scores, int64_t rows, int32_t* ids, float* margins) {
+  const int64_t held = std::min(k_ + 1, n_);
+  margins_.assign(n_, 0.0f);
   is_chosen_.assign(n_, 0);
   int64_t count = 0;
   for (int64_t t = 0; t < rows; ++t) {
@@ -123,15 +124,22 @@ int64_t Router::predict(const float* scores, int64_t rows, int32_t* ids) {
     float peak;
     if (!peak_of(row, n_, &peak)) return -1 - t;
     softmax_row(row, n_, peak, p_.data());
-    for (int64_t e = 0; e < n_; ++e) peaks_[e] = std::max(peaks_[e], p_[e]);
-    select_best(row, n_, k_, best_.data(), ids);
-    for (int64_t i = 0; i < k_; ++i) is_chosen_[ids[i]] = 1;
+    select_best(row, n_, held, best_.data(), ids);
+    const float next = held > k_ ? p_[ids[k_]] : 0.0f;
+    float sum = 0.0f;
+    for (int64_t i = 0; i < k_; ++i) sum += p_[ids[i]];
+    for (int64_t i = 0; i < k_; ++i) {
+      const int32_t e = ids[i];
+      margins_[e] = std::max(margins_[e], (p_[e] - next) / sum);
+      is_chosen_[e] = 1;
+    }
   }
   for (int32_t e = 0; e < n_; ++e)
     if (is_chosen_[e]) ids[count++] = e;
   std::sort(ids, ids + count, [&](int32_t a, int32_t b) {
-    return peaks_[a] != peaks_[b] ? peaks_[a] > peaks_[b] : a < b;
+    return margins_[a] != margins_[b] ? margins_[a] > margins_[b] : a < b;
   });
+  for (int64_t i = 0; i < count; ++i) margins[i] = margins_[ids[i]];
   return count;
 }
 

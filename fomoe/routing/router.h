@@ -24,7 +24,7 @@ void select_best(const float* scores, int64_t n, int64_t k, float* best, int32_t
 // Routes rows of one length with scratch of its own.
 class Router {
  public:
-  Router(int64_t n_experts, int64_t k) : n_(n_experts), k_(k), p_(n_experts), best_(k) {}
+  Router(int64_t n_experts, int64_t k) : n_(n_experts), k_(k), p_(n_experts), best_(k + 1) {}
 
   int64_t n_experts() const { return n_; }
   int64_t k() const { return k_; }
@@ -32,13 +32,14 @@ class Router {
   // ids [k] and weights [k], best rank first. False if the row is not finite.
   bool route(const float* scores, int32_t* ids, float* weights);
 
-  // Ranks the union of the rows' k best by the greatest probability that a row gives, then lower
-  // id, into ids [n]. Returns how many, or -1 - row for a row that is not finite.
-  int64_t predict(const float* scores, int64_t rows, int32_t* ids);
+  // Ranks the union of the rows' k best by margin, then lower id, into ids [n] and margins [n];
+  // returns how many, or -1 - row for a row that is not finite. An expert's margin is how far its
+  // probability lies above that of the row's rank k + 1, over the sum of the k best; its greatest.
+  int64_t predict(const float* scores, int64_t rows, int32_t* ids, float* margins);
 
  private:
   int64_t n_, k_;
-  std::vector<float> p_, best_, peaks_;  // peaks_ by expert, over the rows
+  std::vector<float> p_, best_, margins_;  // margins_ by expert, over the rows
   std::vector<uint8_t> is_chosen_;
 };
 

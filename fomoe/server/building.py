@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fomoe.engine.requests import GenerateRequest, SamplingParams
-from fomoe.errors import RequestError
+from fomoe.errors import ConfigError, RequestError
+from fomoe.quality import car_quality, parse_quality
 from fomoe.server.errors import context_error
 from fomoe.server.schemas import MAX_PROMPTS, MAX_SEQUENCES, GenerationBody
 
@@ -61,6 +62,7 @@ def engine_requests(
     if not body.ignore_eos:
         stop_ids |= limits.eos_ids
     _check_ids(stop_ids, limits.n_vocab, "stop_token_ids")
+    quality = quality_text(body)
     wanted = _first(body.max_completion_tokens, max_tokens, body.n_predict)
     requests: list[GenerateRequest] = []
     for prompt in prompts:
@@ -78,7 +80,7 @@ def engine_requests(
                     sampling=replace(sampling, seed=(sampling.seed + choice) % (1 << SEED_BITS)),
                     logprobs=logprobs,
                     echo=echo,
-                    car=body.car,
+                    quality=quality,
                 )
             )
     return requests
@@ -103,6 +105,22 @@ def sampling_params(body: GenerationBody, limits: Limits) -> SamplingParams:
         "seed": seed % (1 << SEED_BITS),
     }
     return replace(limits.defaults, **{k: v for k, v in given.items() if v is not None})
+
+
+def quality_text(body: GenerationBody) -> str | None:
+    """Return the contract that a request asks for, canonically; None for the server's default.
+
+    Raises:
+        RequestError: it is not understood, or `car` is given as well.
+    """
+    if body.quality is None:
+        return None if body.car is None else str(car_quality(body.car))
+    if body.car is not None:
+        raise RequestError("car is short for quality car=...; give one of the two", "quality")
+    try:
+        return str(parse_quality(body.quality))
+    except ConfigError as error:
+        raise RequestError(str(error), "quality") from None
 
 
 def stop_strings(body: GenerationBody) -> list[str]:

@@ -85,6 +85,14 @@ class ServerMetrics:
             add(f'fomoe_expert_lookups_total{{tier="{tier}"}}', count)
         add("fomoe_substitutions_total", receipt.substituted)
         add("fomoe_router_mass_lost_total", receipt.lost_mass)
+        add("fomoe_logical_bytes_total", receipt.logical_bytes)
+        add("fomoe_shadow_steps_total", receipt.shadow_steps)
+        add("fomoe_shadow_kl_nats_total", receipt.shadow_kl)
+        for cause, n_bytes in receipt.bytes_by_cause.items():
+            add(f'fomoe_expert_cause_bytes_total{{cause="{cause}"}}', n_bytes)
+        if receipt.estimated_kl is not None:
+            self._totals.set("fomoe_estimated_kl", receipt.estimated_kl)
+        self._totals.set("fomoe_quality_price", receipt.price)
         add("fomoe_expert_stall_seconds_total", receipt.stall_ms / 1e3)
 
     def first_token(self, seconds: float) -> None:

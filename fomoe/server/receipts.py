@@ -27,6 +27,13 @@ _SUMMED = (
     "nvme_bytes",
     "ram_bytes",
     "demoted_bytes",
+    "prompt_bytes",
+    "prefetch_bytes",
+    "background_bytes",
+    "shadow_bytes",
+    "logical_bytes",
+    "shadow_steps",
+    "shadow_kl",
     "stall_ms",
     "lost_mass",
 )
@@ -37,7 +44,8 @@ def tier_line(receipt: Receipt) -> str:
 
     For example `38 tok/s | device 61 %  ram 12 %  nvme 27 % | exact`. The shares are of expert
     activations while generating (of the prompt's, where nothing was generated after it) and add
-    up to 100 together with the substituted ones.
+    up to 100 together with the substituted ones. An answer that may differ from the exact one
+    says more, see `loss_line`.
     """
     speed = _speed(receipt.generated_tokens, receipt.generated_ms)
     if receipt.mode == UNMEASURED:
@@ -47,9 +55,28 @@ def tier_line(receipt: Receipt) -> str:
     whose = "" if any(counts) else " of the prompt"
     device, ram, nvme, substituted = percentages(counts if any(counts) else prompt)
     tiers = f"{receipt.devices} {device} %  ram {ram} %  nvme {nvme} %{whose}"
-    lossy = receipt.mode != "exact" or receipt.substituted > 0
-    mode = f"{receipt.mode}, {substituted} % substituted" if lossy else receipt.mode
-    return f"{speed} | {tiers} | {mode}"
+    if receipt.mode == "exact" and not receipt.substituted:
+        return f"{speed} | {tiers} | exact"
+    return f"{speed} | {tiers} | {loss_line(receipt, substituted)}"
+
+
+def loss_line(receipt: Receipt, substituted: int) -> str:
+    """Return what lossy routing did to an answer, and what was read for it, by cause.
+
+    For example `kl=0.01, 21 % substituted, router mass lost 0.8 a token, KL 0.0083 nats (12
+    steps), price 0.041 | read 9.1 MB on demand, 2 prefetch, 1.3 shadow`.
+    """
+    steps = max(1, receipt.generated_tokens - 1)  # the first token comes with the prompt
+    said = [receipt.mode, f"{substituted} % substituted"]
+    said.append(f"router mass lost {receipt.lost_mass / steps:.2g} a token")
+    if receipt.estimated_kl is not None:
+        said.append(f"KL {receipt.estimated_kl:.2g} nats ({receipt.shadow_steps} steps)")
+    if receipt.price > 0.0:
+        said.append(f"price {receipt.price:.2g}")
+    demand, *others = receipt.bytes_by_cause.items()
+    read = [f"read {demand[1] / 1e6:.3g} MB on demand"]
+    read += [f"{n_bytes / 1e6:.3g} {cause}" for cause, n_bytes in others if n_bytes]
+    return f"{', '.join(said)} | {', '.join(read)}"
 
 
 def prompt_line(progress: PromptProgress) -> str:
@@ -130,6 +157,11 @@ def timings(receipt: Receipt) -> dict[str, Any]:
             },
             "substituted": receipt.substituted,
             "router_mass_lost": receipt.lost_mass,
+            "estimated_kl": receipt.estimated_kl,
+            "shadow_steps": receipt.shadow_steps,
+            "price": receipt.price,
+            "bytes": receipt.bytes_by_cause,
+            "logical_bytes": receipt.logical_bytes,
             "nvme_bytes": receipt.nvme_bytes,
             "ram_bytes": receipt.ram_bytes,
             "demoted_bytes": receipt.demoted_bytes,

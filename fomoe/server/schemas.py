@@ -60,6 +60,7 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     return_progress: bool | None = None
+    quality: str | None = Field(None, max_length=100)
     car: float | None = Field(None, ge=0, le=1)
     response_format: dict[str, Any] | None = None
 

@@ -105,10 +105,19 @@ class FetchQueue:
             self._changed.notify_all()
         return tuple(dropped)
 
-    def cancel_prefetch(self) -> tuple[Fetch, ...]:
-        """Drop the queued prefetches that no demand read waits for; returns them."""
+    def cancel_prefetch(self, layer: int | None = None) -> tuple[Fetch, ...]:
+        """Drop the queued prefetches, of a layer or all, that no demand read waits for.
+
+        Those marked `keep` stay.
+
+        Returns those that were dropped.
+        """
         with self._changed:
-            queued = [job for job in self._jobs() if job.droppable]
+            queued = [
+                job
+                for job in self._jobs()
+                if job.droppable and not job.fetch.keep and layer in (None, job.fetch.layer)
+            ]
             for job in queued:
                 self._drop(job)
             self._changed.notify_all()
@@ -157,6 +166,7 @@ class FetchQueue:
             return False
         job = chain[-1]
         if fetch.priority == DEMAND and job.fetch.priority == PREFETCH:
+            self.counters.met[job.started] += 1
             job.fetch = fetch  # it is the demand that lands or fails, also where it runs already
             self._hurry(job)
             self._promote(job)

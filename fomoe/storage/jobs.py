@@ -24,6 +24,7 @@ class Fetch:
         expert: the expert's number in the layer.
         priority: DEMAND (0) or PREFETCH (1).
         source_address: byte offset of the slot to copy from, or -1 to read the file.
+        keep: a prefetch that goes on when those of its layer are forgotten.
     """
 
     slot: int
@@ -33,6 +34,7 @@ class Fetch:
     expert: int
     priority: int = DEMAND
     source_address: int = -1
+    keep: bool = False
 
 
 def same_read(one: Fetch, other: Fetch) -> bool:
@@ -121,13 +123,15 @@ class FetchCounters:
     `nbytes` are true expert bytes by the priority that each piece was read at. `busy_s` is the sum
     over threads of time spent on jobs. `open_s` is the time in which a job of the priority was in
     the queue or under way, for prefetches without any demand beside them: what `nbytes` is to be
-    divided by to compare it with what the drive can do.
+    divided by to compare it with what the drive can do. `met` counts the prefetches that a demand
+    read met in the queue: not begun, and begun.
     """
 
     jobs: list[int] = field(default_factory=lambda: [0, 0])
     nbytes: list[int] = field(default_factory=lambda: [0, 0])
     busy_s: list[float] = field(default_factory=lambda: [0.0, 0.0])
     open_s: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    met: list[int] = field(default_factory=lambda: [0, 0])
     failed: int = 0
     dropped: int = 0
     _open: list[int] = field(default_factory=lambda: [0, 0])

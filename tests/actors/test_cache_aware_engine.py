@@ -1,6 +1,7 @@
 """Cache-aware routing on the whole engine: the text follows the tokens, not the machine."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 from support.local_engine import local_engine, slot_bytes
@@ -21,12 +22,12 @@ MACHINES = {
 }
 
 
-def machine(path, delays, *, vram, ram, devices=1, seed=None, **options):
+def machine(path, delays, *, vram, ram, devices=1, seed=None, routing=ROUTING, **options):
     total, _ = slot_bytes(path)
     return local_engine(
         path, devices=("cpu",) * devices, vram=int(total * vram) // (devices if vram < 1 else 1),
         ram=int(total * ram), delay=None if seed is None else delays(seed),
-        routing=ROUTING, **options,
+        routing=routing, **options,
     )  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def path(model_paths):
 @pytest.fixture(scope="module")
 def want(local_models, prompt):
     model = local_models["mixed"]
-    request = greedy(prompt, TOKENS, car=0.6, logprobs=8)
+    request = greedy(prompt, TOKENS, quality="car=0.6", logprobs=8)
     return model.run(request, model.sequence(capacity=CAPACITY))
 
 
@@ -50,13 +51,13 @@ def want(local_models, prompt):
 def test_the_machine_does_not_matter(name, path, want, prompt, delays, local_models):
     with machine(path, delays, **MACHINES[name]) as engine:
         assert engine.plan.logical_capacity == CAPACITY
-        events = list(engine.client.stream(greedy(prompt, TOKENS, car=0.6, logprobs=8)))
+        events = list(engine.client.stream(greedy(prompt, TOKENS, quality="car=0.6", logprobs=8)))
         exact = list(engine.client.stream(greedy(prompt, 3, logprobs=8)))
     assert tokens(events) == tokens(want)
     got, expected = finished(events).receipt, finished(want).receipt
     for name_ in ("decision_hash", "substituted", "lost_mass", "mode", "logical_capacity"):
         assert getattr(got, name_) == getattr(expected, name_), name_
-    assert (got.mode, got.logical_capacity) == ("car 0.60", CAPACITY)
+    assert (got.mode, got.logical_capacity) == ("car=0.6", CAPACITY)
     assert got.substituted > 20
     # A substituted activation is no hit and no read: the four add up to what was routed.
     activations = engine.plan.topology.n_layers * 3
@@ -78,7 +79,7 @@ def test_one_engine_many_requests(path, delays, want, prompt, local_models):
             return list(engine.client.stream(request))
 
         exact = run(greedy(prompt, 6, logprobs=8, echo=True))
-        lossy = run(greedy(prompt, TOKENS, logprobs=8, echo=True, car=0.6))
+        lossy = run(greedy(prompt, TOKENS, logprobs=8, echo=True, quality="car=0.6"))
         echoes = [[e for e in r if isinstance(e, PromptLogprobs)] for r in (exact, lossy)]
         assert echoes[0] == echoes[1]
         assert tokens(exact)[0] == tokens(lossy)[0]  # drawn from the prompt's logits
@@ -96,15 +97,43 @@ def test_one_engine_many_requests(path, delays, want, prompt, local_models):
         assert tokens(reused) == tokens(fresh)
         assert finished(reused).receipt.decision_hash == finished(fresh).receipt.decision_hash
 
-        again = run(greedy(prompt, TOKENS, logprobs=8, car=0.6))
+        again = run(greedy(prompt, TOKENS, logprobs=8, quality="car=0.6"))
         assert tokens(again) == tokens(want)
 
 
 def test_the_engines_default_threshold(path, delays, want, prompt):
-    routing = replace(ROUTING, car=0.6)
+    routing = replace(ROUTING, quality="car=0.6")
     total, _ = slot_bytes(path)
     with local_engine(path, vram=total // 5, ram=0, routing=routing) as engine:
         lossy = list(engine.client.stream(greedy(prompt, TOKENS, logprobs=8)))
-        exact = list(engine.client.stream(greedy(prompt, 2, car=0.0)))
+        exact = list(engine.client.stream(greedy(prompt, 2, quality="exact")))
     assert tokens(lossy) == tokens(want)
     assert finished(exact).receipt.mode == "exact"
+
+
+@pytest.mark.parametrize("eviction", ["lfru", "lru", "mass"])
+def test_background_reads_are_read_and_change_no_machines_text(
+    eviction, path, prompt, delays, local_models
+):
+    model = local_models["mixed"]
+    request = greedy(prompt, TOKENS, quality="price=0.3", logprobs=8)
+    rules = {"eviction": eviction, "backfill": Fraction(1, 2), "warmup": 3}
+    want = model.run(request, model.sequence(capacity=CAPACITY, **rules))
+    plain = model.run(request, model.sequence(capacity=CAPACITY))
+    assert finished(want).receipt.decision_hash != finished(plain).receipt.decision_hash
+    routing = RoutingConfig(
+        car_capacity=CAPACITY, logical_eviction=eviction, backfill="1/2", warmup=3
+    )
+    for name in ("slow reads", "three devices", "everything resident"):
+        with machine(path, delays, routing=routing, **MACHINES[name]) as engine:
+            got = list(engine.client.stream(request))
+        assert tokens(got) == tokens(want), name
+        receipt, expected = finished(got).receipt, finished(want).receipt
+        for field in ("decision_hash", "substituted", "lost_mass", "logical_bytes"):
+            assert getattr(receipt, field) == getattr(expected, field), (name, field)
+        assert sum(receipt.bytes_by_cause.values()) == receipt.nvme_bytes
+        assert min(receipt.bytes_by_cause.values()) >= 0
+        if name == "three devices":  # a tier of one token's experts has no room for others
+            assert 0 < receipt.background_bytes < receipt.nvme_bytes / 2
+        elif name == "everything resident":
+            assert receipt.background_bytes == 0

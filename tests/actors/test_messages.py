@@ -57,7 +57,7 @@ EXAMPLES = [
         request_id="c", prompt=[0, 248_319], max_tokens=7, min_tokens=2, stop_ids=frozenset({9, 4}),
         sampling=SamplingParams(temperature=0.1, top_k=3, logit_bias={5: -1.5, 100_000: 2.0},
                                 seed=2**64 - 1),
-        logprobs=3, echo=True, car=0.4, forced=[7, 8],
+        logprobs=3, echo=True, quality="kl=0.01", forced=[7, 8],
     ),
     GenerateRequest(request_id="d", prompt=[], max_tokens=0),
     LogitsRequest(request_id="e", tokens=list(range(300))),

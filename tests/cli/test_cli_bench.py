@@ -44,7 +44,7 @@ def bench(
     def stream(request: GenerateRequest) -> Iterator[object]:
         asked.append(request)
         for token in request.forced:
-            parts = [1e-6 * i for i in range(len(PARTS))] if request.trace else []
+            parts = [1e-6 * i for i in range(len(PARTS))] if request.waterfall else []
             yield TokenEvent(request_id=request.request_id, token=token, parts_s=parts)
         yield Finished(request_id=request.request_id, reason="length", receipt=receipt_of(request))
 
@@ -108,7 +108,7 @@ def test_weights_of_a_token_are_all_but_other_experts(bench: Any, tmp_path: Path
 
 
 def test_what_people_read(bench: Any) -> None:
-    result, _ = bench("-p", 7, "-n", 2, "-r", 1, "--trace")
+    result, _ = bench("-p", 7, "-n", 2, "-r", 1, "--waterfall")
     assert "prefill       7 tokens      100.0 tok/s" in result.output
     assert "memory 1.0 GB/s   drive 0.50 GB/s" in result.output
     assert "device 75%" in result.output
@@ -134,3 +134,22 @@ def test_ids_that_do_not_fit_are_refused(bench: Any, tmp_path: Path, content: st
 def test_memory_is_read_at_a_plausible_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MEMORY_BYTES", 1 << 22)
     assert 1e7 < module.memory_read_rate(1) < 1e13
+
+
+def test_a_contracts_cost_is_told_per_token() -> None:
+    receipts = [
+        Receipt(
+            mode="kl=0.01", substituted=30, lost_mass=5.0, nvme_bytes=9_000_000,
+            prompt_bytes=1_000_000, prefetch_bytes=2_000_000, shadow_bytes=500_000,
+            logical_bytes=7_000_000, shadow_steps=steps, shadow_kl=0.01 * steps, price=0.02,
+        )
+        for steps in (1, 3)
+    ]  # fmt: skip
+    figures = module._contract_figures(receipts, 10)
+    assert figures["bytes_per_token"] == {
+        "demand": 550_000, "prefetch": 200_000, "background": 0, "shadow": 50_000,
+    }  # fmt: skip
+    assert (figures["substituted_per_token"], figures["shadow_steps"]) == (3.0, 4)
+    assert figures["estimated_kl"] == pytest.approx(0.01)
+    assert "kl=0.01: 3.0 substituted a token, KL 0.01 (4 steps)" in module._contract_line(figures)
+    assert module._contract_figures([Receipt()], 10)["estimated_kl"] is None

@@ -37,7 +37,8 @@ def test_options_reach_the_model(
         "logits", model, *LOGITS, tmp_path / "x.npy", "--devices", "cpu,cpu:1",
         "--vram-budget", "1.5MiB", "--ram-budget", "2MB", "--ctx-size", 99, "--car", 0.6,
         "--car-capacity", 7, "--threads", 3, "--kv-dtype", "f32", "--activations", "f32",
-        "--ram-policy", "inclusive", "--no-prefetch", "--serial", "--prefill-chunk", 5,
+        "--ram-policy", "inclusive", "--no-prefetch", "--prefetch-depth", 2,
+        "--prefetch-budget", 0.1, "--serial", "--prefill-chunk", 5,
         "--transport", "tcp", "--address", "box:6379",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -46,13 +47,15 @@ def test_options_reach_the_model(
         "devices": ["cpu", "cpu:1"],
         "vram_budget": 3 << 19,
         "ram_budget": 2_000_000,
-        "routing": config.RoutingConfig(car=0.6, car_capacity=7),
+        "routing": config.RoutingConfig(quality="car=0.6", car_capacity=7),
         "ctx_size": 99,
         "threads": 3,
         "kv_dtype": "f32",
         "activations": "f32",
         "ram_policy": "inclusive",
         "prefetch": False,
+        "prefetch_depth": 2,
+        "prefetch_budget": 0.1,
         "overlap": False,
         "prefill_chunk": 5,
         "transport": "tcp",
@@ -160,3 +163,42 @@ def test_version_and_help(fomoe: Callable[..., Any]) -> None:
     for verb in ("serve", "run", "show", "logits", "stop", "eval"):
         assert verb in fomoe("--help").output
         assert fomoe(verb, "--help").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "quality"),
+    [
+        ((), "exact"),
+        (("--quality", "kl=1e-2"), "kl=0.01"),
+        (("--quality", "bytes=0.5GB/token"), "bytes=500MB/token"),
+        (("--car", "0.35"), "car=0.35"),
+        (("--car", "0"), "exact"),
+    ],
+)
+def test_contracts_reach_the_model(
+    fomoe: Callable[..., Any], llm: Any, model: Path, tmp_path: Path,
+    arguments: tuple[str, ...], quality: str,
+) -> None:  # fmt: skip
+    result = fomoe("logits", model, *LOGITS, tmp_path / "x.npy", *arguments)
+    assert result.exit_code == 0, result.output
+    routing = llm.last.arguments["routing"]
+    assert str(routing.quality) == quality
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--quality", "best"), "write exact, kl=0.01"),
+        (("--quality", "kl=0"), "from 1e-06 to 10"),
+        (("--car", "1.5"), "between 0 (exact) and 1"),
+        (("--car", "0.5", "--quality", "exact"), "give one of the two"),
+    ],
+)
+def test_wrong_contracts_are_refused(
+    fomoe: Callable[..., Any], llm: Any, model: Path, tmp_path: Path,
+    arguments: tuple[str, ...], message: str,
+) -> None:  # fmt: skip
+    result = fomoe("logits", model, *LOGITS, tmp_path / "x.npy", *arguments)
+    assert result.exit_code != 0
+    said = f"{result.output} {result.exception}".replace("│", " ")
+    assert message in " ".join(said.split())

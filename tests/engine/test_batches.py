@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fomoe.model.state import Batch, DeltaState, KVCache, SequenceState
+from fomoe.routing import CacheAwareRouting
 
 
 def text(seed, count):
@@ -132,9 +133,10 @@ def test_a_snapshot_owns_its_memory(model):
 def test_a_reset_sequence_is_as_new(model, alone):
     sequence = model.sequence()
     feed(model, [(sequence, text(9, 16))])
-    sequence.lossy, sequence.car, sequence.decoding = True, 0.5, True
+    sequence.lossy, sequence.decoding = True, True
+    sequence.hold(CacheAwareRouting(0.5))
     sequence.reset()
-    assert (sequence.lossy, sequence.car, sequence.decoding) == (False, 0.0, False)
+    assert (sequence.lossy, sequence.exact, sequence.decoding) == (False, True, False)
     tokens = text(10, 6)
     want, twin = alone(tokens)
     assert np.array_equal(feed(model, [(sequence, tokens)])[0], want)

@@ -13,7 +13,7 @@ CAPACITY = 5
 
 
 def lossy(prompt, count=24, **fields):
-    return greedy(prompt, count, **({"car": 0.6, "logprobs": 8} | fields))
+    return greedy(prompt, count, **({"quality": "car=0.6", "logprobs": 8} | fields))
 
 
 def test_it_substitutes_and_reports_so(model, prompt):
@@ -22,7 +22,7 @@ def test_it_substitutes_and_reports_so(model, prompt):
     receipt = finished(run).receipt
     assert receipt.substituted > 20
     assert 0.0 < receipt.lost_mass < receipt.substituted
-    assert (receipt.mode, receipt.logical_capacity) == ("car 0.60", CAPACITY)
+    assert (receipt.mode, receipt.logical_capacity) == ("car=0.6", CAPACITY)
     assert receipt.decision_hash != finished(exact).receipt.decision_hash
     plain = finished(exact).receipt
     assert (plain.substituted, plain.lost_mass) == (0, 0.0)
@@ -78,7 +78,7 @@ def test_an_exact_request_does_not_continue_from_a_lossy_state(model, prompt):
 def test_nothing_is_substituted_where_everything_is_resident(model):
     full = model.sequence(capacity=model.spec.moe.n_experts)
     warm = [(11 * i) % 300 for i in range(110)]
-    run = model.run(lossy(warm, 5, car=0.01), full)
+    run = model.run(lossy(warm, 5, quality="car=0.01"), full)
     assert all(full.logical.mask(layer).all() for layer in range(model.spec.n_layers))
     assert finished(run).receipt.substituted == 0
     exact = model.run(greedy(warm, 5, logprobs=8))
@@ -100,7 +100,8 @@ class TestBrain:
         n, k = model.spec.moe.n_experts, model.spec.moe.top_k
         brain = Brain(k)
         exact, decoding, prompting = (model.sequence(capacity=CAPACITY) for _ in range(3))
-        decoding.car = prompting.car = 0.2
+        decoding.hold(CacheAwareRouting(0.2))
+        prompting.hold(CacheAwareRouting(0.2))
         decoding.decoding = exact.decoding = True
         total = 0
         for _ in range(12):
@@ -125,7 +126,8 @@ class TestBrain:
         n, k = model.spec.moe.n_experts, model.spec.moe.top_k
         brain = Brain(k)
         exact, lossy_one = model.sequence(capacity=CAPACITY), model.sequence(capacity=CAPACITY)
-        lossy_one.car, lossy_one.decoding = 0.01, True
+        lossy_one.hold(CacheAwareRouting(0.01))
+        lossy_one.decoding = True
         for _ in range(5):
             scores = self.scores(2, n)
             batch = Batch.of([(exact.state, [0]), (lossy_one.state, [0])])

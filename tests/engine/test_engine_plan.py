@@ -128,7 +128,9 @@ class TestLogicalCapacity:
     def plan(self, read, capacity, share=5):
         table, spec = read
         total = whole(table, spec)
-        options = config(total // share, 0, routing=RoutingConfig(car=0.5, car_capacity=capacity))
+        options = config(
+            total // share, 0, routing=RoutingConfig(quality="car=0.5", car_capacity=capacity)
+        )
         return make_plan(table, spec, options, (0,))
 
     def test_an_explicit_one_is_taken(self, read):

@@ -243,8 +243,9 @@ REFUSED = {
     "temperature that is text": (
         {"sampling": SamplingParams(temperature="hot")}, "temperature", "hot",
     ),
-    "car above one": ({"car": 1.5}, "car", "1.5"),
-    "car not a number": ({"car": math.nan}, "car", "nan"),
+    "quality out of range": ({"quality": "car=1.5"}, "quality", "1.5"),
+    "quality unknown": ({"quality": "best"}, "quality", "best"),
+    "quality not a text": ({"quality": 0.5}, "quality", "0.5"),
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from fomoe.engine.waterfall import PARTS, Lap, Stopwatch
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
+from fomoe.quality import Quality
 from fomoe.residency import LRU, Counters, Residency
 from fomoe.telemetry import METRICS, samples
 from fomoe.types import Tier
@@ -55,14 +56,14 @@ def test_a_receipt_counts_from_the_start_of_its_request(meter, totals):
     for name in BY_RECEIPT_FIELD:
         setattr(host, name, 1000)
     host.stall_s, loss.substituted, loss.lost_mass = 50.0, 400, 12.5
-    meter.start(car=0.0, cached=0)
+    meter.start(Quality(), cached=0)
     for name, value in BY_RECEIPT_FIELD.items():
         setattr(host, name, 1000 + value)
     host.stall_s, loss.substituted, loss.lost_mass = 50.25, 431, 12.75
     receipt = meter.receipt(0)
     assert {name: getattr(receipt, name) for name in BY_RECEIPT_FIELD} == BY_RECEIPT_FIELD
     assert (receipt.stall_ms, receipt.substituted, receipt.lost_mass) == (250.0, 31, 0.25)
-    meter.start(car=0.0, cached=0)
+    meter.start(Quality(), cached=0)
     assert meter.receipt(0).nvme_bytes == 0
 
 
@@ -75,7 +76,7 @@ def test_every_total_of_the_host_is_copied():
 
 
 def test_times_of_prompt_and_answer(meter, clock):
-    meter.start(car=0.0, cached=4)
+    meter.start(Quality(), cached=4)
     clock.now += 2.0
     meter.prompt_done(24)
     for pause in (0.0, 0.5, 0.5):
@@ -93,7 +94,7 @@ def test_times_of_prompt_and_answer(meter, clock):
 
 
 def test_a_request_that_ends_in_its_prompt(meter, clock):
-    meter.start(car=0.0, cached=0)
+    meter.start(Quality(), cached=0)
     clock.now += 3.0
     receipt = meter.receipt(0)
     assert receipt.prompt_ms == pytest.approx(3000.0)
@@ -105,7 +106,7 @@ def test_the_parts_of_a_token_add_up_to_its_time(totals, clock):
     watch = Stopwatch()
     meter = Meter(*totals, watch, devices="device", capacity=9)
     host, _ = totals
-    meter.start(car=0.0, cached=0)
+    meter.start(Quality(), cached=0)
     clock.now += 1.0
     watch.ns[Lap.DENSE] += int(0.75e9)
     meter.prompt_done(10)
@@ -128,14 +129,14 @@ def test_the_parts_of_a_token_add_up_to_its_time(totals, clock):
 
 
 def test_mode_capacity_and_hash(meter):
-    meter.start(car=0.0, cached=0)
+    meter.start(Quality(), cached=0)
     exact = meter.receipt(0xABC)
     assert (exact.mode, exact.logical_capacity) == ("exact", 0)
     assert exact.decision_hash == "0000000000000abc"
     assert exact.devices == "device (emulated)"
-    meter.start(car=0.35, cached=0)
+    meter.start(Quality("car", 0.35), cached=0)
     lossy = meter.receipt(2**64 - 1)
-    assert (lossy.mode, lossy.logical_capacity) == ("car 0.35", 9)
+    assert (lossy.mode, lossy.logical_capacity) == ("car=0.35", 9)
     assert lossy.decision_hash == "f" * 16
 
 

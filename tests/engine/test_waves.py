@@ -1,5 +1,7 @@
 """The native steps against those in Python: the same arrays, the same state, call by call."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,16 +9,26 @@ from hypothesis import strategies as st
 from support.reference_waves import ReferenceWaves
 
 from fomoe.engine._engine import landed, part_addresses
+from fomoe.engine.ahead import AheadArrays
+from fomoe.engine.decisions import Decider
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import ENTRY, SegmentSlots
 from fomoe.engine.waves import Priorities, StepArrays, WaveLayout, WavePlanner
 from fomoe.errors import EngineError
-from fomoe.residency import LFRU, LRU, LogicalCache, Residency, Topology
+from fomoe.residency import (
+    LFRU,
+    LRU,
+    LogicalCache,
+    LogicalCaches,
+    LogicalRules,
+    Residency,
+    Topology,
+)
 from fomoe.residency.reference import ReferenceResidency
-from fomoe.routing import Route, route_exact
+from fomoe.routing import PriceRouting, Route, route_exact
 from fomoe.types import ExpertKey, Tier
 
-MAX_TOKENS, PRIORITIES = 6, (7, 9)
+MAX_TOKENS, PRIORITIES = 6, (7, 9, 11)
 
 
 class Step:
@@ -67,15 +79,38 @@ class Engines:
             for residency, segments in ((native, self.segments[0]), (reference, self.segments[1])):
                 for placement in residency.fill(keys):
                     segments[self.layout.layer_node[placement.key.layer]].fill([placement])
+        self.ahead = [AheadArrays(self.n_layers, self.n_experts, 0.1) for _ in "ab"]
+        allowed = rng.random(self.ahead[0].allowed.shape) < 0.7
+        for arrays in self.ahead:
+            arrays.allowed[:] = allowed
+            arrays.credit[0] = 20_000
         self.native = WavePlanner(
-            native, self.segments[0], self.layout, Priorities(*PRIORITIES),
+            native, self.segments[0], self.layout, Priorities(*PRIORITIES), self.ahead[0],
             max_tokens=MAX_TOKENS, top_k=self.top_k,
         )  # fmt: skip
         self.reference = ReferenceWaves(
-            reference, self.segments[1], self.layout, PRIORITIES, MAX_TOKENS, self.top_k
+            reference,
+            self.segments[1],
+            self.layout,
+            PRIORITIES,
+            self.ahead[1],
+            MAX_TOKENS,
+            self.top_k,
         )
         self.residencies = native, reference
-        self.logical = [LogicalCache(self.n_layers, self.n_experts, self.n_experts) for _ in "ab"]
+        self.logical = [
+            LogicalCache(self.n_layers, self.n_experts, LogicalRules(capacity=self.n_experts))
+            for _ in "ab"
+        ]
+        rules = LogicalRules(
+            capacity=int(rng.integers(self.top_k, self.n_experts + 1)), backfill=Fraction(1, 2)
+        )
+        if rules.most_in_flight > rules.capacity:
+            rules = LogicalRules(capacity=rules.capacity)
+        self.deciders = [
+            Decider(rule, LogicalCaches(1, self.n_layers, self.n_experts, rules), self.top_k)
+            for rule in (PriceRouting(0.1, 1), PriceRouting(0.1, 1))
+        ]
         self.step = Step(MAX_TOKENS, self.top_k, self.n_experts)
         self.popularity = 2 * rng.normal(size=(self.n_layers, self.n_experts))
 
@@ -86,7 +121,10 @@ class Engines:
     def run(self, layer, tokens):
         """A step of a layer with guesses for the next one between its waves, as in the loop."""
         scores = self.scores(layer, tokens)
-        if self.rng.random() < 0.7:
+        if tokens == 1 and self.rng.random() < 0.5:
+            n_reads = self.native.decide_by(layer, scores, self.deciders[0], None, self.step.arrays)
+            self.reference.decide_by(layer, scores, self.deciders[1])
+        elif self.rng.random() < 0.7:
             n_reads = self.native.decide(layer, scores, self.logical[0], self.step.arrays)
             self.reference.decide(layer, scores, self.logical[1])
             route = route_exact(scores, self.top_k)
@@ -100,8 +138,11 @@ class Engines:
             self.reference.place(layer, route)
         self.same_wave(n_reads)
         self.same_step(tokens)
+        if self.rng.random() < 0.1:
+            self.read_later(layer)
         if self.rng.random() < 0.6:
-            self.look_ahead((layer + 1) % self.n_layers)
+            for depth in range(1, int(self.rng.integers(1, 3)) + 1):
+                self.look_ahead((layer + depth) % self.n_layers, depth)
         while self.reference.end < len(self.reference.experts):
             self.release(layer)
             n_reads = self.native.wave()
@@ -113,12 +154,19 @@ class Engines:
         for residency in self.residencies:
             residency.release(layer)
 
-    def look_ahead(self, layer):
+    def look_ahead(self, layer, depth):
         scores = self.scores(layer, int(self.rng.integers(1, 3)))
         if self.rng.random() < 0.1:
             scores[0, 0] = np.nan
-        n_reads = self.native.look_ahead(layer, scores)
-        self.reference.look_ahead(layer, scores)
+        n_reads = self.native.look_ahead(layer, scores, depth)
+        self.reference.look_ahead(layer, scores, depth)
+        self.same_reads(n_reads)
+
+    def read_later(self, layer):
+        n = int(self.rng.integers(0, self.top_k + 1))
+        experts = self.rng.permutation(self.n_experts)[:n].astype(np.int32)
+        n_reads = self.native.read_later(layer, experts)
+        self.reference.read_later(layer, experts)
         self.same_reads(n_reads)
 
     def forget(self):
@@ -134,6 +182,10 @@ class Engines:
         assert self.native.arrays.reads[:n_reads].tolist() == want.tolist()
         np.testing.assert_array_equal(self.native.arrays.counts, self.reference.counts)
         np.testing.assert_array_equal(self.native.arrays.unproven, self.reference.unproven)
+        np.testing.assert_array_equal(self.native.arrays.background, self.reference.background)
+        for name in ("named", "wanted", "charged", "misses", "credit"):
+            got, wanted = (getattr(arrays, name) for arrays in self.ahead)
+            np.testing.assert_array_equal(got, wanted, err_msg=name)
 
     def same_wave(self, n_reads):
         want, got = self.reference, self.native
@@ -154,6 +206,7 @@ class Engines:
 
     def same_state(self):
         assert self.logical[0].hash == self.logical[1].hash
+        assert self.deciders[0].caches.hashes[0] == self.deciders[1].caches.hashes[0]
         for tier in (Tier.DEVICE, Tier.RAM):
             a, b = (residency.slots(tier) for residency in self.residencies)
             np.testing.assert_array_equal(a, b)
@@ -239,7 +292,7 @@ def test_addresses_of_parts():
 
 def test_counts_are_charged_to_prompts_and_answers_apart():
     engines = small()
-    engines.native.arrays.counts[:] = range(1, 9)
+    engines.native.arrays.counts[:] = range(1, 15)
     totals = HostCounters()
     engines.native.charge(totals, decoding=True)
     assert (totals.hits_device, totals.hits_ram, totals.reads_nvme) == (1, 2, 3)
@@ -247,8 +300,12 @@ def test_counts_are_charged_to_prompts_and_answers_apart():
     assert (totals.hits_device, totals.hits_ram, totals.reads_nvme) == (1, 2, 3)
     prompt = totals.prompt_hits_device, totals.prompt_hits_ram, totals.prompt_reads_nvme
     assert prompt == (1, 2, 3)
-    assert (totals.prefetch_used, totals.prefetch_issued) == (8, 10)
-    assert (totals.nvme_bytes, totals.ram_bytes, totals.demoted_bytes) == (12, 14, 16)
+    substitutes = totals.substitutes_device, totals.substitutes_ram, totals.substitutes_nvme
+    assert substitutes == (4, 5, 6)
+    assert (totals.prefetch_used, totals.prefetch_issued) == (14, 16)
+    assert (totals.guesses, totals.guesses_used) == (8, 12)
+    assert (totals.nvme_bytes, totals.ram_bytes, totals.demoted_bytes) == (18, 20, 22)
+    assert totals.background_bytes == 28
 
 
 def test_a_broken_row_is_named_and_changes_nothing():
@@ -276,7 +333,9 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(IndexError, match="at most 6"):
         engines.native.decide(0, many, engines.logical[0], engines.step.arrays)
     with pytest.raises(IndexError, match="no such layer"):
-        engines.native.look_ahead(engines.n_layers, engines.scores(0, 1))
+        engines.native.look_ahead(engines.n_layers, engines.scores(0, 1), 1)
+    with pytest.raises(IndexError, match="one or two layers"):
+        engines.native.look_ahead(0, engines.scores(0, 1), 3)
     wide = np.zeros((1, engines.n_experts + 1), np.float32)
     with pytest.raises(ValueError, match="experts of a layer"):
         engines.native.decide(0, wide, engines.logical[0], engines.step.arrays)

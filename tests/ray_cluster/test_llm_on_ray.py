@@ -16,7 +16,6 @@ from ray.util import list_named_actors
 from support.local_engine import slot_bytes
 from support.tiny_gguf import write_tiny
 
-from fomoe.config import RoutingConfig
 from fomoe.engine.local import local_logits
 from fomoe.errors import EngineError
 from fomoe.llm import LLM
@@ -122,12 +121,12 @@ def test_a_killed_actor_ends_requests_with_an_error_and_starts_again(
 
 
 def test_car_reads_less_and_says_so(model: Path, cluster: Cluster) -> None:
-    with small_llm(model, cluster, ["cpu"], name="car", routing=RoutingConfig(car=0.2)) as llm:
+    with small_llm(model, cluster, ["cpu"], name="car", quality="car=0.2") as llm:
         lossy = llm.generate(TOKENS, max_tokens=40, temperature=0.0, ignore_eos=True).receipt
         exact = llm.generate(
             TOKENS, max_tokens=40, temperature=0.0, ignore_eos=True, car=0.0
         ).receipt
-    assert (lossy.mode, exact.mode) == ("car 0.20", "exact")
+    assert (lossy.mode, exact.mode) == ("car=0.2", "exact")
     assert lossy.substituted > 0
     assert exact.substituted == 0
     assert lossy.reads_nvme < exact.reads_nvme

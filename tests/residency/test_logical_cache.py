@@ -1,14 +1,23 @@
 """The logical cache against a list in order of use, and what it must not depend on."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fomoe.engine.decisions import Decider
 from fomoe.errors import ConfigError
-from fomoe.residency import LogicalCache
+from fomoe.residency import LogicalCaches, LogicalRules
+from fomoe.residency.logical import LogicalCache as _LogicalCache
+from fomoe.routing import DropRouting, ExactRouting
 
 N_LAYERS, N_EXPERTS, K = 2, 10, 3
+
+
+def LogicalCache(n_layers, n_experts, capacity):  # noqa: N802
+    return _LogicalCache(n_layers, n_experts, LogicalRules(capacity=capacity, eviction="lru"))
 
 
 @st.composite
@@ -121,3 +130,80 @@ def test_a_token_larger_than_the_cache_is_refused():
 def test_sizes_that_do_not_fit_are_refused(n_experts, capacity):
     with pytest.raises(ConfigError):
         LogicalCache(1, n_experts, capacity)
+
+
+def profile(rng):
+    return np.round(rng.random((N_LAYERS, N_EXPERTS)), 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("eviction", ["lru", "lfru", "mass"])
+def test_a_warm_cache_holds_the_most_frequent_and_lets_the_rarest_go_first(eviction):
+    rng = np.random.default_rng(4)
+    rules = LogicalRules(capacity=5, eviction=eviction)
+    caches = LogicalCaches(2, N_LAYERS, N_EXPERTS, rules)
+    frequencies = profile(rng)
+    caches.warm(frequencies)
+    for layer, row in enumerate(frequencies):
+        best = np.argsort(-row, kind="stable")
+        assert np.flatnonzero(caches.mask(layer)[1]).tolist() == sorted(best[:5].tolist())
+        newcomer = best[-1:].astype(np.int32)
+        p = np.zeros((2, 1, N_EXPERTS), np.float32)
+        caches.commit(layer, np.tile(newcomer, (2, 1, 1)), None, p)
+        expected = {*best[:4].tolist(), int(newcomer[0])}
+        tied = row[best[4]] == row[best[3]]
+        assert tied or set(np.flatnonzero(caches.mask(layer)[0]).tolist()) == expected
+    caches.reset()
+    assert not caches.resident.any()
+    assert not caches.tokens.any()
+
+
+def test_profiles_that_do_not_fit_are_refused():
+    caches = LogicalCaches(1, N_LAYERS, N_EXPERTS, LogicalRules(capacity=5))
+    with pytest.raises(ConfigError, match="a profile of"):
+        caches.warm(np.zeros((N_LAYERS, N_EXPERTS + 1), np.float32))
+    with pytest.raises(ConfigError, match="shares from 0 to 1"):
+        caches.warm(np.full((N_LAYERS, N_EXPERTS), np.nan, np.float32))
+
+
+def test_mass_needs_probabilities():
+    caches = LogicalCaches(1, 1, 4, LogicalRules(capacity=2, eviction="mass"))
+    with pytest.raises(ConfigError, match="probabilities"):
+        caches.commit(0, np.zeros((1, 1, 1), np.int32))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"eviction": "fifo"}, {"decay": Fraction(1)}, {"decay": Fraction(0)}, {"shift": 12},
+        {"delay": 0}, {"warmup": -1}, {"backfill": Fraction(-1, 2)},
+    ],
+)  # fmt: skip
+def test_rules_that_make_no_sense_are_refused(given):
+    with pytest.raises(ConfigError):
+        LogicalRules(capacity=4, **given)
+
+
+def test_more_reads_under_way_than_places_are_refused():
+    with pytest.raises(ConfigError, match="background reads"):
+        LogicalCaches(1, 1, 8, LogicalRules(capacity=4, backfill=Fraction(2)))
+
+
+def test_wishes_that_were_not_granted_count():
+    """LFRU counts what the router wanted, though something else ran."""
+    rules = LogicalRules(capacity=2)
+    caches = LogicalCaches(1, 1, 6, rules)
+    exact, drop = Decider(ExactRouting(), caches, 1), Decider(DropRouting(9.0, 0), caches, 1)
+
+    def want(decider, expert):
+        scores = np.zeros((1, 6), np.float32)
+        scores[0, expert] = 5
+        decider.decide(0, scores)
+
+    want(exact, 0)
+    for _ in range(5):
+        want(exact, 1)
+    for _ in range(20):
+        want(drop, 2)
+    want(exact, 2)  # the count of 21 wishes is 2's from the first moment
+    want(exact, 3)
+    assert np.flatnonzero(caches.mask(0)[0]).tolist() == [2, 3]

@@ -46,16 +46,25 @@ def test_no_tokens_make_no_groups():
 
 def test_one_token_predicts_its_route():
     logits = np.random.default_rng(1).normal(size=(1, 64)).astype(np.float32)
-    assert predict_experts(logits, 6).tolist() == route_exact(logits, 6).ids[0].tolist()
+    assert predict_experts(logits, 6).ids.tolist() == route_exact(logits, 6).ids[0].tolist()
 
 
 def test_a_batch_predicts_the_surest_first():
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.25, 0.1, 0.6]], dtype=np.float32))
-    assert predict_experts(logits, 2).tolist() == [3, 0, 1]
+    predicted = predict_experts(logits, 2)
+    assert predicted.ids.tolist() == [3, 0, 1]
+    margins = [0.5 / 0.85, 0.35 / 0.8, 0.15 / 0.8]  # over rank 3 of the surer row
+    np.testing.assert_allclose(predicted.margins, margins, rtol=1e-5)
+
+
+def test_all_experts_have_nothing_below_them():
+    logits = np.log(np.array([[0.25, 0.75]], dtype=np.float32))
+    predicted = predict_experts(logits, 2)
+    np.testing.assert_allclose(predicted.margins, [0.75, 0.25], rtol=1e-6)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 3])
 def test_predictions_are_distinct_and_cover_every_top_k(n_tokens):
     logits = np.random.default_rng(2).normal(size=(n_tokens, 20)).astype(np.float32)
-    predicted = predict_experts(logits, 5).tolist()
+    predicted = predict_experts(logits, 5).ids.tolist()
     assert sorted(predicted) == np.unique(route_exact(logits, 5).ids).tolist()

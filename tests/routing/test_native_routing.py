@@ -37,12 +37,14 @@ def test_routes_have_the_bits_of_the_definition(case):
     with np.errstate(invalid="ignore", over="ignore"):
         ids, weights = reference.route(logits, k)
         probabilities = reference.softmax(logits)
-        ranked = reference.predict(logits, k)
+        ranked, margins = reference.predict(logits, k)
     route = route_exact(logits, k)
     np.testing.assert_array_equal(route.ids, ids)
     same_bits(route.weights, weights)
     same_bits(softmax(logits), probabilities)
-    np.testing.assert_array_equal(predict_experts(logits, k), ranked)
+    predicted = predict_experts(logits, k)
+    np.testing.assert_array_equal(predicted.ids, ranked)
+    same_bits(predicted.margins, margins)
 
 
 def test_the_power_is_near_that_of_float64():

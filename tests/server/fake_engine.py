@@ -97,7 +97,7 @@ class FakeEngine:
     def _finished(
         self, request: GenerateRequest, reason: Any, generated: int, **more: Any
     ) -> Finished:
-        car = request.car or 0.0
+        mode = request.quality or "exact"
         return Finished(
             request_id=request.request_id,
             reason=reason,
@@ -107,8 +107,8 @@ class FakeEngine:
                 prompt_ms=5.0,
                 generated_tokens=generated,
                 generated_ms=2.0 * generated,
-                mode=f"car {car:.2f}" if car else "exact",
-                substituted=2 if car else 0,
+                mode=mode,
+                substituted=0 if mode == "exact" else 2,
                 **TIERS,
             ),
             **more,

@@ -144,13 +144,13 @@ def test_sampling_reaches_the_engine(serve: Serve) -> None:
         logit_bias={7: 2.0, 391: -100.0},
         seed=5,
     )
-    assert (request.car, request.min_tokens, request.max_tokens) == (0.6, 3, 9)
+    assert (request.quality, request.min_tokens, request.max_tokens) == ("car=0.6", 3, 9)
     assert request.stop_ids == small_tokenizer().eos_ids | {4}
     server.chat(top_k=-1, ignore_eos=True, repetition_penalty=1.2)
     request = server.engine.asked[1]
     assert (request.sampling.top_k, request.sampling.repetition_penalty) == (0, 1.2)
     assert request.stop_ids == frozenset()
-    assert request.car is None
+    assert request.quality is None
 
 
 def test_seeds_differ_unless_they_are_given(serve: Serve) -> None:
@@ -164,7 +164,7 @@ def test_seeds_differ_unless_they_are_given(serve: Serve) -> None:
 
 def test_the_car_mode_is_reported(serve: Serve) -> None:
     timings = serve("a").chat(car=0.6).json()["timings"]
-    assert timings["fomoe"]["mode"] == "car 0.60"
+    assert timings["fomoe"]["mode"] == "car=0.6"
     assert timings["fomoe"]["substituted"] == 2
 
 

@@ -83,3 +83,18 @@ def test_errors_have_the_types_that_the_client_knows(client: openai.OpenAI, serv
     server.engine.fail_after = 3
     with pytest.raises(openai.APIError, match="the disk is on fire"):
         list(client.chat.completions.create(model="m", messages=MESSAGES, stream=True))
+
+
+def test_a_contract_goes_in_an_extra_field(server: Server, client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="m", messages=MESSAGES, extra_body={"quality": "bytes=0.5GB/token"}
+    )
+    assert server.engine.asked[-1].quality == "bytes=500MB/token"
+    assert answer.model_extra is not None
+    assert answer.model_extra["timings"]["fomoe"]["mode"] == "bytes=500MB/token"
+    client.completions.create(model="m", prompt="a", max_tokens=1, extra_body={"quality": "exact"})
+    assert server.engine.asked[-1].quality == "exact"
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="m", messages=MESSAGES, extra_body={"quality": "good"})
+    assert refused.value.param == "quality"
+    assert "kl=0.01" in refused.value.message

@@ -30,13 +30,34 @@ from fomoe.server.receipts import combined, percentages, prompt_line, tier_line,
                 hits_ram=9,
                 reads_nvme=9,
                 substituted=21,
-                mode="car 0.60",
+                mode="car=0.6",
             ),
-            "8.8 tok/s | device 61 %  ram 9 %  nvme 9 % | car 0.60, 21 % substituted",
+            "8.8 tok/s | device 61 %  ram 9 %  nvme 9 % | car=0.6, 21 % substituted, "
+            "router mass lost 0 a token | read 0 MB on demand",
         ),
         (
-            Receipt(generated_tokens=2, generated_ms=40_000.0, hits_ram=1, mode="car 0.10"),
-            "0.05 tok/s | device 0 %  ram 100 %  nvme 0 % | car 0.10, 0 % substituted",
+            Receipt(generated_tokens=2, generated_ms=40_000.0, hits_ram=1, mode="car=0.1"),
+            "0.05 tok/s | device 0 %  ram 100 %  nvme 0 % | car=0.1, 0 % substituted, "
+            "router mass lost 0 a token | read 0 MB on demand",
+        ),
+        (
+            Receipt(
+                generated_tokens=101,
+                generated_ms=10_000.0,
+                hits_device=3,
+                substituted=1,
+                lost_mass=84.0,
+                shadow_steps=12,
+                shadow_kl=0.0996,
+                price=0.0413,
+                nvme_bytes=12_400_000,
+                prefetch_bytes=2_000_000,
+                shadow_bytes=1_300_000,
+                mode="kl=0.01",
+            ),
+            "10 tok/s | device 75 %  ram 0 %  nvme 0 % | kl=0.01, 25 % substituted, "
+            "router mass lost 0.84 a token, KL 0.0083 nats (12 steps), price 0.041 | "
+            "read 9.1 MB on demand, 2 prefetch, 1.3 shadow",
         ),
         (
             Receipt(hits_device=1, hits_ram=1, reads_nvme=1),
@@ -69,10 +90,10 @@ def test_percentages_add_up_and_are_never_off_by_one(counts: list[int]) -> None:
 
 def test_receipts_of_several_answers_are_summed() -> None:
     one = Receipt(prompt_tokens=3, generated_tokens=2, nvme_bytes=7, mode="exact")
-    two = Receipt(prompt_tokens=3, generated_tokens=5, nvme_bytes=1, mode="car 0.50")
+    two = Receipt(prompt_tokens=3, generated_tokens=5, nvme_bytes=1, mode="car=0.5")
     both = combined([one, two])
     assert (both.prompt_tokens, both.generated_tokens, both.nvme_bytes) == (6, 7, 8)
-    assert both.mode == "car 0.50"
+    assert both.mode == "car=0.5"
     assert combined([]) == Receipt()
 
 
@@ -88,6 +109,12 @@ def test_timings_hold_the_fields_of_llama_cpp_and_ours() -> None:
             prompt_reads_nvme=9,
             substituted=4,
             lost_mass=0.5,
+            nvme_bytes=100,
+            prompt_bytes=50,
+            shadow_bytes=20,
+            shadow_steps=2,
+            shadow_kl=0.5,
+            price=0.25,
             stall_ms=12.0,
             logical_capacity=64,
             decision_hash="0f",
@@ -108,6 +135,11 @@ def test_timings_hold_the_fields_of_llama_cpp_and_ours() -> None:
     assert ours["hit"] == {"device": 3, "ram": 0, "nvme": 0}
     assert ours["prompt_hit"]["nvme"] == 9
     assert (ours["substituted"], ours["router_mass_lost"], ours["stall_ms"]) == (4, 0.5, 12.0)
+    assert ours["bytes"] == {
+        "demand": 30, "prompt": 50, "prefetch": 0, "background": 0, "shadow": 20,
+    }  # fmt: skip
+    assert (ours["estimated_kl"], ours["shadow_steps"], ours["price"]) == (0.25, 2, 0.25)
+    assert timings(Receipt())["fomoe"]["estimated_kl"] is None
     assert (ours["logical_capacity"], ours["decision_hash"]) == (64, "0f")
     assert timings(Receipt())["predicted_per_token_ms"] == 0.0
 

@@ -71,6 +71,12 @@ ALLOWED_ABOVE_500 = {501, 503}
         ("ignore_eos", 1),
         ("car", 1.5),
         ("car", "on"),
+        ("quality", "best"),
+        ("quality", "kl=0"),
+        ("quality", "bytes=0.5GB/s"),
+        ("quality", 0.5),
+        ("quality", {"kl": 0.01}),
+        ("quality", "kl=" + "0" * 100),
         ("tools", {}),
         ("tools", [1]),
         ("tool_choice", "required"),
@@ -234,6 +240,7 @@ FIELDS |= dict.fromkeys(
         "return_token_ids",
         "return_progress",
         "car",
+        "quality",
         "response_format",
         "model",
         "stream_options",
@@ -330,3 +337,10 @@ def test_a_storm_of_bodies_leaves_nothing_behind(serve: Serve) -> None:
 
     assert asyncio.run(storm()) == {200}
     assert not server.engine.running
+
+
+def test_a_threshold_beside_a_contract_is_refused(serve: Serve) -> None:
+    body = CHAT | {"quality": "exact", "car": 0.5}
+    response = serve("a").post("/v1/chat/completions", body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "quality"

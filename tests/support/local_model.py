@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from fomoe.config import RoutingConfig
 from fomoe.engine.experts import ResidentExperts
 from fomoe.engine.forward import Forward
 from fomoe.engine.generation import Generation
@@ -13,6 +15,7 @@ from fomoe.engine.sequences import Sequence
 from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
 from fomoe.model.layers import DenseModel
+from fomoe.residency import LogicalRules
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -25,12 +28,14 @@ class LocalModel:
         self.path = path
         self.spec = read_spec(file)
         self.chunk = chunk
+        self.routing = RoutingConfig(shadow_every=0)
         model = DenseModel(file, self.spec, chunk, int8=True)
         experts = ResidentExperts(file, self.spec, chunk, int8=True, threads=1)
         self.forward = Forward(model, experts, prefetch=False)
 
-    def sequence(self, ctx: int = 128, capacity: int | None = None) -> Sequence:
-        return Sequence(self.spec, ctx, "f16", capacity or self.spec.moe.n_experts)
+    def sequence(self, ctx: int = 128, capacity: int | None = None, **rules: Any) -> Sequence:
+        given = LogicalRules(capacity=capacity or self.spec.moe.n_experts, **rules)
+        return Sequence(self.spec, ctx, "f16", given)
 
     def generation(self, request: GenerateRequest, sequence: Sequence | None = None) -> Generation:
         sequence = sequence or self.sequence()
@@ -38,7 +43,9 @@ class LocalModel:
             HostCounters(), self.forward.brain.loss, self.forward.watch, devices="none",
             capacity=sequence.logical.capacity,
         )  # fmt: skip
-        return Generation(request, sequence, self.forward, meter, chunk=self.chunk, default_car=0.0)
+        return Generation(
+            request, sequence, self.forward, meter, chunk=self.chunk, routing=self.routing
+        )
 
     def run(self, request: GenerateRequest, sequence: Sequence | None = None) -> list[Event]:
         generation = self.generation(request, sequence)

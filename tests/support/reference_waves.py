@@ -2,17 +2,19 @@
 
 import numpy as np
 
+from fomoe.engine.ahead import LEVELS
 from fomoe.engine.transfers import READ, Read
-from fomoe.routing import group_by_expert, predict_experts, route_exact
+from fomoe.routing import Route, group_by_expert, predict_experts, route_exact
 from fomoe.types import ExpertKey, Tier
 
 
 class ReferenceWaves:
-    """Works on a residency and segments of its own; `priorities` are (demand, prefetch)."""
+    """Works on a residency and segments of its own; `priorities` are those of `Priorities`."""
 
-    def __init__(self, residency, segments, layout, priorities, max_tokens, top_k):
+    def __init__(self, residency, segments, layout, priorities, ahead, max_tokens, top_k):
+        self.ahead, self.guesses = ahead, {}
         self.residency, self.segments, self.layout = residency, segments, layout
-        self.demand, self.prefetch = priorities
+        self.demand, self.prefetch, self.background_priority = priorities
         self.top_k = top_k
         n_experts = residency.mask(0).size
         pairs = max_tokens * top_k
@@ -21,11 +23,39 @@ class ReferenceWaves:
         self.pair_token = np.zeros(pairs, np.int32)
         self.pair_start = np.zeros(min(pairs, n_experts) + 1, np.int32)
         self.unproven = np.full((len(layout.layer_node), n_experts), Tier.DEVICE, np.int8)
+        self.background = np.zeros(self.unproven.shape, bool)
 
     def decide(self, layer, scores, logical):
         route = route_exact(scores, self.top_k)
         logical.observe(layer, route.ids)
         self.place(layer, route)
+
+    def decide_by(self, layer, scores, decider):
+        made = decider.decide(layer, scores)
+        self.place(layer, Route(made.ids, made.weights, made.substituted))
+        first, later = self.reads, made.background[0][made.background[0] >= 0]
+        if later.size:
+            counts = self.counts
+            self.read_later(layer, later)
+            counts[8:] += self.counts[8:]
+            self.counts, self.reads = counts, np.concatenate([first, self.reads])
+
+    def read_later(self, layer, experts):
+        self.counts = np.zeros(14, np.int64)
+        plan = self.residency.prefetch(layer, experts, len(experts), eager=True)
+        reads = self._fetch(plan)
+        self.reads = self._records(reads, self.background_priority)
+        nbytes = int(self.layout.expert_bytes[layer])
+        for fetch in plan.fetches:
+            self.unproven[layer, fetch.expert] = fetch.source
+            self.background[layer, fetch.expert] = True
+            history = self.residency._history
+            history.touch(layer, fetch.expert, int(history.steps[layer]))
+            if fetch.source == Tier.NVME:
+                self.ahead.charged[layer, fetch.expert] = False
+                self.ahead.misses += 1
+                self.ahead.credit += nbytes * self.ahead.budget_permille // 1000
+        self.counts[12:] = len(reads), len(reads) * nbytes
 
     def place(self, layer, route):
         groups = group_by_expert(route.ids)
@@ -44,9 +74,13 @@ class ReferenceWaves:
         replaced = np.bincount(route.ids[route.substituted], minlength=int(groups.experts[-1]) + 1)[
             groups.experts
         ]
+        for expert, level, depth in self.guesses.pop(layer, []):
+            self.ahead.named[depth, level] += 1
+            self.ahead.wanted[depth, level] += expert in groups.experts
         self.layer, self.route = layer, route
         self.experts = groups.experts[by_tier]
         self.pairs = counts - replaced[by_tier]
+        self.replaced = replaced[by_tier]
         self.first = self.end = 0
         self.wave()
 
@@ -60,7 +94,9 @@ class ReferenceWaves:
         for fetch in plan.fetches:
             if fetch.source == Tier.NVME:
                 self.unproven[layer, fetch.expert] = Tier.DEVICE
+                self.background[layer, fetch.expert] = False
         self.counts = self._by_tier(plan, experts)
+        self._earn(plan, experts)
         reads = self._fetch(plan)
         reads += self._prove(experts)
         self.reads = self._records(reads, self.demand)
@@ -68,17 +104,30 @@ class ReferenceWaves:
         rows = zip(addresses, generations, slots, experts, strict=True)
         self.entries = [tuple(int(x) for x in row) for row in rows]
 
-    def look_ahead(self, layer, scores):
-        self.counts = np.zeros(8, np.int64)
+    def look_ahead(self, layer, scores, depth):
+        self.counts = np.zeros(14, np.int64)
         if not np.isfinite(scores.max(axis=1)).all():
             self.reads = self._records([], self.prefetch)
             return
         expected = predict_experts(scores, self.top_k)
-        plan = self.residency.prefetch(layer, expected, self.top_k, eager=True)
+        tiers, nbytes = self.residency.tier_of(layer), int(self.layout.expert_bytes[layer])
+        sure = []
+        for expert, margin in zip(expected.ids.tolist(), expected.margins.tolist(), strict=True):
+            if tiers[expert] != Tier.NVME:
+                continue
+            level = sum(margin >= 2.0**power for power in range(-8, -8 + LEVELS - 1))
+            self.guesses.setdefault(layer, []).append((expert, level, depth - 1))
+            affordable = self.ahead.credit[0] >= 2 * nbytes * (len(sure) + 1)
+            if self.ahead.allowed[depth - 1, level] and affordable:
+                sure.append(expert)
+        plan = self.residency.prefetch(layer, np.array(sure, np.int32), len(sure), eager=True)
         self.reads = self._records(self._fetch(plan), self.prefetch)
         for fetch in plan.fetches:
             self.unproven[layer, fetch.expert] = fetch.source
-        self.counts[4] = len(plan.fetches)
+            self.background[layer, fetch.expert] = False
+            self.ahead.charged[layer, fetch.expert] = True
+            self.ahead.credit -= 2 * nbytes
+        self.counts[7] = len(plan.fetches)
 
     def forget(self, key):
         self.residency.forget(key.layer, np.array([key.expert], np.int32))
@@ -89,24 +138,44 @@ class ReferenceWaves:
         return self.segments[self.layout.layer_node[layer]]
 
     def _by_tier(self, plan, experts):
-        source = self.unproven[self.layer].copy()
-        counts = np.zeros(8, np.int64)
-        counts[3] = np.count_nonzero(source[experts] != Tier.DEVICE)
+        source = np.where(self.background[self.layer], Tier.DEVICE, self.unproven[self.layer])
+        counts = np.zeros(14, np.int64)
+        counts[6] = np.count_nonzero(source[experts] != Tier.DEVICE)
         for fetch in plan.fetches:
             if source[fetch.expert] != Tier.NVME:
                 source[fetch.expert] = fetch.source
-        pairs = self.pairs[self.first : self.end]
-        counts[:3] = np.bincount(source[experts], weights=pairs, minlength=3)
+        for at, of in ((0, self.pairs), (3, self.replaced)):
+            tiers = np.bincount(source[experts], weights=of[self.first : self.end], minlength=3)
+            counts[at : at + 3] = tiers
         return counts
+
+    def _earn(self, plan, experts):
+        """What was to be read, by a guess or now, adds to what guesses may waste."""
+        layer, nbytes = self.layer, int(self.layout.expert_bytes[self.layer])
+        share = nbytes * self.ahead.budget_permille // 1000
+        read = {fetch.expert for fetch in plan.fetches if fetch.source == Tier.NVME}
+        for expert in experts.tolist():
+            paid = bool(self.ahead.charged[layer, expert])
+            if expert in read:
+                self.ahead.charged[layer, expert] = False
+            if expert in read:
+                self.ahead.misses += 1
+                self.ahead.credit += share
+            elif self.unproven[layer, expert] != Tier.DEVICE and not self.background[layer, expert]:
+                self.ahead.charged[layer, expert] = False
+                if paid:
+                    self.ahead.misses += 1
+                    self.ahead.credit += share + 2 * nbytes
+                    self.counts[11] += 1
 
     def _fetch(self, plan):
         reads = self._segment(plan.layer).apply(
             plan, lambda key: bool(self.residency.mask(key.layer)[key.expert])
         )
         nbytes = self.layout.expert_bytes
-        self.counts[5] = len(reads) * nbytes[plan.layer]
-        self.counts[6] = sum(nbytes[plan.layer] for f in plan.fetches if f.source == Tier.RAM)
-        self.counts[7] = sum(nbytes[f.victim.layer] for f in plan.fetches if f.demoted_to >= 0)
+        self.counts[8] = len(reads) * nbytes[plan.layer]
+        self.counts[9] = sum(nbytes[plan.layer] for f in plan.fetches if f.source == Tier.RAM)
+        self.counts[10] = sum(nbytes[f.victim.layer] for f in plan.fetches if f.demoted_to >= 0)
         return reads
 
     def _prove(self, experts):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def moe_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Routed and shared experts; appends this layer's balance loss to `self.balance`."""
+    """Routed and shared experts; adds the experts' shares and mean probabilities to `balance`."""
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     router = self.gate
     with torch.autocast(flat.device.type, enabled=False):
@@ -22,7 +22,7 @@ def moe_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     ends = torch.searchsorted(ids, every, right=True).to(torch.int32)
     if self.training:
         share = ends.diff(prepend=ends.new_zeros(1)).float() / ids.numel()
-        self.balance.append(router.num_experts * (share * probs.mean(0)).sum())
+        self.balance.append(torch.stack([share, probs.mean(0)]))
     routed = _experts(self.experts, flat, weights, order, ends)
     gate = torch.sigmoid(self.shared_expert_gate(flat))
     return (routed + gate * self.shared_expert(flat)).reshape(hidden_states.shape)

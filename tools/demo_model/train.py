@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--hold", type=float, default=0.2, help="time share before the linear tail")
     parser.add_argument("--balance", type=float, default=0.002)
+    parser.add_argument("--balance-over", choices=("layer", "model"), default="layer")
     parser.add_argument("--check-every", type=float, default=60, help="seconds between checks")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--eager", action="store_true", help="no CUDA graph for the step")

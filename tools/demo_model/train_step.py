@@ -71,6 +71,13 @@ class Step:
             else:
                 group["lr"] = learning_rate
 
+    def _imbalance(self) -> Tensor:
+        """E times the product of shares and probabilities: of each layer, or of their mean."""
+        shares, probs = torch.stack(self.balance).unbind(1)  # [L, E] each
+        if self.args.balance_over == "model":
+            shares, probs = shares.mean(0), probs.mean(0)
+        return shares.shape[-1] * (shares * probs).sum()
+
     def _run(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self.balance.clear()
@@ -78,7 +85,7 @@ class Step:
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda"):
             logits = self.model(input_ids=self.window[:, :-1], use_cache=False).logits
         entropy = F.cross_entropy(logits.float().flatten(0, 1), self.window[:, 1:].flatten())
-        (entropy + self.args.balance * torch.stack(self.balance).sum()).backward()
+        (entropy + self.args.balance * self._imbalance()).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.loss_sum += entropy.detach()

@@ -1,4 +1,4 @@
-"""Offline scores of cache policies over a trace of wanted experts."""
+"""Offline scores of a device and a RAM tier over a trace of wanted experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fomoe.types import Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReplayScore:
+class TierScore:
     """What a trace costs: shares of lookups by tier, and moved experts per lookup.
 
     `device + ram + nvme == 1`. `promoted` experts go from RAM to the device, `demoted` ones back;
@@ -33,7 +33,7 @@ class ReplayScore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReplaySetup:
+class TierSetup:
     """A cache to score: slots per layer and tier, and the rules."""
 
     n_experts: int
@@ -43,7 +43,7 @@ class ReplaySetup:
     ram: RamPolicy = "exclusive"
 
 
-def replay(ids: npt.NDArray[np.int32], setup: ReplaySetup, warmup: int = 0) -> ReplayScore:
+def replay_tiers(ids: npt.NDArray[np.int32], setup: TierSetup, warmup: int = 0) -> TierScore:
     """Run a trace through a residency of one device and one size class.
 
     Args:
@@ -67,7 +67,7 @@ def replay(ids: npt.NDArray[np.int32], setup: ReplaySetup, warmup: int = 0) -> R
     after = residency.counters
     by_tier = (after.lookups - before.lookups).sum(axis=0)
     lookups = max(int(by_tier.sum()), 1)
-    return ReplayScore(
+    return TierScore(
         device=int(by_tier[Tier.DEVICE]) / lookups,
         ram=int(by_tier[Tier.RAM]) / lookups,
         nvme=int(by_tier[Tier.NVME]) / lookups,
@@ -75,7 +75,7 @@ def replay(ids: npt.NDArray[np.int32], setup: ReplaySetup, warmup: int = 0) -> R
     )
 
 
-def _topology(n_layers: int, setup: ReplaySetup) -> Topology:
+def _topology(n_layers: int, setup: TierSetup) -> Topology:
     zeros = np.zeros(n_layers, dtype=np.int32)
     return Topology(
         n_layers=n_layers,
@@ -86,39 +86,3 @@ def _topology(n_layers: int, setup: ReplaySetup) -> Topology:
         ram_slots={(0, 0): setup.ram_slots * n_layers},
         device_node=(0,),
     )
-
-
-def synthetic_trace(
-    n_tokens: int, n_layers: int, seed: int, *, n_experts: int = 512, top_k: int = 10
-) -> npt.NDArray[np.int32]:
-    """Make a trace whose LRU hit rates resemble a large model's.
-
-    An expert's score is popularity + topic + context + noise; topic and context are first-order
-    autoregressive with half-lives of 150 and 6 tokens. The weights give an LRU of 50, 86 and 128
-    slots per layer of 512 experts 61, 72 and 80 %; measured were 60 and 72 % (FOMOE, 397B) and
-    81 % (llama.cpp #27861, 512 experts).
-
-    Returns:
-        int32 [n_tokens, n_layers, top_k], distinct in a row.
-    """
-    rng = np.random.default_rng(seed)
-    shape = n_layers, n_experts
-    popularity, topic, context = rng.normal(size=(3, *shape))
-    ids = np.empty((n_tokens, n_layers, top_k), dtype=np.int32)
-    for token in range(n_tokens):
-        topic = _drift(topic, 150, rng)
-        context = _drift(context, 6, rng)
-        score = 0.3 * popularity + 0.9 * topic + 0.8 * context + 0.9 * rng.normal(size=shape)
-        ids[token] = np.argpartition(score, -top_k, axis=1)[:, -top_k:]
-    return ids
-
-
-def _drift(
-    state: npt.NDArray[np.float64], half_life: float, rng: np.random.Generator
-) -> npt.NDArray[np.float64]:
-    """Advance a stationary autoregressive process of unit variance by one token."""
-    keep = 0.5 ** (1 / half_life)
-    drifted: npt.NDArray[np.float64] = keep * state + np.sqrt(1 - keep**2) * rng.normal(
-        size=state.shape
-    )
-    return drifted

@@ -1,0 +1,33 @@
+#include "ahead.h"
+
+#include <algorithm>
+
+namespace fomoe::engine {
+
+bool Ahead::note(int32_t layer, int32_t expert, int32_t level, int32_t depth, int64_t nbytes,
+                 int64_t reads) {
+  // What a failed pass left behind is scored by the next one, but must not grow.
+  constexpr size_t kMost = 256;
+  if (open_[layer].size() < kMost) open_[layer].push_back({expert, level, depth});
+  return a_.allowed.row(depth)[level] && *a_.credit >= kCharge * (reads + 1) * nbytes;
+}
+
+void Ahead::score(int32_t layer, const int32_t* ids, int64_t n) {
+  for (const Guess& guess : open_[layer]) {
+    ++a_.named.row(guess.depth)[guess.level];
+    a_.wanted.row(guess.depth)[guess.level] += std::find(ids, ids + n, guess.expert) != ids + n;
+  }
+  open_[layer].clear();
+}
+
+bool Ahead::earn(int32_t layer, int32_t expert, int64_t nbytes, bool is_there) {
+  bool& charged = a_.charged.row(layer)[expert];
+  const bool was_guessed = charged && is_there;
+  charged = false;  // one that left before it was wanted stays paid for
+  if (is_there && !was_guessed) return false;
+  ++*a_.misses;
+  *a_.credit += nbytes * budget_permille_ / 1000 + (was_guessed ? kCharge * nbytes : 0);
+  return was_guessed;
+}
+
+}  // namespace fomoe::engine

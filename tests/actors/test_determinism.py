@@ -1,0 +1,95 @@
+"""The same text and the same decisions, whatever the machine does: random machines, random delays.
+
+A run draws devices, the split of slots between tiers, policies, how far decode looks ahead, and a
+delay for each read. What may not differ is compared with a run that holds every expert in memory.
+"""
+
+import random
+
+import pytest
+from support.local_engine import local_engine, slot_bytes
+from support.local_model import finished, greedy
+
+from fomoe.config import RoutingConfig
+from fomoe.engine.requests import TokenEvent
+
+CAPACITY, TOKENS = 6, 40
+MODES = {"exact": {}, "car": {"quality": "car=0.6"}, "sampled": {"quality": "car=0.35"}}
+
+
+def request(prompt, mode):
+    ask = greedy(prompt, TOKENS, logprobs=4, **MODES[mode])
+    if mode == "sampled":
+        hot = {"sampling": type(ask.sampling)(temperature=1.2, seed=11)}
+        ask = greedy(prompt, TOKENS, logprobs=4, **MODES[mode], **hot)
+    return ask
+
+
+def told(events):
+    """What a machine may not change: tokens with log probabilities, the decision hash, the loss."""
+    tokens = [(e.token, e.logprob, e.top) for e in events if isinstance(e, TokenEvent)]
+    receipt = finished(events).receipt
+    return tokens, receipt.decision_hash, receipt.substituted, receipt.lost_mass
+
+
+@pytest.fixture(scope="module")
+def want(local_models, prompt):
+    model = local_models["mixed"]
+    return {
+        mode: told(model.run(request(prompt, mode), model.sequence(capacity=CAPACITY)))
+        for mode in MODES
+    }
+
+
+def draw(seed, path):
+    """A machine as arguments of `local_engine`."""
+    rng, (total, _) = random.Random(seed), slot_bytes(path)
+    devices = 1 + seed % 3
+    least = 2 * 3 * 160 * 1024  # top-3 of both size classes
+    return {
+        "devices": ("cpu",) * devices,
+        "vram": max(least, int(total * rng.uniform(0.1, 0.25)) // devices),
+        "ram": int(total * rng.choice([0.0, rng.uniform(0.03, 0.2)])),
+        "ram_policy": rng.choice(["exclusive", "inclusive"]),
+        "eviction": rng.choice(["lfru", "lru"]),
+        "prefill_chunk": rng.choice([1, 7, 16, 64]),
+        "read_threads": rng.randint(1, 4),
+        "prefetch_depth": 1 + seed % 2,
+        "prefetch_budget": 1.0,
+        "overlap": rng.random() < 0.9,
+    }
+
+
+def play(path, prompt, seed, delay):
+    """Return what each mode told, and the experts that were prefetched."""
+    with local_engine(
+        path, delay=delay, routing=RoutingConfig(car_capacity=CAPACITY), **draw(seed, path)
+    ) as engine:
+        heard, prefetched = {}, 0
+        for mode in MODES:
+            events = list(engine.client.stream(request(prompt, mode)))
+            heard[mode] = told(events)
+            prefetched += finished(events).receipt.prefetched
+        residency = engine.handles["driver"].actor._experts.residency
+        residency.check_integrity()
+    return heard, prefetched
+
+
+def check(runs, model_paths, want, prompt, delays):
+    prefetched = 0
+    for seed in runs:
+        heard, ahead = play(model_paths["mixed"], prompt, seed, delays(seed))
+        assert heard == want, f"run {seed}"
+        prefetched += ahead
+    assert prefetched > 0  # or looking ahead was not put to the test
+
+
+def test_delays_and_machines_change_nothing(model_paths, want, prompt, delays):
+    assert want["car"][2] > 20
+    assert len({told_[1] for told_ in want.values()}) == len(MODES)  # the modes do differ
+    check(range(3), model_paths, want, prompt, delays)
+
+
+@pytest.mark.slow
+def test_twenty_runs(model_paths, want, prompt, delays):
+    check(range(3, 23), model_paths, want, prompt, delays)
