@@ -118,9 +118,9 @@ def fit_model(
     own = device.memory_bytes > 0
     total = n * (device.memory_bytes - device.reserved_bytes) if own else ram_total
     dense = shape.dense_bytes + shape.kv_bytes * context + shape.state_bytes
-    per_layer = float(shape.expert_bytes.sum())
+    per_layer = float(shape.slot_bytes.sum())
     room = total - dense if device_budget is None else min(total - dense, n * device_budget)
-    least = shape.top_k * float(shape.expert_bytes.max()) * n
+    least = shape.top_k * float(shape.slot_bytes.max()) * n
     if room < least:
         what = f"{machine.name}: dense weights, {context:,} tokens of state, one layer's experts"
         raise BudgetError(what, int(dense + least), int(total))
