@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import numpy.typing as npt
 import typer
 
 from fomoe.cli.options import parse_size
 from fomoe.errors import ConfigError
-from fomoe.routing import CacheAwareRouting
+from fomoe.routing import CacheAwareRouting, PriceRouting
 from fomoe.sim.calibration import RECALLS, RowResult, calibrate, read_calibration
-from fomoe.sim.forecast import Fit, Question, Span, Twin, corners, upgrades
+from fomoe.sim.forecast import SAMPLED_LAYERS, TOKENS, Fit, Question, Span, Twin, corners, upgrades
+from fomoe.sim.loads import Rule, scores_of_rows
 from fomoe.sim.machine import Machine, find_machine, machine_files
 from fomoe.sim.schedule import Schedule
 from fomoe.sim.shapes import SHAPES, ModelShape, shape_by_name, shape_of_file
+from fomoe.traces import Trace
 
 _PROMPTS = (512, 4096)
 _TIERS = ("device", "ram", "nvme")
@@ -48,6 +52,13 @@ class PlanOptions:
     car: Annotated[
         float, typer.Option(metavar="0..1", min=0.0, help="Cache-aware routing; 0 is exact.")
     ] = 0.0
+    price: Annotated[
+        float, typer.Option(metavar="0..1", min=0.0, help="Price of a read, in router mass.")
+    ] = 0.0
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A recorded text of this model, for its hit rates."),
+    ] = None
     vram_budget: Annotated[
         int | None,
         typer.Option(parser=parse_size, metavar="SIZE", help="For experts, of each device."),
@@ -70,6 +81,46 @@ class PlanOptions:
         assert self.model is not None, "one of them is given"
         return shape_of_file(self.model)
 
+    def read_rule(self) -> Rule | None:
+        """Return the routing rule, None for the exact experts.
+
+        Raises:
+            ConfigError: two rules are asked for.
+        """
+        if self.car > 0 and self.price > 0:
+            raise ConfigError("--car and --price are two rules: give one of them")
+        if self.car > 0:
+            return CacheAwareRouting(self.car)
+        return PriceRouting(self.price) if self.price > 0 else None
+
+    def rule_name(self) -> str:
+        """Return the rule for people."""
+        if self.car > 0:
+            return f"--car {self.car:.2f}"
+        return f"--price {self.price:.2f}" if self.price > 0 else "exact"
+
+    def read_scores(self, shape: ModelShape) -> npt.NDArray[np.float32] | None:
+        """Return the recorded text's last tokens as router scores; None without a trace.
+
+        Raises:
+            TraceError: the trace cannot be read.
+            ConfigError: it is another model's, or too short.
+        """
+        if self.trace is None:
+            return None
+        recorded = Trace.open(self.trace)
+        facts = recorded.facts
+        if (facts.n_experts, facts.n_layers) != (shape.n_experts, shape.n_layers):
+            raise ConfigError(
+                f"{self.trace} is of {facts.n_layers} layers with {facts.n_experts} experts, the "
+                f"model has {shape.n_layers} with {shape.n_experts}"
+            )
+        if len(recorded) < TOKENS:
+            raise ConfigError(f"{self.trace}: {len(recorded)} tokens, at least {TOKENS} are needed")
+        every = -(-shape.n_layers // SAMPLED_LAYERS)
+        ids = recorded.ids[-TOKENS:, ::every]
+        return scores_of_rows(ids, recorded.probabilities[-TOKENS:, ::every], shape.n_experts)
+
 
 def plan(
     options: PlanOptions,
@@ -83,13 +134,12 @@ def plan(
         _print_calibration(as_json)
         return
     machine, shape = find_machine(options.machine), options.read_shape()
-    rule = CacheAwareRouting(options.car) if options.car > 0 else None
     question = Question(
-        context=options.ctx_size, rule=rule, device_budget=options.vram_budget,
+        context=options.ctx_size, rule=options.read_rule(), device_budget=options.vram_budget,
         ram_budget=options.ram_budget,
         schedule=Schedule(split="experts" if machine.nodes > 1 else "layers"),
     )  # fmt: skip
-    figures = _figures(Twin(shape, question), machine)
+    figures = _figures(Twin(shape, question, options.read_scores(shape)), machine)
     if as_json:
         typer.echo(json.dumps(figures))
         return
@@ -135,7 +185,6 @@ def _lines(
 ) -> list[str]:
     fit, said = Fit(**figures["fit"]), figures["predicted"]
     hits = "  ".join(f"{tier} {_span(said['hits'][tier], '{:.0%}')}" for tier in _TIERS)
-    rule = f"--car {options.car:.2f}" if options.car else "exact"
     rest = shape.n_experts - fit.device_slots - fit.ram_slots
     where = "devices" if machine.device.memory_bytes else "devices, in RAM"
     lines = [
@@ -146,7 +195,7 @@ def _lines(
         f"({fit.ram_bytes / 1e9:.1f} of {fit.ram_total / 1e9:.1f} GB), NVMe {rest:.1f}",
         f"context  {options.ctx_size:,} tokens; {fit.kv_bytes / 1e6:.1f} MB of keys and values "
         "per 1,000",
-        f"decode   predicted {_span(said['tokens_per_s'])} tok/s, {rule}",
+        f"decode   predicted {_span(said['tokens_per_s'])} tok/s, {options.rule_name()}",
         f"hits     predicted {hits}",
         f"binds    predicted {said['binds']}, at work "
         f"{_span(said['binds_share'], '{:.0%}')} of the time",

@@ -27,7 +27,7 @@ from fomoe.sim.schedule import Outcome, Schedule
 from fomoe.sim.shapes import ModelShape
 
 WARMUP = 150  # tokens of a trace that only fill the tiers
-_TOKENS, _SAMPLED_LAYERS = 200, 6
+TOKENS, SAMPLED_LAYERS = 200, 6
 _SWEEP = 1.15  # a prompt's time over its bound: measured 1.04 to 1.13 (docs/log.md)
 
 
@@ -118,9 +118,9 @@ def fit_model(
     own = device.memory_bytes > 0
     total = n * (device.memory_bytes - device.reserved_bytes) if own else ram_total
     dense = shape.dense_bytes + shape.kv_bytes * context + shape.state_bytes
-    per_layer = float(shape.expert_bytes.sum())
+    per_layer = float(shape.slot_bytes.sum())
     room = total - dense if device_budget is None else min(total - dense, n * device_budget)
-    least = shape.top_k * float(shape.expert_bytes.max()) * n
+    least = shape.top_k * float(shape.slot_bytes.max()) * n
     if room < least:
         what = f"{machine.name}: dense weights, {context:,} tokens of state, one layer's experts"
         raise BudgetError(what, int(dense + least), int(total))
@@ -173,8 +173,8 @@ class Twin:
 
     @cached_property
     def _scores(self) -> npt.NDArray[np.float32]:
-        layers = min(_SAMPLED_LAYERS, self.shape.n_layers)
-        return synthetic_scores(_TOKENS, layers, self.shape.n_experts, seed=0)
+        layers = min(SAMPLED_LAYERS, self.shape.n_layers)
+        return synthetic_scores(TOKENS, layers, self.shape.n_experts, seed=0)
 
     @cached_property
     def exact(self) -> npt.NDArray[np.int32]:

@@ -24,7 +24,7 @@ class ModelShape:
     """Sizes of a model of L layers with E experts each, k per token.
 
     Attributes:
-        expert_bytes: of one expert, float64 [L].
+        expert_bytes: of one expert, float64 [L]; `slot_bytes` with the pages around its parts.
         layer_bytes: dense weights of a layer less the shared expert, float64 [L].
         shared_bytes: the shared expert's weights, float64 [L].
         head_bytes: the output matrix, read once a token.
@@ -40,6 +40,7 @@ class ModelShape:
     top_k: int
     hidden: int
     expert_bytes: npt.NDArray[np.float64]
+    slot_bytes: npt.NDArray[np.float64]
     layer_bytes: npt.NDArray[np.float64]
     shared_bytes: npt.NDArray[np.float64]
     head_bytes: float
@@ -94,6 +95,7 @@ def shape_of(file: GGUFFile, spec: ModelSpec) -> ModelShape:
         name=spec.name, n_layers=count, n_experts=moe.n_experts, top_k=moe.top_k,
         hidden=spec.hidden, layer_bytes=layer, shared_bytes=shared, head_bytes=float(head.nbytes),
         expert_bytes=np.array([table.expert_bytes(i) for i in range(count)], np.float64),
+        slot_bytes=np.array([table.slot_bytes(i) for i in range(count)], np.float64),
         kv_bytes=_kv_bytes(spec), state_bytes=_state_bytes(spec), dense_macs=macs,
         expert_macs=3.0 * count * moe.top_k * spec.hidden * moe.expert_width,
     )  # fmt: skip
@@ -186,6 +188,7 @@ def shape_by_name(name: str) -> ModelShape:
     return ModelShape(
         name=name, n_layers=named.layers, n_experts=named.experts, top_k=named.top_k,
         hidden=named.hidden, expert_bytes=np.full(named.layers, named.expert_bytes),
+        slot_bytes=np.full(named.layers, named.expert_bytes),
         layer_bytes=weights * named.dense_bits / 8 + router,
         shared_bytes=np.full(named.layers, shared * named.dense_bits / 8),
         head_bytes=named.hidden * named.vocab * named.head_bits / 8,

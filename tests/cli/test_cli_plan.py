@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from fomoe.cli.main import make_app
 from fomoe.errors import ConfigError
+from fomoe.traces import Synthesis, TraceFacts, TraceWriter
 
 
 def run(*arguments):
@@ -44,6 +45,30 @@ def test_cache_aware_routing_reads_less_and_is_faster():
     assert car["tokens_per_s"]["mid"] > 1.2 * exact["tokens_per_s"]["mid"]
 
 
+def test_a_price_reads_less_than_exact_routing():
+    exact, priced = (
+        json.loads(run("--shape", "397b-a17b", "--price", price, "--json").output)["predicted"]
+        for price in ("0", "0.05")
+    )
+    assert priced["hits"]["nvme"]["mid"] < 0.8 * exact["hits"]["nvme"]["mid"]
+    assert "--price 0.05" in run("--shape", "397b-a17b", "--price", "0.05").output
+
+
+def test_a_recorded_text_gives_the_hit_rates(tmp_path):
+    facts = TraceFacts(
+        model="m", n_layers=60, n_experts=512, top_k=10, expert_bytes=(7_602_176,) * 60
+    )
+    path = tmp_path / "text.trace"
+    passages = Synthesis(facts=facts, tokens=220, sharpness=1.2, seed=4).passages()
+    with TraceWriter(path, facts) as writer:
+        for passage, rows in passages:
+            writer.append(passage, rows)
+    said = json.loads(run("--shape", "397b-a17b", "--trace", str(path), "--json").output)
+    assert said["predicted"]["hits"]["device"]["mid"] == pytest.approx(0.6, abs=0.05)
+    with pytest.raises(ConfigError, match="60 layers with 512 experts"):
+        run("--shape", "122b-a10b", "--trace", str(path))
+
+
 def test_a_file_is_planned_from_its_header(tmp_path):
     path = tmp_path / "tiny.gguf"
     write_tiny(path)
@@ -65,6 +90,7 @@ def test_budgets_stand_for_a_smaller_machine():
     ("arguments", "said"),
     [
         ((), "one of them"),
+        (("--shape", "397b-a17b", "--car", "0.3", "--price", "0.1"), "one of them"),
         (("x.gguf", "--shape", "397b-a17b"), "one of them"),
         (("--shape", "1t"), "397b-a17b"),
         (("--shape", "397b-a17b", "--machine", "phone"), "desktop"),

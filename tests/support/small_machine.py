@@ -15,7 +15,8 @@ EXPERT = 1e6
 def small_shape():
     return ModelShape(
         name="small", n_layers=LAYERS, n_experts=32, top_k=4, hidden=256,
-        expert_bytes=np.full(LAYERS, EXPERT), layer_bytes=np.full(LAYERS, 2e6),
+        expert_bytes=np.full(LAYERS, EXPERT), slot_bytes=np.full(LAYERS, EXPERT),
+        layer_bytes=np.full(LAYERS, 2e6),
         shared_bytes=np.full(LAYERS, 5e5), head_bytes=3e6, kv_bytes=1e3, state_bytes=1e5,
         dense_macs=1e7, expert_macs=1e7,
     )  # fmt: skip
