@@ -15,10 +15,6 @@ KL_EVERY, KL_EVERY_LATER, KL_SETTLED = 16, 64, 256
 # (benchmarks/quality_contract.py prints both).
 WHOLE_OVER_STEP = (7, 5)
 
-# Of the price rule. Tuned on a model of 128 experts a layer, on text that was not scored: fewer
-# protected ranks reach lower levels of reads, half of the lost mass back loses least (docs/log.md).
-PROTECTED, KAPPA = 1, 0.5
-
 
 class Contract:
     """A request's quality while it runs; a function of its own counts, told after each step.
@@ -88,4 +84,4 @@ def _rule(quality: Quality, sensitivities: tuple[float, ...]) -> RoutingRule:
         return ExactRouting()
     if quality.kind == "car":
         return CacheAwareRouting(quality.value)
-    return PriceRouting(0.0, PROTECTED, KAPPA, sensitivities)
+    return PriceRouting(0.0, sensitivities=sensitivities)

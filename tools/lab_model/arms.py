@@ -7,9 +7,9 @@ from fractions import Fraction
 
 import numpy as np
 from closed_loop import Arm, Bench, Tally
-from fomoe.routing.rules import CacheAwareRouting, DropRouting, ExactRouting, PriceRouting
 
 from fomoe.residency.logical import LogicalRules
+from fomoe.routing.rules import CacheAwareRouting, DropRouting, ExactRouting, PriceRouting
 
 CAPACITY = 21  # of 128 experts: 16.4 %, the original's share
 LEVELS = (0.04, 0.055, 0.07, 0.10, 0.13, 0.16)  # all reads over activations
