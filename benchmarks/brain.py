@@ -122,7 +122,12 @@ class Native:
         self.brain = Brain(K)
         logical = LogicalCache(t.n_layers, E, LogicalRules(capacity=E))
         self.sequence: Any = SimpleNamespace(
-            decoding=True, logical=logical, decider=None, lossy=False, reads=zeros.copy()
+            touched=0.0,
+            decoding=True,
+            logical=logical,
+            decider=None,
+            lossy=False,
+            reads=zeros.copy(),
         )
         self.decider = Decider(
             PriceRouting(0.05),

@@ -61,7 +61,7 @@ class LossCounters:
     lost_mass: float = 0.0
     logical_bytes: int = 0
     shadow_steps: int = 0
-    shadow_kl: float = 0.0
+    shadow_nanonats: int = 0
 
     def copy(self) -> LossCounters:
         """Return the present values."""
@@ -153,7 +153,7 @@ class Meter:
     def shadowed(self, loss: int) -> None:
         """A shadow step estimated a loss in nanonats."""
         self.loss.shadow_steps += 1
-        self.loss.shadow_kl += loss / NANO
+        self.loss.shadow_nanonats += loss
 
     def rate(self) -> float:
         """Return generated tokens per second of the request under way or the last one."""
@@ -163,7 +163,10 @@ class Meter:
     def estimated_kl(self) -> float:
         """Return nats per token that shadow steps measured in this request; 0 without any."""
         steps = self.loss.shadow_steps - self._loss0.shadow_steps
-        return (self.loss.shadow_kl - self._loss0.shadow_kl) / steps if steps else 0.0
+        return self._shadow_kl() / steps if steps else 0.0
+
+    def _shadow_kl(self) -> float:
+        return (self.loss.shadow_nanonats - self._loss0.shadow_nanonats) / NANO
 
     def shares(self) -> dict[str, float]:
         """Return the outcomes of this request's generated activations, as shares of 1."""
@@ -188,6 +191,7 @@ class Meter:
             generated_tokens=self._generated,
             generated_ms=(now - start) * 1e3,
             stall_ms=(b.stall_s - a.stall_s) * 1e3,
+            shadow_kl=self._shadow_kl(),
             price=self.price,
             mode=str(self._quality),
             devices=self._devices,

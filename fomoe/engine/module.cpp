@@ -117,6 +117,7 @@ int64_t py_decide(WavePlanner& w, int32_t layer, Array<const float, 2> scores,
   check_room(w, scores.shape(0), out);
   same("layers of a token count", tokens.size(), w.state().n_layers);
   same("words of a hash", hash.size(), 1);
+  w.ask_for(layer);
   const int64_t broken = w.route(scores.data(), scores.shape(0));
   if (broken >= 0) return -1 - broken;
   w.observe(layer, scores.shape(0), {tokens.data(), hash.data()});
@@ -165,6 +166,8 @@ int64_t py_decide_by(WavePlanner& w, int32_t layer, Array<const float, 2> scores
   const int32_t sequence = 0;
   const DecisionInputs in{&sequence, prices ? prices->data() : nullptr, scores.data(), nullptr, 1,
                           scores.shape(1)};
+  w.ask_for(layer);
+  decider.caches().ask_for(decider.caches().cell(sequence, layer));
   const DecisionArrays& made = decider.own();
   if (decider.decide(layer, in, made) >= 0) return -1;
   w.take(made.ids, made.weights, decider.k());

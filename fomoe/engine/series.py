@@ -11,6 +11,7 @@ from fomoe.engine.plan import EnginePlan
 from fomoe.engine.requests import causes
 from fomoe.engine.waterfall import PARTS
 from fomoe.residency import Counters, Residency
+from fomoe.routing.price import NANO
 from fomoe.types import Tier
 
 
@@ -81,7 +82,7 @@ def engine_series(meter: Meter, residency: Counters, tiers: TierBytes) -> dict[s
         "fomoe_router_mass_lost_total": loss.lost_mass,
         "fomoe_logical_bytes_total": float(loss.logical_bytes),
         "fomoe_shadow_steps_total": float(loss.shadow_steps),
-        "fomoe_shadow_kl_nats_total": loss.shadow_kl,
+        "fomoe_shadow_kl_nats_total": loss.shadow_nanonats / NANO,
         "fomoe_estimated_kl": meter.estimated_kl(),
         "fomoe_quality_price": meter.price,
         "fomoe_expert_bytes_read_total": float(host.nvme_bytes),

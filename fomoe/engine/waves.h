@@ -80,6 +80,12 @@ class WavePlanner {
   // reads.
   int64_t look_ahead(int32_t layer, int32_t depth, const float* scores, int64_t tokens);
 
+  // Brings the layer's state near.
+  void ask_for(int32_t layer) const {
+    state().ask_for(layer);
+    segments_[a_.layer_node[layer]].slot_of.ask_for(layer);
+  }
+
   const residency::State& state() const { return planner_.state(); }
   const WaveShape& shape() const { return shape_; }
   int64_t first() const { return first_; }

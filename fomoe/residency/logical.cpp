@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "fomoe/native/view.h"
+
 namespace fomoe::residency {
 namespace {
 
@@ -58,6 +60,14 @@ void LogicalCaches::run(int64_t cell, const int32_t* ids, int64_t k, bool* read,
   if (coming) admit(cell, now, scratch, coming);
   for (int64_t i = 0; i < k; ++i)
     if (ids[i] >= 0) scratch.kept[ids[i]] = 0;
+}
+
+void LogicalCaches::ask_for(int64_t cell) const {
+  const int64_t n = shape_.experts;
+  fomoe::ask_for(resident(cell), n);
+  fomoe::ask_for(weight(cell), n * int64_t(sizeof(uint32_t)));
+  fomoe::ask_for(last(cell), n * int64_t(sizeof(int32_t)));
+  fomoe::ask_for(a_.members + cell * shape_.capacity, shape_.capacity * int64_t(sizeof(int32_t)));
 }
 
 void LogicalCaches::fill(int64_t cell, const int32_t* wanted, const int32_t* ids, int64_t k,

@@ -100,6 +100,8 @@ class LogicalCaches {
   // A layer of a sequence.
   int64_t cell(int64_t sequence, int64_t layer) const { return sequence * shape_.layers + layer; }
   const bool* resident(int64_t cell) const { return a_.resident + cell * shape_.experts; }
+  // Brings a layer of a sequence near; see State::ask_for.
+  void ask_for(int64_t cell) const;
   bool is_warming(int64_t cell) const { return a_.decoded[cell] < rules_.warmup; }
   int64_t* counts(int64_t cell) const { return a_.counts + cell * kLogicalCounts; }
 

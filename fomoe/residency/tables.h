@@ -78,6 +78,18 @@ struct State {
   History history, ram_history;
   Flags flags;
   Counters counters;
+
+  // Between two steps of a layer lie a token's weights: its rows are in no cache any more.
+  void ask_for(int32_t layer) const {
+    for (const Table* table : {&device, &ram}) table->slot_of.ask_for(layer);
+    for (const History* past : {&history, &ram_history}) {
+      past->uses.ask_for(layer);
+      past->last.ask_for(layer);
+    }
+    for (const View<bool>* flag :
+         {&flags.pinned, &flags.awaited, &flags.unused, &flags.last_wanted})
+      flag->ask_for(layer);
+  }
 };
 
 }  // namespace fomoe::residency
