@@ -185,7 +185,7 @@ def test_serve_joins_a_running_cluster_and_leaves_it_up(tmp_path: Path, mode: st
             assert first == again != ""
             lossy = ask(server, car=0.6, stream_options={"include_usage": True})
             usage = json.loads(lossy[-2])["timings"]["fomoe"]
-            assert usage["mode"] == "car 0.60"
+            assert usage["mode"] == "car=0.6"
             pids = actor_pids(clean, address, mode)
             assert len(pids) == 4
         assert server.process.returncode == 0, server.text
