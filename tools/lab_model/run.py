@@ -35,6 +35,7 @@ from tokenizers import Tokenizer
 PREFIX, LENGTH = 256, 448
 LONG = 1024  # windows of the contract, whose controller needs a few hundred tokens
 KL_TARGET, TWIN_EVERY = 0.01, 16
+PARTS = ("levels", "tables", "contract", "quants")
 SHORT_OF = 0.99  # our reads are aimed just below the baseline's
 
 
@@ -82,7 +83,13 @@ class Lab:
 
     def train(self) -> None:
         """Train the model and freeze it, rounded as the reference file would be."""
-        model = trainer.train(self.text, self.tokenizer.get_vocab_size(), self.args)
+        weights, vocab = self.args.weights, self.tokenizer.get_vocab_size()
+        if weights is not None and weights.exists():
+            model = trainer.restore(weights, vocab, self.args)
+        else:
+            model = trainer.train(self.text, vocab, self.args)
+        if weights is not None and not weights.exists():
+            torch.save(model.state_dict(), weights)
         self.decoder = LabDecoder(model.eval())
         del model
         if self.args.quantiser is not None:
@@ -150,15 +157,19 @@ class Lab:
         self.save_wanted(wanted)
         self.tallies["exact"] = self.tallies["exact lru"]
         self.say(f"exact ppl {np.exp(self.tallies['exact'].nll.mean()):.3f}")
-        jobs = [arms.price(x) for x in c["price"] if x is not None]
-        jobs += [arms.car(x) for x in c["car"] if x is not None]
-        jobs += [arms.car(x, "lfru") for x in c["car lfru"] if x is not None]
-        jobs += [
+        jobs: list[Arm] = []
+        if "levels" in self.args.parts:
+            jobs += [arms.price(x) for x in c["price"] if x is not None]
+            jobs += [arms.car(x) for x in c["car"] if x is not None]
+            jobs += [arms.car(x, "lfru") for x in c["car lfru"] if x is not None]
+        tables = [
             arms.car(0.60, "backfill"), arms.car(0.35, "backfill"),
             arms.car(0.35, "backfill", renormalise=True), arms.car(0.35), arms.car(0.60),
             arms.car(0.60, "lfru", renormalise=True), arms.plain_price(0.05, 0.0),
             arms.plain_price(0.08), arms.plain_price(0.03), arms.drop(0.10),
         ]  # fmt: skip
+        if "tables" in self.args.parts:
+            jobs += tables
         for start in range(0, len(jobs), self.most):
             if self.left() < self.args.reserve:
                 self.say(f"no time for {[a.name for a in jobs[start:]]}")
@@ -261,6 +272,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--traced", type=int, default=240, help="windows whose experts are kept")
     parser.add_argument("--capacity", type=int, default=21)
     parser.add_argument("--levels", type=float, nargs="+", default=list(LEVELS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is scored")
+    parser.add_argument("--weights", type=Path, help="take the model from here, or leave it here")
     parser.add_argument("--arms", type=int, default=6, help="arms of a scoring pass")
     parser.add_argument("--threads", type=int, default=14)
     parser.add_argument("--quantiser", type=Path, help="llama.cpp's libggml-base.so")
@@ -278,8 +291,10 @@ def main() -> None:
     with torch.no_grad():
         lab.tune_constants()
         lab.score_levels()
-        lab.score_contract()
-        lab.score_quants()
+        if "contract" in args.parts:
+            lab.score_contract()
+        if "quants" in args.parts:
+            lab.score_quants()
     lab.say("done")
 
 

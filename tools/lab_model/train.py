@@ -52,6 +52,14 @@ def encode(docs: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([np.array([*one.ids, end], dtype=np.uint16) for one in encoded])
 
 
+def restore(weights: Path, vocab: int, args: argparse.Namespace) -> nn.Module:
+    """Return the model that `train` left in a file."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = new_model(lab_config(vocab, toy=args.toy)).to(device)
+    model.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
+    return model
+
+
 def train(text: np.ndarray, vocab: int, args: argparse.Namespace) -> nn.Module:
     """Return a model after `args.steps` steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
