@@ -166,11 +166,11 @@ class DriverActor(FabricMember):
         if frequencies is not None:
             residency.warm(frequencies, PROFILE_TOKENS)
         placements = residency.fill(fill_order(self._plan.topology, frequencies))
-        wanted, landed = self._experts.preload(placements), 0
+        wanted, landed = self._experts.reads.preload(placements), 0
         moved = time.monotonic()
         while landed < wanted:
             bell = self.fabric.bell()
-            new = self._experts.preloaded()
+            new = self._experts.reads.preloaded()
             if new:
                 landed, moved = landed + new, time.monotonic()
                 self._progress = 0.5 + 0.5 * landed / wanted

@@ -32,7 +32,8 @@ def kl_of_logs(p: F64, q: F64) -> F64:
     weights = np.exp(p)
     with np.errstate(invalid="ignore"):  # -inf - -inf, where both rule a token out
         terms = np.where(weights > 0.0, weights * (p - q), 0.0)
-    return np.maximum(terms.sum(axis=-1), 0.0)
+    kl: F64 = np.maximum(terms.sum(axis=-1), 0.0)
+    return kl
 
 
 def negative_log_likelihoods(
