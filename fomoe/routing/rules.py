@@ -31,7 +31,7 @@ class RoutingRule(Protocol):
 
     @property
     def name(self) -> str:
-        """The rule and its strength, as receipts and tables print it."""
+        """The rule and its strength, as tables print it."""
 
     def route(
         self, logits: npt.NDArray[np.float32], k: int, resident: npt.NDArray[np.bool_],
