@@ -50,8 +50,7 @@ _ENVIRONMENT = {
 }
 
 _LEAST_SENSITIVE = 1e-3
-
-_MOST_BACKFILL = 64
+_MOST_BACKFILL, _MOST_PARTS = 64, 10**6
 _Part = TypeVar("_Part", "Budgets", "RoutingConfig", "EngineConfig", "ServerConfig")
 
 
@@ -138,15 +137,20 @@ def _require_range(name: str, value: Any, low: int, high: int) -> None:
     )
 
 
+def _is_sensitivity(value: Any) -> bool:
+    is_number = isinstance(value, (int, float))
+    return is_number and _LEAST_SENSITIVE <= value <= 1 / _LEAST_SENSITIVE
+
+
 def _require_share(name: str, value: Any) -> None:
     try:
         share = Fraction(value)
     except (TypeError, ValueError, ZeroDivisionError):
         share = Fraction(-1)
     _require(
-        0 <= share <= _MOST_BACKFILL,
-        f"{name} is {value!r}; give experts per layer and token, 0 to {_MOST_BACKFILL}, for "
-        "example 0.5 or 28/60",
+        0 <= share <= _MOST_BACKFILL and share.denominator <= _MOST_PARTS,
+        f"{name} is {value!r}; give experts per layer and token, 0 to {_MOST_BACKFILL} and no "
+        "finer than a millionth, for example 0.5 or 28/60",
     )
 
 
@@ -220,7 +224,7 @@ class RoutingConfig:
             _require_range("car_capacity", self.car_capacity, 1, 1 << 16)
         _require_range("shadow_every", self.shadow_every, 0, 1 << 20)
         object.__setattr__(self, "sensitivities", tuple(self.sensitivities))
-        wrong = [s for s in self.sensitivities if not _LEAST_SENSITIVE <= s <= 1 / _LEAST_SENSITIVE]
+        wrong = [s for s in self.sensitivities if not _is_sensitivity(s)]
         _require(
             not wrong,
             f"a layer's sensitivity is {wrong[:1]}; it must lie between {_LEAST_SENSITIVE} and "

@@ -106,6 +106,8 @@ def read_sensitivities(path: Path) -> tuple[float, ...]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))["sensitivities"]
+        if not isinstance(values, list):
+            raise TypeError(f"sensitivities {values!r} are no list")
         return tuple(float(value) for value in values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a loss profile of a model ({error!r})") from None

@@ -269,6 +269,31 @@ def samples(snapshot: Mapping[str, float]) -> Iterator[tuple[Metric, dict[str, s
         yield _METRIC_OF_SERIES[series], labels, value
 
 
+class Growing:
+    """Keeps the counters of successive snapshots from falling, which a scraper takes for a restart.
+
+    A read is counted when it is asked for and taken back where storage gives it up: such a counter
+    stays where it was until it has caught up.
+    """
+
+    def __init__(self) -> None:
+        self._highest: dict[str, float] = {}
+
+    def of(self, snapshot: Mapping[str, float]) -> dict[str, float]:
+        """Return a snapshot with no counter below what it was in an earlier one.
+
+        Raises:
+            KeyError: the snapshot names a series that `METRICS` does not have.
+        """
+        counters = {
+            series: max(value, self._highest.get(series, value))
+            for series, value in snapshot.items()
+            if _METRIC_OF_SERIES[series].kind == "counter"
+        }
+        self._highest |= counters
+        return {**snapshot, **counters}
+
+
 class Telemetry:
     """The numbers of one process; one thread writes, any thread may take a snapshot.
 

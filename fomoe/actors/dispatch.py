@@ -1,4 +1,4 @@
-"""The driver's hands: carries a layer's plan to storage and device, waits once for the result."""
+"""The driver's hands: carries a layer's plan to the devices and waits once for the result."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import numpy.typing as npt
 from fomoe.actors.channel import Fabric
 from fomoe.actors.layout import StepArena
 from fomoe.actors.messages import (
-    COUNT,
     DONE,
-    DROPPED,
     STEP,
     STEP_FIRST,
     STEP_ID,
@@ -20,27 +18,23 @@ from fomoe.actors.messages import (
     Priority,
     ReadFailed,
     Tag,
-    decode,
 )
-from fomoe.actors.step import DeviceLink, Links, NodeLink, Step
+from fomoe.actors.reads import SEND_BOUND_S, Reads
+from fomoe.actors.step import DeviceLink, Links, Step
 from fomoe.actors.sweep_driver import PromptSweeps
 from fomoe.engine.ahead import Governor
 from fomoe.engine.decisions import Decider
 from fomoe.engine.meter import HostCounters
-from fomoe.engine.transfers import READ, Read
 from fomoe.engine.waves import BACKGROUND, GUESSED, Priorities, WaveLayout, WavePlanner
 from fomoe.errors import PeerStalledError, StorageError
 from fomoe.model.buffers import F32
-from fomoe.residency import LogicalCache, Placement, Residency, Topology
+from fomoe.residency import LogicalCache, Residency, Topology
 from fomoe.routing import Route, expect_of_chunk, route_exact
-from fomoe.types import ExpertKey, Tier
 
 SPIN_US = 300.0  # while a token is in flight; the waiter yields, so a shared core is no cliff
 WAIT_MS = 20.0
 LONG_LAYER_S = 200e-6  # from a device's answer to the next step
 STEP_BOUND_S = 120.0
-SEND_BOUND_S = 5.0
-FETCH_BATCH = 256  # records a message: half of the smallest ring slot
 
 
 class TieredExperts:
@@ -52,12 +46,10 @@ class TieredExperts:
         self.counters = HostCounters()
         self.residency = residency
         self.fabric = fabric
-        self._nodes: list[NodeLink] = links.nodes
         self.governor = governor
         self._guesses = [0] * topology.n_layers  # asked for, until the layer's step
         self._top_k = arena.top_k
         self._home: list[DeviceLink] = [links.devices[d] for d in topology.layer_device]
-        self._bell = [int(d) for d in topology.layer_device]
         layout = WaveLayout(
             layer_node=np.array([device.node for device in self._home], np.int32),
             layer_device=topology.layer_device,
@@ -83,8 +75,7 @@ class TieredExperts:
         self._answered = 0.0  # when a device last did
         self._asked = 0.0  # when the step's reads were sent
         self._window_s = 0.0  # from the answer before to then
-        self.unproven = self._planner.arrays.unproven
-        self.background = self._planner.arrays.background
+        self.reads = Reads(fabric, links.nodes, self._planner, governor, self.counters)
         self.sweeps = PromptSweeps(self, arena.top_k)
 
     def decide(
@@ -111,7 +102,7 @@ class TieredExperts:
         """Load what a rule left out, behind all demand; never waits."""
         reads = self._planner.read_later(layer, experts)
         self._planner.charge(self.counters, decoding=True)
-        self._send_reads(self._home[layer].node, self._planner.arrays.reads[:reads])
+        self.reads.send(layer, reads)
 
     def begin(self, layer: int, h: F32, route: Route, *, decoding: bool) -> None:
         """Plan the layer, send demand reads out first, start what is resident."""
@@ -136,7 +127,7 @@ class TieredExperts:
         reads = self._planner.look_ahead(layer, scores, depth)
         if reads:
             self._guesses[layer] += reads
-            self._send_reads(self._home[layer].node, self._planner.arrays.reads[:reads])
+            self.reads.send(layer, reads)
             before = self.counters.nvme_bytes
             self._planner.charge(self.counters, decoding=True)
             self.counters.prefetch_bytes += self.counters.nvme_bytes - before
@@ -174,17 +165,6 @@ class TieredExperts:
                 return step.buffer.rows(step.tokens)[1]
             self._send_wave(step, planner.wave())
 
-    def preload(self, placements: list[Placement]) -> int:
-        """Ask for the reads of an initial fill; returns how many storage will announce."""
-        for number, node in enumerate(self._nodes):
-            mine = [p for p in placements if self._home[p.key.layer].node == number]
-            self._ask(number, node.slots.fill(mine), Priority.PRELOAD)
-        return len(placements)
-
-    def preloaded(self) -> int:
-        """Return how many preload reads have landed since the last call."""
-        return sum(self._storage_messages(node) for node in self._nodes)
-
     def next_step(self) -> int:
         """See `SweepHost`."""
         self._step_id += 1
@@ -193,44 +173,6 @@ class TieredExperts:
     def device_of(self, layer: int) -> DeviceLink:
         """See `SweepHost`."""
         return self._home[layer]
-
-    def node_of(self, layer: int) -> NodeLink:
-        """See `SweepHost`."""
-        return self._nodes[self._home[layer].node]
-
-    def ask(self, layer: int, reads: list[Read], priority: Priority) -> None:
-        """See `SweepHost`."""
-        self._ask(self._home[layer].node, reads, priority)
-        n_bytes = len(reads) * int(self.expert_bytes[layer])
-        self.counters.nvme_bytes += n_bytes
-        self.counters.prompt_bytes += n_bytes
-
-    def prove(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
-        """See `SweepHost`."""
-        unproven = experts[self.unproven[layer, experts] != Tier.DEVICE]
-        self.unproven[layer, unproven] = Tier.DEVICE
-        node = self._home[layer].node
-        columns = (column.tolist() for column in self._nodes[node].slots.locate(layer, unproven))
-        reads = [
-            Read(ExpertKey(layer, expert), slot, address, generation)
-            for expert, slot, address, generation in zip(unproven.tolist(), *columns, strict=True)
-        ]
-        self._ask(node, reads, Priority.DEMAND)
-
-    def failures(self, layer: int, experts: npt.NDArray[np.int32]) -> list[ReadFailed]:
-        """See `SweepHost`."""
-        found: list[ReadFailed] = []
-        for node in self._nodes:
-            self._storage_messages(node, found, (layer, experts))
-        return [m for m in found if m.layer == layer and m.expert in experts]
-
-    def _ask(self, node: int, reads: list[Read], priority: Priority) -> None:
-        rows = [
-            (r.address, r.generation, r.slot, r.expert.layer, r.expert.expert, int(priority),
-             self._bell[r.expert.layer], 0)
-            for r in reads
-        ]  # fmt: skip
-        self._send_reads(node, np.array(rows, READ))
 
     def _forget_step(self) -> None:
         """Unpin what a pass left behind that failed between `begin` and `finish`."""
@@ -241,8 +183,7 @@ class TieredExperts:
 
     def _open(self, layer: int, h: F32, decoding: bool) -> Step:
         self.sweeps.abandon()  # a pass that failed between begin and finish
-        for node in self._nodes:
-            self._storage_messages(node, [])  # an expert whose read failed must be read again
+        self.reads.settle()  # an expert whose read failed must be read again
         self._forget_step()
         self._step_id += 1
         if layer == 0:
@@ -257,7 +198,7 @@ class TieredExperts:
     def _send_wave(self, step: Step, reads: int) -> None:
         planner, device = self._planner, step.device
         if reads:
-            self._send_reads(device.node, planner.arrays.reads[:reads])
+            self.reads.send(step.layer, reads)
         planner.charge(self.counters, decoding=step.decoding)
         if planner.first == 0:
             self._note_reads(step, reads)
@@ -280,8 +221,7 @@ class TieredExperts:
         in_vain = self._guesses[step.layer] - step.guessed
         self._guesses[step.layer] = 0
         if in_vain > 0:
-            node = self._nodes[step.device.node]
-            node.sender.send(Tag.DROP, COUNT.pack(step.layer), (), SEND_BOUND_S)
+            self.reads.drop_guesses(step.layer)
 
     def _is_long(self) -> bool:
         """Whether layers are so long that driver and device would lose turns to each other.
@@ -295,12 +235,6 @@ class TieredExperts:
         planner = self._planner
         regions = step.buffer.regions(step.tokens, planner.n_experts, planner.first, planner.end)
         step.device.sender.send(Tag.STEP, payload, regions, SEND_BOUND_S)
-
-    def _send_reads(self, node: int, reads: npt.NDArray[np.void]) -> None:
-        sender = self._nodes[node].sender
-        for start in range(0, len(reads), FETCH_BATCH):
-            batch = reads[start : start + FETCH_BATCH].view(np.uint8)
-            sender.send(Tag.FETCH, batch, (), SEND_BOUND_S)
 
     def _await_done(self, step: Step) -> None:
         """Wait for the device: the only place in the loop that can."""
@@ -328,55 +262,10 @@ class TieredExperts:
 
     def _failures(self, step: Step) -> ReadFailed | None:
         """Take storage's messages; ends the step when one of its reads failed."""
-        failed = self.failures(step.layer, self._planner.arrays.experts[: self._planner.n_experts])
+        failed = self.reads.failures(
+            step.layer, self._planner.arrays.experts[: self._planner.n_experts]
+        )
         if not failed:
             return None
         step.device.sender.send(Tag.ABORT, STEP_ID.pack(step.id), (), SEND_BOUND_S)
         return failed[-1]
-
-    def _storage_messages(self, node: NodeLink, failed: list[ReadFailed] | None = None,
-                          step: tuple[int, npt.NDArray[np.int32]] | None = None,
-                          ) -> int:  # fmt: skip
-        """Take what storage sent: failures into `failed`; returns how many preloads landed.
-
-        Not into `failed` go those of reads that nobody waits for any more, and of prefetches of
-        experts that `step` (layer, experts) wants: their demand read, asked for as well, decides.
-        """
-        landed = 0
-        while (message := node.receiver.try_recv(self._buffer)) is not None:
-            tag, nbytes = message
-            if tag == Tag.PRELOADED:
-                landed += 1
-                continue
-            if tag == Tag.DROPPED:
-                self._take_dropped(node, nbytes)
-                continue
-            report = decode(memoryview(self._buffer)[:nbytes])
-            assert isinstance(report, ReadFailed)
-            if failed is None:
-                raise StorageError(report.message)
-            key = ExpertKey(report.layer, report.expert)
-            wanted = step is not None and step[0] == key.layer and key.expert in step[1]
-            if (report.prefetch and wanted) or not node.slots.is_current(key, report.generation):
-                continue
-            self._planner.forget(key)
-            failed.append(report)
-        return landed
-
-    def _take_dropped(self, node: NodeLink, nbytes: int) -> None:
-        """Forget prefetches that storage never read, unless they are asked for again by now."""
-        for layer, expert, generation in DROPPED.iter_unpack(self._buffer[:nbytes]):
-            key = ExpertKey(layer, expert)
-            if node.slots.is_current(key, generation):
-                if self.unproven[layer, expert] == Tier.DEVICE:
-                    continue
-                self._planner.forget(key)
-            cost = int(self.expert_bytes[layer])
-            self.counters.nvme_bytes -= cost
-            if self.governor.refund(layer, expert, cost):
-                self.counters.prefetched_dropped += 1
-                self.counters.prefetch_bytes -= cost
-            elif self.background[layer, expert]:
-                self.counters.background_bytes -= cost
-            else:
-                self.counters.prompt_bytes -= cost

@@ -42,6 +42,7 @@ from fomoe.model.archs import read_spec
 from fomoe.model.layers import DenseModel
 from fomoe.quality import Quality
 from fomoe.residency import LFRU, LRU, Residency
+from fomoe.telemetry import Growing
 from fomoe.traces import TraceFacts, TraceWriter
 
 _PRELOAD_STALL_S = 60.0
@@ -61,6 +62,7 @@ class DriverActor(FabricMember):
         self._in_pass = False
         self._rate = 0.0
         self._recorder: Recorder | None = None
+        self._growing = Growing()
 
     def open(self, config: dict[str, Any], device_node: list[int], threads: int) -> None:
         """Read the dense weights, reserve the sequences' state; experts are not touched."""
@@ -166,11 +168,11 @@ class DriverActor(FabricMember):
         if frequencies is not None:
             residency.warm(frequencies, PROFILE_TOKENS)
         placements = residency.fill(fill_order(self._plan.topology, frequencies))
-        wanted, landed = self._experts.preload(placements), 0
+        wanted, landed = self._experts.reads.preload(placements), 0
         moved = time.monotonic()
         while landed < wanted:
             bell = self.fabric.bell()
-            new = self._experts.preloaded()
+            new = self._experts.reads.preloaded()
             if new:
                 landed, moved = landed + new, time.monotonic()
                 self._progress = 0.5 + 0.5 * landed / wanted
@@ -234,6 +236,7 @@ class DriverActor(FabricMember):
 
     def _begin(self, request: GenerateRequest | LogitsRequest) -> None:
         try:
+            self._experts.reads.settle()  # what is taken back now the request before had counted
             if isinstance(request, LogitsRequest):
                 self._logits(request)
                 return
@@ -303,6 +306,7 @@ class DriverActor(FabricMember):
         sequence.reset()
         whole = GenerateRequest(request_id=request.request_id, prompt=request.tokens, max_tokens=0)
         check_request(whole, sequence.state.ctx_size, self._spec.vocab)
+        self._experts.follow(None)
         self._meter.start(Quality(), cached=0)
         logits = sequence_logits(
             self._forward, sequence, request.tokens, self._config.prefill_chunk
@@ -321,13 +325,13 @@ class DriverActor(FabricMember):
         self._experts.governor.reach(depth)
 
     def status(self) -> EngineStatus:
-        """Return the present state and the running totals under their metric names."""
+        """Return the present state and the running totals, none of which falls."""
         return EngineStatus(
             state="ready",
             load_progress=self._progress,
             running=int(self._running is not None),
             queued=len(self._queue),
-            counters=self.stats(),
+            counters=self._growing.of(self.stats()),
         )
 
     def status_line(self) -> str:

@@ -20,12 +20,11 @@ from fomoe.actors.messages import (
     STEP_ID,
     STEP_LAST,
     Priority,
-    ReadFailed,
     Tag,
 )
+from fomoe.actors.reads import SEND_BOUND_S, Reads
 from fomoe.actors.step import DeviceLink, NodeLink
 from fomoe.engine.meter import HostCounters
-from fomoe.engine.transfers import Read
 from fomoe.errors import PeerStalledError, StorageError
 from fomoe.model.buffers import F32
 from fomoe.residency import ChunkUse, Placement, Residency, Sweep, Wave, guess_ahead
@@ -37,7 +36,6 @@ MOST_IN_FLIGHT = 40  # waves; a ring of the fabric holds more messages
 _SPIN_US = 50.0  # a wave takes tens of milliseconds
 _WAIT_MS = 20.0
 _WAVE_BOUND_S = 120.0
-_SEND_BOUND_S = 5.0
 
 
 class SweepHost(Protocol):
@@ -46,26 +44,13 @@ class SweepHost(Protocol):
     counters: HostCounters
     residency: Residency
     fabric: Fabric
-    unproven: npt.NDArray[np.int8]
-    background: npt.NDArray[np.bool_]
+    reads: Reads
 
     def next_step(self) -> int:
         """Return the id of a new step."""
 
     def device_of(self, layer: int) -> DeviceLink:
         """Return the device that computes the layer."""
-
-    def node_of(self, layer: int) -> NodeLink:
-        """Return the node whose segment holds the layer's experts."""
-
-    def ask(self, layer: int, reads: list[Read], priority: Priority) -> None:
-        """Send reads to the layer's node and count their bytes."""
-
-    def prove(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
-        """Ask again, as demand, for prefetched experts that are wanted now."""
-
-    def failures(self, layer: int, experts: npt.NDArray[np.int32]) -> list[ReadFailed]:
-        """Take storage's messages; returns failed reads of the layer's experts."""
 
 
 @dataclass(slots=True)
@@ -120,15 +105,15 @@ class PromptSweeps:
         self.abandon()
         groups = group_by_expert(route.ids)
         use = _use(groups, len(route.ids))
-        host.failures(layer, use.experts)  # an expert whose read failed must be read again
+        host.reads.failures(layer, use.experts)  # an expert whose read failed must be read again
         sweep = Sweep(host.residency, layer, use)
         device, step_id = host.device_of(layer), host.next_step()
-        running = _Running(sweep, layer, len(route.ids), step_id, device, host.node_of(layer),
+        running = _Running(sweep, layer, len(route.ids), step_id, device, host.reads.node_of(layer),
                            step_id % StepArena.BUFFERS, use.pairs)  # fmt: skip
         self._write(running, h, route, groups)
         self._running = running
         self._count_sources(running)
-        host.prove(layer, use.experts[sweep.sources != Tier.NVME])
+        host.reads.prove(layer, use.experts[sweep.sources != Tier.NVME])
         self._advance(running)
 
     def may_guess(self, layer: int) -> bool:
@@ -178,7 +163,7 @@ class PromptSweeps:
         if running is None or not running.in_flight:
             return
         device = running.device
-        device.sender.send(Tag.ABORT, STEP_ID.pack(running.id), (), _SEND_BOUND_S)
+        device.sender.send(Tag.ABORT, STEP_ID.pack(running.id), (), SEND_BOUND_S)
         deadline = time.monotonic() + _WAVE_BOUND_S
         while running.in_flight:
             bell = self._host.fabric.bell()
@@ -190,7 +175,7 @@ class PromptSweeps:
 
     def _watch(self, running: _Running) -> None:
         """End the sweep when one of its reads failed or the checkpoint says so."""
-        failed = self._host.failures(running.layer, running.sweep.experts)
+        failed = self._host.reads.failures(running.layer, running.sweep.experts)
         try:
             if failed:
                 raise StorageError(failed[0].message)
@@ -236,7 +221,7 @@ class PromptSweeps:
         flags = (0 if wave.first else STEP_FIRST) | (STEP_LAST if last else 0)
         payload = STEP.pack(running.id, running.layer, running.tokens, self._top_k, wave.first,
                             wave.end - wave.first, flags, running.buffer)  # fmt: skip
-        running.device.sender.send(Tag.SWEEP, payload, _regions(running, wave), _SEND_BOUND_S)
+        running.device.sender.send(Tag.SWEEP, payload, _regions(running, wave), SEND_BOUND_S)
         running.in_flight.append(wave.end)
 
     def _guess(self, layer: int) -> None:
@@ -247,26 +232,26 @@ class PromptSweeps:
             guess = running.sweep.guess(layer, expected)
         self._read(layer, guess.dropped, guess.placed, Priority.PREFETCH)
         for place in guess.placed:
-            host.unproven[layer, place.key.expert] = Tier.NVME
-            host.background[layer, place.key.expert] = False
+            host.reads.unproven[layer, place.key.expert] = Tier.NVME
+            host.reads.background[layer, place.key.expert] = False
         host.counters.prefetch_issued += len(guess.placed)
 
     def _read(self, layer: int, dropped: tuple[ExpertKey, ...], placed: tuple[Placement, ...],
               priority: Priority) -> None:  # fmt: skip
         """Carry out what the sweep decided: slots of the dropped go back, the placed are read."""
-        host, slots = self._host, self._host.node_of(layer).slots
+        host, slots = self._host, self._host.reads.node_of(layer).slots
         for key in dropped:
-            host.unproven[key.layer, key.expert] = Tier.DEVICE
+            host.reads.unproven[key.layer, key.expert] = Tier.DEVICE
             slots.forget(key)
-        host.ask(layer, slots.fill(placed), priority)
+        host.reads.ask(layer, slots.fill(placed), priority)
 
     def _count_sources(self, running: _Running) -> None:
         """Count the chunk's activations by the tier that their bytes came from."""
         counters, layer = self._host.counters, running.layer
         sources = running.sweep.sources.copy()
         experts = running.sweep.experts
-        guessed = self._host.unproven[layer, experts]
-        paid = self._host.background[layer, experts]  # when it was wanted in a decode step
+        guessed = self._host.reads.unproven[layer, experts]
+        paid = self._host.reads.background[layer, experts]  # when it was wanted in a decode step
         early = (guessed != Tier.DEVICE) & (sources != Tier.NVME) & ~paid
         counters.prefetch_used += int(np.count_nonzero(early))
         sources[early] = guessed[early]

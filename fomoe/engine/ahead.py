@@ -77,8 +77,8 @@ class Governor:
 
     def __init__(self, arrays: AheadArrays, *, depth: int, expert_bytes: int) -> None:
         self.arrays = arrays
-        self.depth = depth
-        self._most = depth
+        # Without a budget no guess is ever read, and scoring them costs a product per layer.
+        self.depth = self._most = depth if arrays.budget_permille else 0
         self._in_vain = min(1.0, _PIECES_UNDER_WAY * PREFETCH_PIECE_BYTES / max(1, expert_bytes))
         self._budget = arrays.budget_permille / 1000
         self._means = _Means()
@@ -86,7 +86,7 @@ class Governor:
         self._clear()
 
     def _clear(self) -> None:
-        self._layers = self._waits = self._used = self._reads = 0
+        self._layers = self._used = self._reads = 0
         self._window_s = self._stall_s = self._took_s = self._read_s = 0.0
 
     def reach(self, depth: int) -> None:

@@ -70,6 +70,8 @@ class Brain:
         """Count a sequence's decision; returns its background reads."""
         read, background, substituted = made.tally[0].tolist()
         sequence.reads[layer] = read + background
+        if sequence.prices is not None:  # the decision hash has them, whatever they did
+            sequence.lossy = True
         if substituted:
             sequence.lossy = True
             self.loss.substituted += substituted

@@ -64,9 +64,10 @@ class Forward:
         """Choose the layer's experts and begin with them; one sequence alone takes one call."""
         experts, sequence = self.experts, sequences[0]
         decoding = all(one.decoding for one in sequences)
-        if len(sequences) == 1 and sequence.decider is None and sequence.touched == 0.0:
+        alone = len(sequences) == 1 and sequence.touched == 0.0
+        if alone and sequence.decider is None:
             experts.decide(layer, h, scores, sequence.logical, decoding=decoding)
-        elif len(sequences) == 1 and sequence.decider is not None and decoding:
+        elif alone and sequence.decider is not None and decoding:
             experts.decide_by(layer, h, scores, sequence.decider, sequence.prices)
             self.brain.take(layer, sequence, sequence.decider.out)
         else:

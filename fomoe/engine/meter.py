@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from fomoe.engine.requests import Receipt
 from fomoe.engine.waterfall import NOTHING, Seconds, Stopwatch, Waterfall, added, milliseconds
@@ -50,7 +50,7 @@ class HostCounters:
 
     def copy(self) -> HostCounters:
         """Return the present values."""
-        return HostCounters(*(getattr(self, name) for name in self.__slots__))
+        return replace(self)
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class LossCounters:
 
     def copy(self) -> LossCounters:
         """Return the present values."""
-        return LossCounters(*(getattr(self, name) for name in self.__slots__))
+        return replace(self)
 
 
 class Meter:
@@ -140,15 +140,15 @@ class Meter:
     @contextmanager
     def shadow(self) -> Iterator[None]:
         """Charge what is read inside to shadow steps; its activations are none of the answer's."""
-        before = self.host.copy()
-        yield
-        host = self.host
-        host.hits_device, host.hits_ram = before.hits_device, before.hits_ram
-        host.reads_nvme = before.reads_nvme
-        # A read ahead that storage gives up meanwhile is taken back from its own cause.
-        ahead = ("nvme_bytes", "prefetch_bytes", "background_bytes")
-        read, prefetch, background = (getattr(host, n) - getattr(before, n) for n in ahead)
-        host.shadow_bytes += read - prefetch - background
+        host, before = self.host, self.host.copy()
+        try:
+            yield
+        finally:
+            for name in _ACTIVATIONS:
+                setattr(host, name, getattr(before, name))
+            # A read ahead that storage gives up meanwhile is taken back from its own cause.
+            own = (getattr(host, name) - getattr(before, name) for name in _OTHER_CAUSES)
+            host.shadow_bytes += host.nvme_bytes - before.nvme_bytes - sum(own)
 
     def shadowed(self, loss: int) -> None:
         """A shadow step estimated a loss in nanonats."""
@@ -209,5 +209,7 @@ def _shared(counters: type) -> tuple[str, ...]:
     return tuple(part.name for part in fields(counters) if part.name in _RECEIPT)
 
 
+_ACTIVATIONS = ("hits_device", "hits_ram", "reads_nvme", "prefetched_used")
+_OTHER_CAUSES = ("prompt_bytes", "prefetch_bytes", "background_bytes")
 _RECEIPT = {part.name for part in fields(Receipt)}
 _HOST_COUNTS, _LOSS_COUNTS = _shared(HostCounters), _shared(LossCounters)

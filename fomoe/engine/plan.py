@@ -94,7 +94,8 @@ def make_plan(
 
     Raises:
         BudgetError: a budget cannot hold one layer's top-k of each size class.
-        ConfigError: a budget is missing, or the logical capacity or the loss profile does not fit.
+        ConfigError: a budget is missing; or the logical capacity, the backfill or the loss profile
+            does not fit.
     """
     budgets, known = config.budgets, len(config.routing.sensitivities)
     if known not in (0, spec.n_layers):
@@ -118,8 +119,10 @@ def make_plan(
         top_k=spec.moe.top_k,
         ram=config.ram_policy,
     )
-    return EnginePlan(topology, table, budgets.vram_bytes, budgets.ram_bytes,
+    plan = EnginePlan(topology, table, budgets.vram_bytes, budgets.ram_bytes,
                       _logical_capacity(topology, spec, config))  # fmt: skip
+    plan.logical_rules(config.routing).check(spec.n_layers, spec.moe.n_experts)
+    return plan
 
 
 def _logical_capacity(topology: Topology, spec: ModelSpec, config: EngineConfig) -> int:

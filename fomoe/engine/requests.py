@@ -102,8 +102,8 @@ class Receipt:
     """What an answer cost: tokens, seconds, expert activations and bytes by tier.
 
     `hits_device`, `hits_ram` and `reads_nvme` count expert activations of decode steps (one per
-    layer, token and chosen expert); `substituted` counts those replaced by cache-aware routing,
-    which are in none of the three. The prompt's activations are counted apart in `prompt_*`.
+    layer, token and chosen expert); `substituted` counts those replaced under a contract, which are
+    in none of the three. The prompt's activations are counted apart in `prompt_*`.
     `nvme_bytes` is all that was read, of which `prompt_bytes` by prompts, `prefetch_bytes` ahead of
     the router, `background_bytes` for experts that were wanted earlier, `shadow_bytes` by shadow
     steps; the rest on demand. `logical_bytes` is what the contract's budget counts: expert bytes

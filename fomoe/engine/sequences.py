@@ -22,8 +22,9 @@ class Sequence:
     `touched` is the share of routing weights that decode steps round to bfloat16, the null of
     evaluations (`routing.nulls`).
     `decoding` says whether the next step is a decode step. `lossy` stays set once a substituted
-    expert may have touched the state, so that no exact request continues from it. Its logical
-    cache begins as `frequencies` float32 [L, E] say, where they are given.
+    expert may have touched the state, or a price the decision hash, so that no exact request
+    continues from it. Its logical cache begins as `frequencies` float32 [L, E] say, where they are
+    given.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fomoe.engine.meter import Meter
+from fomoe.engine.meter import HostCounters, Meter
 from fomoe.engine.plan import EnginePlan
 from fomoe.engine.requests import causes
 from fomoe.engine.waterfall import PARTS
@@ -37,31 +37,7 @@ def tier_bytes(plan: EnginePlan, residency: Residency) -> TierBytes:
 
 def engine_series(meter: Meter, residency: Counters, tiers: TierBytes) -> dict[str, float]:
     """Return value by series, labels written into the name as Prometheus does."""
-    host, loss = meter.host, meter.loss
-    parts = {
-        f'{name}{{part="{part}"}}': value
-        for name, values in (
-            ("fomoe_prompt_part_seconds_total", meter.prompt_parts),
-            ("fomoe_token_part_seconds_total", meter.generated_parts),
-        )
-        for part, value in zip(PARTS, values, strict=True)
-    }
-    by_cause = causes(
-        host.nvme_bytes,
-        prompt=host.prompt_bytes,
-        prefetch=host.prefetch_bytes,
-        background=host.background_bytes,
-        shadow=host.shadow_bytes,
-    )
-    parts |= {
-        f'fomoe_expert_cause_bytes_total{{cause="{cause}"}}': float(value)
-        for cause, value in by_cause.items()
-    }
-    parts |= {
-        f'fomoe_expert_share{{outcome="{outcome}"}}': share
-        for outcome, share in meter.shares().items()
-    }
-    lookups, prompt = "fomoe_expert_lookups_total", "fomoe_prompt_expert_lookups_total"
+    host = meter.host
     return {
         "fomoe_prompt_tokens_total": float(meter.prompt_tokens),
         "fomoe_prompt_cached_tokens_total": float(meter.cached_tokens),
@@ -69,22 +45,6 @@ def engine_series(meter: Meter, residency: Counters, tiers: TierBytes) -> dict[s
         "fomoe_generated_tokens_total": float(meter.generated_tokens),
         "fomoe_generated_seconds_total": meter.generated_s,
         "fomoe_tokens_per_second": meter.rate(),
-        f'{lookups}{{tier="device"}}': float(host.hits_device),
-        f'{lookups}{{tier="ram"}}': float(host.hits_ram),
-        f'{lookups}{{tier="nvme"}}': float(host.reads_nvme),
-        f'{prompt}{{tier="device"}}': float(host.prompt_hits_device),
-        f'{prompt}{{tier="ram"}}': float(host.prompt_hits_ram),
-        f'{prompt}{{tier="nvme"}}': float(host.prompt_reads_nvme),
-        "fomoe_substitutions_total": float(loss.substituted),
-        'fomoe_substitutes_total{tier="device"}': float(host.substitutes_device),
-        'fomoe_substitutes_total{tier="ram"}': float(host.substitutes_ram),
-        'fomoe_substitutes_total{tier="nvme"}': float(host.substitutes_nvme),
-        "fomoe_router_mass_lost_total": loss.lost_mass,
-        "fomoe_logical_bytes_total": float(loss.logical_bytes),
-        "fomoe_shadow_steps_total": float(loss.shadow_steps),
-        "fomoe_shadow_kl_nats_total": loss.shadow_nanonats / NANO,
-        "fomoe_estimated_kl": meter.estimated_kl(),
-        "fomoe_quality_price": meter.price,
         "fomoe_expert_bytes_read_total": float(host.nvme_bytes),
         "fomoe_expert_bytes_copied_total": float(host.ram_bytes),
         "fomoe_expert_stall_seconds_total": host.stall_s,
@@ -95,11 +55,76 @@ def engine_series(meter: Meter, residency: Counters, tiers: TierBytes) -> dict[s
         "fomoe_prefetch_issued_total": float(host.prefetch_issued),
         "fomoe_prefetch_used_total": float(host.prefetch_used),
         "fomoe_prefetch_wasted_total": float(residency.prefetch_wasted.sum()),
-        'fomoe_decode_prefetches_total{outcome="asked"}': float(host.prefetched),
-        'fomoe_decode_prefetches_total{outcome="used"}': float(host.prefetched_used),
-        'fomoe_decode_prefetches_total{outcome="dropped"}': float(host.prefetched_dropped),
         'fomoe_tier_bytes{tier="device"}': float(tiers.device),
         'fomoe_tier_bytes{tier="ram"}': float(tiers.ram),
         'fomoe_tier_capacity_bytes{tier="device"}': float(tiers.device_slots),
         'fomoe_tier_capacity_bytes{tier="ram"}': float(tiers.ram_slots),
-    } | parts
+        **_contract_series(meter),
+        **_labelled(host),
+        **_of_parts(meter),
+    }
+
+
+def _contract_series(meter: Meter) -> dict[str, float]:
+    """Return what contracts did and what they cost."""
+    loss = meter.loss
+    return {
+        "fomoe_substitutions_total": float(loss.substituted),
+        "fomoe_router_mass_lost_total": loss.lost_mass,
+        "fomoe_logical_bytes_total": float(loss.logical_bytes),
+        "fomoe_shadow_steps_total": float(loss.shadow_steps),
+        "fomoe_shadow_kl_nats_total": loss.shadow_nanonats / NANO,
+        "fomoe_estimated_kl": meter.estimated_kl(),
+        "fomoe_quality_price": meter.price,
+    }
+
+
+def _labelled(host: HostCounters) -> dict[str, float]:
+    """Return what is told apart by tier, by outcome and by cause."""
+    by_cause = causes(
+        host.nvme_bytes,
+        prompt=host.prompt_bytes,
+        prefetch=host.prefetch_bytes,
+        background=host.background_bytes,
+        shadow=host.shadow_bytes,
+    )
+    tables: dict[str, tuple[str, dict[str, int]]] = {
+        "fomoe_expert_lookups_total": (
+            "tier", {"device": host.hits_device, "ram": host.hits_ram, "nvme": host.reads_nvme},
+        ),
+        "fomoe_prompt_expert_lookups_total": (
+            "tier", {"device": host.prompt_hits_device, "ram": host.prompt_hits_ram,
+                     "nvme": host.prompt_reads_nvme},
+        ),
+        "fomoe_substitutes_total": (
+            "tier", {"device": host.substitutes_device, "ram": host.substitutes_ram,
+                     "nvme": host.substitutes_nvme},
+        ),
+        "fomoe_decode_prefetches_total": (
+            "outcome", {"asked": host.prefetched, "used": host.prefetched_used,
+                        "dropped": host.prefetched_dropped},
+        ),
+        "fomoe_expert_cause_bytes_total": ("cause", by_cause),
+    }  # fmt: skip
+    return {
+        f'{name}{{{label}="{value}"}}': float(count)
+        for name, (label, counts) in tables.items()
+        for value, count in counts.items()
+    }
+
+
+def _of_parts(meter: Meter) -> dict[str, float]:
+    """Return where time went, and the outcomes of the present request's activations."""
+    tables = (
+        ("fomoe_prompt_part_seconds_total", meter.prompt_parts),
+        ("fomoe_token_part_seconds_total", meter.generated_parts),
+    )
+    parts = {
+        f'{name}{{part="{part}"}}': seconds
+        for name, values in tables
+        for part, seconds in zip(PARTS, values, strict=True)
+    }
+    shares = meter.shares().items()
+    return parts | {
+        f'fomoe_expert_share{{outcome="{outcome}"}}': share for outcome, share in shares
+    }

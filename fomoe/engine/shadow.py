@@ -8,6 +8,7 @@ import numpy.typing as npt
 from fomoe.engine.forward import Forward
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.waterfall import Lap
+from fomoe.evaluation.divergence import kl_of_logs, log_softmax
 from fomoe.model.buffers import F32
 from fomoe.model.state import Batch, TwinState
 from fomoe.routing import route_exact
@@ -20,8 +21,9 @@ class Shadow:
     """Repeats single decode steps of a sequence exactly; the sequence does not learn of it.
 
     `take` before the step, `repeat` after it. Recurrent memory is the twin's own, the keys and
-    values that the twin writes are taken back, and no logical cache, hash or look-ahead is told.
-    The experts that it reads come into the tiers like any other, which may change speed only.
+    values that the twin writes are taken back, and no logical cache, hash or trace is told. The
+    experts that it reads come into the tiers like any other, and what watches times and reads to
+    guess ahead watches them, too: they may change speed only.
     The twin comes second, so that it is charged for what the step itself did not read.
     """
 
@@ -68,14 +70,4 @@ def divergence(exact: F32, other: F32) -> int:
 
     Rounding to nanonats makes what a controller hears a count.
     """
-    p, q = _log_softmax(exact), _log_softmax(other)
-    weights = np.exp(p)
-    nats = float(weights @ np.where(weights > 0, p - q, 0.0))
-    return max(0, round(nats * NANO))
-
-
-def _log_softmax(logits: F32) -> npt.NDArray[np.float64]:
-    wide = logits.astype(np.float64)
-    wide -= wide.max()
-    shifted: npt.NDArray[np.float64] = wide - np.log(np.exp(wide).sum())
-    return shifted
+    return round(float(kl_of_logs(log_softmax(exact), log_softmax(other))) * NANO)

@@ -23,6 +23,19 @@ def log_softmax(logits: npt.NDArray[np.floating]) -> F64:
     return x
 
 
+def kl_of_logs(p: F64, q: F64) -> F64:
+    """Return KL(P || Q) in nats, float64 [...], of log probabilities [..., V].
+
+    What P rules out adds nothing. Rounding leaves about 1e-16 either side of 0 where both are
+    alike; the result is never below it.
+    """
+    weights = np.exp(p)
+    with np.errstate(invalid="ignore"):  # -inf - -inf, where both rule a token out
+        terms = np.where(weights > 0.0, weights * (p - q), 0.0)
+    kl: F64 = np.maximum(terms.sum(axis=-1), 0.0)
+    return kl
+
+
 def negative_log_likelihoods(
     logits: npt.NDArray[np.floating], targets: npt.NDArray[np.integer]
 ) -> F64:
@@ -89,8 +102,7 @@ def compare(
         each = np.arange(len(p))
         out.exact_nll[rows] = -p[each, targets[rows]]
         out.policy_nll[rows] = -q[each, targets[rows]]
-        # Rounding leaves about 1e-16 either side of 0 where both are alike; a KL is never below it.
-        out.kl[rows] = np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)
+        out.kl[rows] = kl_of_logs(p, q)
         out.agrees[rows] = exact[rows].argmax(axis=1) == policy[rows].argmax(axis=1)
     return out
 

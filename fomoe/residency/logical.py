@@ -21,6 +21,7 @@ _AGES = 4096  # beyond it all ages count alike
 _ONE = 1 << 36  # of the tables, as kDecayBits in logical.cpp
 _ONCE = 1 << 16  # a wish, in the counts of lfru
 _MASS_UNIT = 1 << 20
+_MOST_PARTS = 10**6  # of a read, so that no layer's credit comes near 64 bits
 _EXACT_DECAY = Fraction(999, 1000)  # the slowest whose counts fit their bits
 _COUNTS = ("missed", "demand", "joined", "background", "substituted", "dropped")
 
@@ -64,8 +65,11 @@ class LogicalRules:
         for name, low, high in (("shift", 1, 11), ("delay", 1, 1 << 20), ("warmup", 0, 1 << 40)):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} {getattr(self, name)}: give {low} to {high}")
-        if self.backfill < 0:
-            raise ConfigError(f"backfill {self.backfill} per layer and token: give a number >= 0")
+        if self.backfill < 0 or self.backfill.denominator > _MOST_PARTS:
+            raise ConfigError(
+                f"backfill {self.backfill} per layer and token: give a number >= 0, as a fraction "
+                f"of at most {_MOST_PARTS:,} parts"
+            )
 
     @property
     def most_in_flight(self) -> int:
@@ -73,6 +77,24 @@ class LogicalRules:
         if not self.backfill:
             return 0
         return self.delay * (1 + self.backfill.numerator // self.backfill.denominator)
+
+    def check(self, n_layers: int, n_experts: int) -> None:
+        """Raise ConfigError where a model of this shape cannot have such caches.
+
+        The capacity must lie in 1..n_experts and hold the background reads under way; layers and
+        experts have at most 16 bits each.
+        """
+        if not 1 <= self.capacity <= n_experts:
+            raise ConfigError(
+                f"logical capacity {self.capacity} of {n_experts} experts: choose 1 to {n_experts}"
+            )
+        if max(n_layers, n_experts) > 1 << 16:
+            raise ConfigError(f"{n_layers} layers of {n_experts} experts: at most 65,536 of each")
+        if self.most_in_flight > self.capacity:
+            raise ConfigError(
+                f"{self.most_in_flight} background reads under way do not fit a logical capacity "
+                f"of {self.capacity}; lower the backfill or its delay"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,23 +137,9 @@ class LogicalCaches:
     def __init__(
         self, n_sequences: int, n_layers: int, n_experts: int, rules: LogicalRules
     ) -> None:
-        """Start with nothing resident.
-
-        Raises:
-            ConfigError: the capacity is not in 1..n_experts, or a size has more than 16 bits.
-        """
+        """Start with nothing resident; ConfigError as in `LogicalRules.check`."""
+        rules.check(n_layers, n_experts)
         capacity = rules.capacity
-        if not 1 <= capacity <= n_experts:
-            raise ConfigError(
-                f"logical capacity {capacity} of {n_experts} experts: choose 1 to {n_experts}"
-            )
-        if max(n_layers, n_experts) > 1 << 16:
-            raise ConfigError(f"{n_layers} layers of {n_experts} experts: at most 65,536 of each")
-        if rules.most_in_flight > capacity:
-            raise ConfigError(
-                f"{rules.most_in_flight} background reads under way do not fit a logical capacity "
-                f"of {capacity}; lower the backfill or its delay"
-            )
         self.rules = rules
         self.shape = n_sequences, n_layers, n_experts
         cells = n_sequences, n_layers

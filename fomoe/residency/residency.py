@@ -105,8 +105,8 @@ class Residency:
                 leave, as it is then. An expert of it leaves after all others, and for a prefetch
                 never. None: nothing is kept.
         """
-        self._followed = resident
         self.native.follow(resident)
+        self._followed = resident  # the last one may go only now
 
     def release(self, layer: int, experts: npt.NDArray[np.int32] | None = None) -> None:
         """Unpin the layer's entries, or only these; nothing of them is awaited any more."""

@@ -4,7 +4,7 @@
 
 namespace fomoe::residency {
 
-constexpr double kFollowed = 4294967296.0;  // above every worth, and exact in its sum
+constexpr double kFollowed = 4294967296.0;  // above every worth; a sum is exact to 2^-20
 
 void LruWorth::values(const History& history, int32_t layer, const int32_t* experts, int64_t n,
                       double* out) {

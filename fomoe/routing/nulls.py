@@ -11,32 +11,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.errors import ConfigError
-
 
 def round_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return finite float32 values rounded to bfloat16, half to even, as float32."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     bits = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return (bits & np.uint32(0xFFFF0000)).view(np.float32)
-
-
-def matched_sites(
-    counts: npt.NDArray[np.integer], n_sites: int, *, seed: int
-) -> npt.NDArray[np.bool_]:
-    """Return bool [..., n_sites] with exactly `counts` [...] random sites set in each row.
-
-    For evaluation of a whole batch outside the engine: counts [T, L] are a policy's substitutions,
-    n_sites is the router's k.
-
-    Raises:
-        ConfigError: a count is below 0 or above n_sites.
-    """
-    if counts.size and not 0 <= counts.min() <= counts.max() <= n_sites:
-        raise ConfigError(f"counts {counts.min()} to {counts.max()} of {n_sites} sites")
-    order = np.random.default_rng(seed).random((*counts.shape, n_sites)).argsort(axis=-1)
-    mask: npt.NDArray[np.bool_] = order < counts[..., None]
-    return mask
 
 
 def touched_sites(

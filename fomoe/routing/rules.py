@@ -31,7 +31,7 @@ class RoutingRule(Protocol):
 
     @property
     def name(self) -> str:
-        """The rule and its strength, as receipts and tables print it."""
+        """The rule and its strength, as tables print it."""
 
     def route(
         self, logits: npt.NDArray[np.float32], k: int, resident: npt.NDArray[np.bool_],
@@ -141,9 +141,9 @@ class PriceRouting(_Native):
     w *= 1 + kappa * m / (1 - m): kappa 1 renormalises, 0 keeps each expert's own w. The kept
     experts stand first, then the substitutes, each in the router's order.
 
-    Source: `P2` of the project's notes: the gain of a token's next read never rises, so at a fixed
-    number of reads over all layers the optimum for the sum of p has one price. The defaults lose
-    least on a model of 128 experts a layer (docs/log.md).
+    Source: the gain of a token's next read never rises, so at a fixed number of reads over all
+    layers the optimum for the sum of p has one price (docs/adr/0014). The defaults lose least on a
+    model of 128 experts a layer (docs/log.md).
     """
 
     price: float

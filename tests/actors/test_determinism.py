@@ -128,8 +128,7 @@ def test_bytes_are_counted_as_they_were_read(model_paths, prompt, delays):
             events = list(engine.client.stream(greedy(prompt[start:], TOKENS)))
             dropped += finished(events).receipt.prefetched_dropped
         assert storage._queue.drain(10)
-        for node in experts._nodes:
-            experts._storage_messages(node, [])
+        experts.reads.settle()
         assert experts.counters.nvme_bytes == storage.stats()["bytes"] - before
         assert dropped > 0
         experts.residency.check_integrity()

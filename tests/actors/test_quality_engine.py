@@ -6,6 +6,7 @@ from support.local_model import finished, greedy
 
 from fomoe.config import RoutingConfig
 from fomoe.engine.requests import TokenEvent
+from fomoe.storage.fetch import PREFETCH, Fetch
 
 CAPACITY, TOKENS = 6, 40
 
@@ -55,6 +56,41 @@ def test_shadow_bytes_are_counted_and_nothing_else_changes(path, prompt):
     assert series["fomoe_quality_price"] == 0.2
     shares = [v for k, v in series.items() if k.startswith("fomoe_expert_share")]
     assert sum(shares) == pytest.approx(1.0)
+
+
+def test_what_is_given_up_late_is_not_the_next_requests(path, prompt):
+    """Storage's word that it dropped a guess may come when its request has ended."""
+    total, _ = slot_bytes(path)
+    with local_engine(path, vram=total, ram=0) as engine:
+        driver, storage = (engine.handles[name].actor for name in ("driver", "storage-0"))
+        list(engine.client.stream(greedy(prompt, 2)))
+        counters, before = driver._experts.counters, driver.status().counters
+        counted = counters.nvme_bytes
+        guess = Fetch(slot=0, address=0, generation=1 << 40, layer=1, expert=2, priority=PREFETCH)
+        storage._report_dropped((guess,))
+        receipt = finished(list(engine.client.stream(greedy(prompt, 2)))).receipt
+        assert counters.nvme_bytes < counted
+        assert receipt.nvme_bytes == 0
+        assert set(receipt.bytes_by_cause.values()) == {0}
+        after = driver.status().counters
+    read = [name for name in before if name.endswith("_total") or "_total{" in name]
+    assert all(after[name] >= before[name] for name in read)
+    assert len(read) > 20
+
+
+def test_only_a_lossy_request_is_followed(path, prompt):
+    total, _ = slot_bytes(path)
+    with local_engine(path, vram=total // 3, ram=0) as engine:
+        experts = engine.handles["driver"].actor._experts
+        ends = (
+            lambda: list(engine.client.stream(greedy(prompt, 2, quality="exact"))),
+            lambda: engine.client.logits(prompt, 300),
+        )
+        for end in ends:
+            list(engine.client.stream(greedy(prompt, 2, quality="price=0.1")))
+            assert experts.residency._followed is not None
+            end()
+            assert experts.residency._followed is None
 
 
 @pytest.mark.parametrize("quality", ["kl=0.01", "bytes=60KB/token"])

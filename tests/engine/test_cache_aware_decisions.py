@@ -75,6 +75,17 @@ def test_an_exact_request_does_not_continue_from_a_lossy_state(model, prompt):
     assert finished(again).receipt.decision_hash == finished(fresh).receipt.decision_hash
 
 
+def test_an_exact_request_does_not_continue_from_a_priced_one(model, prompt):
+    """Prices are part of the decision hash, also where they substitute nothing."""
+    sequence = model.sequence(capacity=CAPACITY)
+    priced = model.run(lossy(prompt, 5, quality="price=1e-9"), sequence)
+    assert finished(priced).receipt.substituted == 0
+    longer = prompt + tokens_of(priced) + [4]
+    again = model.run(greedy(longer, 6), sequence)
+    fresh = model.run(greedy(longer, 6))
+    assert finished(again).receipt.decision_hash == finished(fresh).receipt.decision_hash
+
+
 def test_nothing_is_substituted_where_everything_is_resident(model):
     full = model.sequence(capacity=model.spec.moe.n_experts)
     warm = [(11 * i) % 300 for i in range(110)]

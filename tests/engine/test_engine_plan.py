@@ -124,6 +124,13 @@ def test_budgets_must_be_resolved_first(read):
         make_plan(*read, config(None, 0), (0,))
 
 
+def test_a_backfill_that_the_logical_cache_cannot_hold_is_refused(read):
+    """Before any actor starts, which would find out when it makes a sequence."""
+    routing = RoutingConfig(car_capacity=4, backfill="2")
+    with pytest.raises(ConfigError, match="6 background reads under way do not fit"):
+        make_plan(*read, config(1 << 24, 0, routing=routing), (0,))
+
+
 def test_a_loss_profile_of_another_model_is_refused(read):
     _, spec = read
     for layers in (spec.n_layers - 1, spec.n_layers + 1):

@@ -63,6 +63,16 @@ def test_an_exact_request_does_not_continue_from_a_null(model, prompt):
     )
 
 
+def test_the_null_touches_an_answer_under_a_contract_as_well(model, prompt, text):
+    """One sequence alone takes another way through the loop than a batch."""
+    ask = {"forced": text, "logits": True, "quality": "car=0.4"}
+    plain = rows_of(model.run(greedy(prompt, COUNT, **ask), model.sequence(capacity=5)))
+    touched = model.run(greedy(prompt, COUNT, null_share=1.0, **ask), model.sequence(capacity=5))
+    scores = compare(plain[1:], rows_of(touched)[1:], np.array(text[1:]))
+    assert finished(touched).receipt.substituted > 20
+    assert scores.kl.mean() > 0.0
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5, "half"])
 def test_a_share_out_of_range_is_refused(model, prompt, share):
     with pytest.raises(RequestError, match="null_share"):

@@ -130,6 +130,13 @@ def test_depth_zero_stays_zero():
     assert not g.arrays.allowed.any()
 
 
+def test_without_a_budget_nobody_looks():
+    g = governor(budget=0.0, **SURE)
+    assert g.depth == 0
+    token(g, stall=0.005)
+    assert g.depth == 0
+
+
 def test_counts_are_halved_together():
     a = {"named": [0] * 7 + [WINDOW + 10], "wanted": [0] * 7 + [WINDOW]}
     g = governor(**a, misses=900)

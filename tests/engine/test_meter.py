@@ -100,6 +100,35 @@ def test_a_shadow_steps_reads_are_its_own(meter, totals):
     assert (meter.estimated_kl(), meter.receipt(0).estimated_kl) == (0.0, None)
 
 
+def test_a_shadow_step_takes_nothing_from_the_prompt_and_uses_no_guess(meter, totals):
+    host, _ = totals
+    host.nvme_bytes = host.prompt_bytes = 100
+    meter.start(Quality("kl", 0.01), cached=0)
+    with meter.shadow():
+        host.nvme_bytes += 40 - 10  # a read ahead of the prompt is given up meanwhile
+        host.prompt_bytes -= 10
+        host.prefetched_used += 1  # a guess of the step itself, which did not want it
+    receipt = meter.receipt(0)
+    assert receipt.bytes_by_cause == {
+        "demand": 0, "prompt": -10, "prefetch": 0, "background": 0, "shadow": 40,
+    }  # fmt: skip
+    assert receipt.prefetched_used == 0
+
+
+def test_a_shadow_step_that_fails_is_charged_all_the_same(meter, totals):
+    host, _ = totals
+
+    def fail():
+        with meter.shadow():
+            host.hits_device += 3
+            host.nvme_bytes += 40
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (host.hits_device, host.shadow_bytes) == (0, 40)
+
+
 def test_shares_are_of_the_present_request(meter, totals):
     host, loss = totals
     host.hits_device = 50

@@ -118,7 +118,10 @@ def test_a_loss_profile_lies_beside_its_model(tmp_path):
     assert read_sensitivities(found) == (0.5, 2.0)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"sensitivities": 3}', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"sensitivities": 3}', '{"sensitivities": "12"}', "\xff"],
+)
 def test_other_files_are_no_loss_profiles(tmp_path, content):
     path = tmp_path / "x.loss.json"
     path.write_text(content)

@@ -176,6 +176,7 @@ def test_mass_needs_probabilities():
     [
         {"eviction": "fifo"}, {"decay": Fraction(1)}, {"decay": Fraction(0)}, {"shift": 12},
         {"delay": 0}, {"warmup": -1}, {"backfill": Fraction(-1, 2)},
+        {"backfill": Fraction(1, 10**30)},
     ],
 )  # fmt: skip
 def test_rules_that_make_no_sense_are_refused(given):

@@ -217,5 +217,8 @@ def test_ids_out_of_range_are_refused():
             call(0, bad)
     with pytest.raises(IndexError, match=f"layer {pair.n_layers} of"):
         pair.native.capacity(pair.n_layers)
+    followed = np.zeros((pair.n_layers, pair.n_experts), np.bool_)
+    pair.native.follow(followed)
     with pytest.raises((ValueError, AssertionError)):
         pair.native.follow(np.zeros((pair.n_layers + 1, pair.n_experts), np.bool_))
+    assert pair.native._followed is followed  # native rules still read it

@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fomoe.telemetry import METRICS, Telemetry, samples
+from fomoe.telemetry import METRICS, Growing, Telemetry, samples
 
 
 def test_names_follow_the_rules() -> None:
@@ -54,6 +54,15 @@ def test_counters_add_and_gauges_are_set() -> None:
     assert snapshot["fomoe_requests_running"] == 1
     telemetry.add("fomoe_generated_tokens_total")
     assert snapshot["fomoe_generated_tokens_total"] == 0
+
+
+def test_counters_do_not_fall_and_gauges_may() -> None:
+    growing, name = Growing(), "fomoe_expert_bytes_read_total"
+    seen = [
+        growing.of({name: value, "fomoe_requests_running": value}) for value in (3.0, 1.0, 2.0, 5.0)
+    ]
+    assert [snapshot[name] for snapshot in seen] == [3.0, 3.0, 3.0, 5.0]
+    assert [snapshot["fomoe_requests_running"] for snapshot in seen] == [3.0, 1.0, 2.0, 5.0]
 
 
 def test_unknown_series_are_refused() -> None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from decode import Choice, LabDecoder
-from fomoe.engine.decisions import Decider, Decisions
-from fomoe.routing.rules import ExactRouting, RoutingRule
 from torch import Tensor
 
+from fomoe.engine.decisions import Decider, Decisions
 from fomoe.residency.logical import LogicalCaches, LogicalRules
+from fomoe.routing.rules import ExactRouting, RoutingRule
 
 COLD = 64  # first decoded tokens, told apart
 

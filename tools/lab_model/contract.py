@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from closed_loop import Arm, Bench, Counts
 from decode import Choice, State
+from torch import Tensor
+
 from fomoe.engine.decisions import Decider, Decisions
 from fomoe.routing.price import NANO, LossPrice, is_sampled
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+
 from fomoe.evaluation.pareto import Measured, ParetoPoint, ReadBytes, to_json
 from fomoe.evaluation.plot import save_pareto
 from fomoe.evaluation.statistics import (

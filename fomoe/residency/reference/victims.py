@@ -10,7 +10,7 @@ import numpy.typing as npt
 from fomoe.residency.slots import SlotTable
 from fomoe.types import ExpertKey
 
-FOLLOWED = 2.0**32  # above every worth, and exact in its sum
+FOLLOWED = 2.0**32  # above every worth; a sum is exact to 2^-20
 
 
 class VictimQueue:
