@@ -116,7 +116,8 @@ def _policy(
     if len(strengths) > 1:
         raise ConfigError(f"policy {text!r} has {len(strengths)} rules; keep one")
     name, strength = next(iter(strengths.items()), ("exact", 0.0))
-    if name not in _RULES and (refused := (*options, *(caches if name == "belady" else ()))):
+    others = [part for part in text.split("+") if part != "belady"]
+    if name not in _RULES and (refused := others if name == "belady" else list(options)):
         raise ConfigError(f"policy {text!r}: {name} does not take {', '.join(refused)}; {_HELP}")
     caches.setdefault("eviction", "lru")
     if name not in _RULES:
