@@ -51,22 +51,11 @@ def main() -> None:
     with ExitStack() as stack:
         kernels = options.kernels or options.model
         half = part_of(ModelOptions(model=kernels, devices=",".join(limited["devices"])), 2)
-        budgets = [(None, None), (half.vram_budget, 0)]
-        known = [
-            stack.enter_context(
-                _open(
-                    kernels,
-                    len(tokens),
-                    limited
-                    | {
-                        "vram_budget": vram,
-                        "ram_budget": ram,
-                        "prefetch": False,
-                    },
-                )
-            )
-            for vram, ram in budgets[: 1 if options.no_half else 2]
-        ]
+        budgets = [(None, None), (half.vram_budget, 0)][: 1 if options.no_half else 2]
+        known = []
+        for vram, ram in budgets:
+            of = limited | {"vram_budget": vram, "ram_budget": ram, "prefetch": False}
+            known.append(stack.enter_context(_open(kernels, len(tokens), of)))
         small = stack.enter_context(_open(options.model, len(tokens), limited))
         loads = _replayed(small, ids, options.prompt)
         pairs = []
@@ -154,14 +143,20 @@ def _pair(
     if options.prefetch:
         schedules |= {"low": Schedule(recall=0.1), "high": Schedule(recall=0.85)}
 
-    def predict(what: Loads, schedule: Schedule) -> float:
-        walls = [1 / decode(m, shape, what, schedule).tokens_per_s for m in machines]
-        return 1 / statistics.mean(walls)
+    def predict(what: Loads) -> dict[str, float]:
+        """The middle between both machines, and the ends over machines and schedules."""
+        walls = {
+            name: [1 / decode(m, shape, what, schedule).tokens_per_s for m in machines]
+            for name, schedule in schedules.items()
+        }
+        every = [wall for of in walls.values() for wall in of]
+        return {"low": 1 / max(every), "mid": 1 / statistics.mean(walls["mid"]),
+                "high": 1 / min(every)}  # fmt: skip
 
     return {
         "measured": speed,
-        "predicted": {k: predict(loads, s) for k, s in schedules.items()},
-        "predicted_with_met_hits": predict(as_met, schedules["mid"]),
+        "predicted": predict(loads),
+        "predicted_with_met_hits": predict(as_met),
         "hits": {tier: n / total for tier, n in hits.items()},
         "parts_ms": measured["decode"]["parts_ms"],
         "known_parts_ms": [f["decode"]["parts_ms"] for f in (*before, *after)],
@@ -181,11 +176,14 @@ def _drive(llm: LLM) -> tuple[float, float]:
 
 
 def _print(number: int, pair: dict[str, Any]) -> None:
-    said = "  ".join(f"{k} {v:.2f}" for k, v in pair["predicted"].items())
+    said, met = (
+        "predicted {mid:.2f} ({low:.2f} to {high:.2f})".format(**pair[key])
+        for key in ("predicted", "predicted_with_met_hits")
+    )
     shares = "  ".join(f"{tier} {share:.0%}" for tier, share in pair["hits"].items())
     print(
-        f"pair {number}: measured {pair['measured']:.2f} tok/s ({shares}); predicted {said}; with "
-        f"the hits that it met {pair['predicted_with_met_hits']:.2f}; "
+        f"pair {number}: measured {pair['measured']:.2f} tok/s ({shares}); {said}; with the hits "
+        f"that it met {met}; "
         f"an expert's read {1e3 * pair['drive'][0][0]:.2f} and {1e3 * pair['drive'][1][0]:.2f} ms; "
         f"others used {pair['others_cores']:.2f} cores",
         flush=True,
@@ -194,7 +192,9 @@ def _print(number: int, pair: dict[str, Any]) -> None:
 
 def _summary(pairs: list[dict[str, Any]], loads: Loads) -> None:
     shares = "  ".join(f"{share:.0%}" for share in loads.shares)
-    print(f"replayed hits (device, RAM, NVMe): {shares}")
+    print(
+        f"predicted hits (device, RAM, NVMe): {shares}; no range: text and slots are the run's own"
+    )
     for name, ratios in _ratios(pairs):
         ordered = sorted(ratios)
         print(
@@ -204,9 +204,9 @@ def _summary(pairs: list[dict[str, Any]], loads: Loads) -> None:
 
 
 def _ratios(pairs: list[dict[str, Any]]) -> Iterator[tuple[str, list[float]]]:
-    for key in pairs[0]["predicted"]:
-        yield f"predicted ({key})", [p["predicted"][key] / p["measured"] for p in pairs]
-    yield "predicted with met hits", [p["predicted_with_met_hits"] / p["measured"] for p in pairs]
+    for key, text in (("predicted", "predicted"), ("predicted_with_met_hits", "with met hits")):
+        for end in ("low", "mid", "high"):
+            yield f"{text} ({end})", [p[key][end] / p["measured"] for p in pairs]
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from fomoe.routing import CacheAwareRouting
 from fomoe.sim.decode import decode
-from fomoe.sim.forecast import WARMUP, Corner, Question, Twin, corners, in_corner, upgrades
+from fomoe.sim.forecast import WARMUP, Corner, Question, Span, Twin, corners, in_corner, upgrades
 from fomoe.sim.loads import Cache, Loads, open_residency, spread_layers
 from fomoe.sim.machine import Machine, find_machine
 from fomoe.sim.schedule import Schedule
@@ -26,13 +26,26 @@ SHAPE = shape_by_name("397b-a17b")
 RULES = {"exact": None, "CAR 0.35": CacheAwareRouting(0.35)}
 
 
-def said(machine: Machine, twin: Twin, schedule: Schedule | None = None) -> str:
+def said(machine: Machine, twin: Twin, recall: float | None = None) -> str:
     """Predict tokens per second in all corners, with the corners' recall unless one is given."""
-    speeds = []
-    for corner in corners(machine):
-        twin_ = twin if schedule is None else _with(twin, schedule)
-        speeds.append(twin_.outcome(machine, corner).tokens_per_s)
-    return f"{speeds[1]:5.2f} ({min(speeds):.2f} to {max(speeds):.2f})"
+    readings = corners(machine)
+    if recall is not None:
+        readings = tuple(replace(corner, recall=recall) for corner in readings)
+    return span([twin.outcome(machine, corner).tokens_per_s for corner in readings])
+
+
+def span(corners_say: list[float], pattern: str = "{:.2f}") -> str:
+    """What the bad, the middle and the good corner say, as text."""
+    each = Span.of(corners_say)
+    low, mid, high = (pattern.format(figure) for figure in (each.low, each.mid, each.high))
+    return f"predicted {mid} ({low} to {high})"
+
+
+def hits(loads: list[Loads]) -> str:
+    """The shares of activations by tier in the three corners."""
+    tiers = zip(("device", "RAM", "NVMe"), zip(*(each.shares for each in loads), strict=True),
+                strict=True)  # fmt: skip
+    return ", ".join(f"{tier} {span(list(shares), '{:.1%}')}" for tier, shares in tiers)
 
 
 def _with(twin: Twin, schedule: Schedule) -> Twin:
@@ -50,7 +63,7 @@ def split() -> None:
             for title, which in ((name, machine), (f"{name}, second drive", second)):
                 for kind in ("layers", "experts"):
                     twin = Twin(SHAPE, Question(rule=rule, schedule=Schedule(split=kind)))
-                    print(f"{title:28} {name_of:9} split by {kind:8} predicted {said(which, twin)}")
+                    print(f"{title:28} {name_of:9} split by {kind:8} {said(which, twin)}")
 
 
 def ram() -> None:
@@ -61,13 +74,11 @@ def ram() -> None:
         budget = gigabytes * 1e9
         twin = Twin(SHAPE, Question(ram_budget=budget))
         fit = twin.fit(machine)
-        tiers = " ".join(f"{share:.1%}" for share in twin.loads(machine, fit).shares)
-        line = f"{gigabytes:4.1f} GB, {fit.ram_slots:4.1f} slots: {tiers}  predicted "
+        slots = hits([twin.loads(machine, fit, corner.slots) for corner in corners(machine)])
+        print(f"{gigabytes:4.1f} GB, {fit.ram_slots:4.1f} slots: {said(machine, twin)}; {slots}")
         cached = [_page_cache(twin, machine, corner, budget) for corner in corners(machine)]
-        speeds = [speed for speed, _ in cached]
-        shares = " ".join(f"{share:.1%}" for share in cached[1][1].shares)
-        print(f"{line}{said(machine, twin)}; as page cache {shares}  predicted {speeds[1]:.2f} "
-              f"({min(speeds):.2f} to {max(speeds):.2f})")  # fmt: skip
+        print(f"{gigabytes:4.1f} GB as page cache: {span([speed for speed, _ in cached])}; "
+              f"{hits([loads for _, loads in cached])}")  # fmt: skip
 
 
 def _page_cache(twin: Twin, machine: Machine, corner: Corner, budget: float) -> tuple[float, Loads]:
@@ -112,21 +123,15 @@ def reads() -> None:
     machine = find_machine("desktop")
     base = Twin(SHAPE, Question())
     for depth in (1, 2, 3, 4):
-        print(f"depth {depth}: predicted {said(machine, _with(base, Schedule(depth=depth)))}")
+        print(f"depth {depth}: {said(machine, _with(base, Schedule(depth=depth)))}")
     for waste in (0.0, 0.2, 0.5, 1.0):
         for depth in (1, 2):
             schedule = Schedule(waste=waste, depth=depth)
-            print(f"waste {waste}, depth {depth}: predicted "
-                  f"{said(machine, _with(base, schedule))}")  # fmt: skip
-    no = [in_corner(machine, corner) for corner in corners(machine)]
-    fit = base.fit(machine)
-    plain = [decode(m, SHAPE, base.loads(machine, fit, c.slots), Schedule(), context=2048)
-             for m, c in zip(no, corners(machine), strict=True)]  # fmt: skip
-    speeds = [outcome.tokens_per_s for outcome in plain]
-    print(f"no guesses: predicted {speeds[1]:.2f} ({min(speeds):.2f} to {max(speeds):.2f})")
+            print(f"waste {waste}, depth {depth}: {said(machine, _with(base, schedule))}")
+    print(f"no guesses: {said(machine, base, recall=0.0)}")
     for pieces in (1, 2, 3, 6, 15, 30, 60):
         size = SHAPE.expert_bytes.mean() / pieces / 2**20
-        print(f"{pieces:2} requests of {size:.2f} MiB: predicted "
+        print(f"{pieces:2} requests of {size:.2f} MiB: "
               f"{said(machine, _with(base, Schedule(pieces=pieces)))}")  # fmt: skip
 
 
@@ -138,14 +143,9 @@ def desktop() -> None:
     for title, box in boxes.items():
         for name_of, rule in RULES.items():
             twin = Twin(SHAPE, Question(rule=rule))
-            _, mid, _ = corners(box)
-            by_recall = [
-                twin.outcome(box, replace(mid, recall=recall)).tokens_per_s
-                for recall in (0.0, 0.1, 0.5, 0.85)
-            ]
-            spread = " ".join(f"{speed:.2f}" for speed in by_recall)
-            print(f"{title:20} {name_of:9} predicted {said(box, twin)}; middle by recall on misses "
-                  f"0, 0.1, 0.5, 0.85: predicted {spread}")  # fmt: skip
+            print(f"{title:20} {name_of:9} {said(box, twin)}")
+            for recall in (0.0, 0.1, 0.5, 0.85):
+                print(f"  recall on misses {recall}: {said(box, twin, recall)}")
 
 
 PARTS = {"split": split, "ram": ram, "reads": reads, "desktop": desktop}

@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import typer
 
-from fomoe.cli.machine_file import part_of, write_machine
+from fomoe.cli.machine_file import check_target, part_of, write_machine
 from fomoe.cli.opening import opened, progress_bar
 from fomoe.cli.options import EngineOptions, ModelOptions, TraceOptions
 from fomoe.engine.requests import Finished, GenerateRequest, Receipt, SamplingParams, TokenEvent
@@ -289,6 +289,8 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure prefill and decode: medians, tiers, and shares of the machine's own rates."""
+    if machine is not None:
+        check_target(machine, work.generate)
     memory = psutil.virtual_memory()
     all_of = model if machine is None or model.has_budget else part_of(model, 1)
     figures = _measure(all_of, engine, work, recording.trace, waterfall=waterfall)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from fomoe.cli.eval_options import policies
+from fomoe.cli.eval_options import measuring, policies
 from fomoe.cli.eval_table import aligned
 from fomoe.cli.forcing import ModelRunner
 from fomoe.cli.opening import opened, progress_bar
@@ -63,8 +63,10 @@ class ChoiceOptions:
 
     def load(self) -> dict[str, list[Question]]:
         """Return the questions by file name; ConfigError where a file cannot be used."""
-        found = {}
+        found: dict[str, list[Question]] = {}
         for path in self.data:
+            if path.name in found:
+                raise ConfigError(f"two sets are called {path.name}, which names them; rename one")
             every = parse_questions(_lines(path))
             own = [q for q in every if self.part == "all" or q.is_tuning == (self.part == "tune")]
             if len(own[: self.questions]) < 2:
@@ -81,8 +83,7 @@ def choices(model: ModelOptions, engine: EngineOptions, asked: ChoiceOptions) ->
     """
     specs = policies(asked.policy)
     sets = asked.load()
-    engine = dataclasses.replace(engine, shadow_every=0)
-    with opened(model, engine) as llm, progress_bar() as progress:
+    with opened(model, measuring(engine)) as llm, progress_bar() as progress:
         task = progress.add_task("answering", total=sum(map(len, sets.values())))
         runner = ModelRunner(llm)
         figures: dict[str, dict[str, ChoiceFigures]] = {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fomoe.cli.options import EngineOptions
 from fomoe.errors import ConfigError
 from fomoe.evaluation.closed_loop import EXACT
 from fomoe.evaluation.texts import Part
@@ -81,6 +82,20 @@ class ReportOptions:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--output {self.output} cannot be made: {error}") from None
+
+
+def measuring(engine: EngineOptions, ctx_size: int = 0) -> EngineOptions:
+    """Return the options of an engine that is measured: room for `ctx_size`, no shadow steps.
+
+    Raises:
+        ConfigError: the engine has a contract of its own, which nothing here would be held to.
+    """
+    if engine.quality is not None or engine.car is not None:
+        raise ConfigError(
+            "--quality and --car hold for answers; here policies are named with --policy LIST of "
+            "`fomoe eval quality` or `fomoe eval choices`, and all else is exact"
+        )
+    return replace(engine, ctx_size=max(engine.ctx_size, ctx_size), shadow_every=0)
 
 
 def policies(text: str) -> list[str]:

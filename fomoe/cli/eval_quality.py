@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from fomoe.cli.eval_options import LoopOptions, ReportOptions
+from fomoe.cli.eval_options import LoopOptions, ReportOptions, measuring
 from fomoe.cli.eval_table import tables
 from fomoe.cli.forcing import ModelRunner
 from fomoe.cli.opening import opened, progress_bar
@@ -47,10 +47,8 @@ def quality(
     found = {name: of_part(each, loop.part) for name, each in _documents(loop.text).items()}
     earlier = None if report.reference is None else _earlier(report.reference)
     others = [point for path in report.points or () for point in read_points(path)]
+    engine = measuring(engine, loop.ctx_size)
     report.prepare()
-    engine = dataclasses.replace(
-        engine, ctx_size=max(engine.ctx_size, loop.ctx_size), shadow_every=0
-    )
     with opened(model, engine) as llm:
         rows = [
             window
@@ -74,6 +72,8 @@ def quality(
     if report.output is not None:
         _write(report.output, table, points, summary)
     typer.echo(json.dumps(summary) if report.as_json else tables(results, figures, beside))
+    if report.output is not None:  # last, because a plot needs what may not be installed
+        save_pareto(points, report.output / PLOT)
 
 
 def _baseline(specs: Sequence[str], text: str | None) -> str | None:
@@ -136,7 +136,6 @@ def _write(
     table.save(folder / TOKENS)
     (folder / POINTS).write_text(to_json(points), encoding="utf-8")
     (folder / FIGURES).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    save_pareto(points, folder / PLOT)
 
 
 def _earlier(folder: Path) -> tuple[TokenTable, list[ParetoPoint]]:

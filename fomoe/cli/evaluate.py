@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
+from fomoe.cli.eval_options import measuring
 from fomoe.cli.opening import opened, progress_bar
 from fomoe.cli.options import EngineOptions, ModelOptions
 from fomoe.errors import ConfigError
@@ -113,8 +113,7 @@ def ppl(
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the text cannot be read: {error}") from None
-    engine = dataclasses.replace(engine, ctx_size=max(engine.ctx_size, ctx))
-    with opened(model, engine) as llm:
+    with opened(model, measuring(engine, ctx)) as llm:
         ids = llm.tokenizer.encode(content)
         ids = ids if chunks is None else ids[: chunks * ctx]
         with progress_bar() as progress:

@@ -29,6 +29,18 @@ def part_of(model: ModelOptions, parts: int) -> ModelOptions:
     return replace(model, vram_budget=slots // parts // len(model.device_names()), ram_budget=0)
 
 
+def check_target(path: Path, generate: int) -> None:
+    """Refuse, before anything is measured, what could not be written.
+
+    Raises:
+        ConfigError: no tokens are generated, or the file has no folder.
+    """
+    if not generate:
+        raise ConfigError("--machine measures decoding too: generate tokens (-n 64)")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path.parent} is no directory; make it or choose another --machine")
+
+
 def write_machine(
     path: Path, model: Path, figures: tuple[dict[str, Any], dict[str, Any]], free_bytes: float
 ) -> None:
@@ -60,7 +72,7 @@ def measurements(
 ) -> Measurements:  # fmt: skip
     """Turn the figures of `fomoe bench` into a machine's; see `write_machine`.
 
-    Without a second run, reading costs nothing but the drive's time.
+    Without a second run, or where that read nothing, reading costs nothing but the drive's time.
     """
     full, limited = figures
     decode, prompt = full.get("decode"), full["prefill"]
@@ -86,9 +98,9 @@ def measurements(
         layer_s=(ms["brain"] + ms["channel"]) * 1e-3 / shape.n_layers,
         token_s=ms["rest"] * 1e-3,
     )
-    if limited is None:
+    hits = {} if limited is None else limited["decode"]["hits"]
+    if limited is None or not hits["nvme"]:
         return found
-    hits = limited["decode"]["hits"]
     total = sum(hits.values())
     shares = hits["device"] / total, hits["ram"] / total, hits["nvme"] / total
     loads = assumed_loads(shares, shape.top_k, shape.n_layers, _TOKENS, seed=0)

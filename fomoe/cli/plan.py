@@ -50,10 +50,12 @@ class PlanOptions:
         int, typer.Option(metavar="TOKENS", min=1, help="Longest prompt and answer together.")
     ] = 4096
     car: Annotated[
-        float, typer.Option(metavar="0..1", min=0.0, help="Cache-aware routing; 0 is exact.")
+        float,
+        typer.Option(metavar="0..1", min=0.0, max=1.0, help="Cache-aware routing; 0 is exact."),
     ] = 0.0
     price: Annotated[
-        float, typer.Option(metavar="0..1", min=0.0, help="Price of a read, in router mass.")
+        float,
+        typer.Option(metavar="0..1", min=0.0, max=1.0, help="Price of a read, in router mass."),
     ] = 0.0
     trace: Annotated[
         Path | None,
@@ -96,11 +98,11 @@ class PlanOptions:
     def rule_name(self) -> str:
         """Return the rule for people."""
         if self.car > 0:
-            return f"--car {self.car:.2f}"
-        return f"--price {self.price:.2f}" if self.price > 0 else "exact"
+            return f"--car {self.car:g}"
+        return f"--price {self.price:g}" if self.price > 0 else "exact"
 
     def read_scores(self, shape: ModelShape) -> npt.NDArray[np.float32] | None:
-        """Return the recorded text's last tokens as router scores; None without a trace.
+        """Return a trace's last tokens, text by text, as router scores; None without a trace.
 
         Raises:
             TraceError: the trace cannot be read.
@@ -110,16 +112,20 @@ class PlanOptions:
             return None
         recorded = Trace.open(self.trace)
         facts = recorded.facts
-        if (facts.n_experts, facts.n_layers) != (shape.n_experts, shape.n_layers):
+        own = facts.n_layers, facts.n_experts, facts.top_k
+        if own != (wanted := (shape.n_layers, shape.n_experts, shape.top_k)):
             raise ConfigError(
-                f"{self.trace} is of {facts.n_layers} layers with {facts.n_experts} experts, the "
-                f"model has {shape.n_layers} with {shape.n_experts}"
+                f"{self.trace} is of another model: layers, experts and experts a token are {own} "
+                f"there and {wanted} here"
             )
         if len(recorded) < TOKENS:
             raise ConfigError(f"{self.trace}: {len(recorded)} tokens, at least {TOKENS} are needed")
+        # Texts that were answered side by side are interleaved in the file.
+        last = np.concatenate([text.rows for text in recorded.sequences])[-TOKENS:]
+        records = recorded.records[last]
         every = -(-shape.n_layers // SAMPLED_LAYERS)
-        ids = recorded.ids[-TOKENS:, ::every]
-        return scores_of_rows(ids, recorded.probabilities[-TOKENS:, ::every], shape.n_experts)
+        ids, p = (records[name][:, ::every] for name in ("ids", "probabilities"))
+        return scores_of_rows(ids, p, shape.n_experts)
 
 
 def plan(
@@ -223,7 +229,7 @@ def _print_calibration(as_json: bool) -> None:
     calibration = read_calibration()
     results = calibrate(calibration)
     if as_json:
-        rows = [{"deviation": r.deviation, **dataclasses.asdict(r)} for r in results]
+        rows = [_calibration_figures(result) for result in results]
         typer.echo(json.dumps({"fitted": dataclasses.asdict(calibration.fitted), "rows": rows}))
         return
     fitted = calibration.fitted
@@ -243,6 +249,16 @@ def _print_calibration(as_json: bool) -> None:
         typer.echo(f"constant {key}: {source}")
     for result in results:
         typer.echo(f"row {result.row.name}: {result.row.source}")
+
+
+def _calibration_figures(result: RowResult) -> dict[str, Any]:
+    """Return a row as it was measured and, apart, as it is predicted (a fitted one says so)."""
+    figures = dataclasses.asdict(result)
+    row, published = figures.pop("row"), figures.pop("predicted")
+    return {
+        "row": row,
+        "predicted": {"published_hits": published, "deviation": result.deviation, **figures},
+    }
 
 
 def _calibration_line(result: RowResult) -> str:

@@ -14,8 +14,9 @@ import typer
 
 from fomoe.errors import ConfigError
 from fomoe.sim.bounds import Uses, text_uses
+from fomoe.sim.group import scored_tokens
 from fomoe.sim.policies import Policy, parse_policy
-from fomoe.sim.replay import Mapper, Score, scored_tokens
+from fomoe.sim.replay import Mapper, Score
 from fomoe.sim.replay import replay as scores_of
 from fomoe.sim.report import bounds_of, figures_of, gap_of, table_of
 from fomoe.traces import Trace
@@ -30,7 +31,7 @@ class Workers:
     ] = False
     address: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Ray cluster to join; found by itself if local."),
+        typer.Option(metavar="HOST:PORT", help="Cluster of --parallel; found by itself if local."),
     ] = None
 
     def mapper(self) -> Mapper:

@@ -5,7 +5,7 @@ B bootstrap draws, V vocabulary.
 """
 
 from fomoe.evaluation.accuracy import McNemar, mcnemar
-from fomoe.evaluation.divergence import TokenScores, compare, kl_divergence, top1_agreement
+from fomoe.evaluation.divergence import TokenScores, compare, kl_divergence
 from fomoe.evaluation.segments import SEGMENTS, Segment
 from fomoe.evaluation.statistics import (
     ClusterSums,
@@ -34,7 +34,6 @@ __all__ = [
     "estimate_ratio",
     "kl_divergence",
     "mcnemar",
-    "top1_agreement",
     "worst_mean",
     "worst_ratio",
 ]

@@ -6,7 +6,7 @@ every mode, then the document's own tokens are fed one by one while the mode act
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
@@ -176,8 +176,8 @@ def closed_loop(
 ) -> Results:
     """Run every mode over every window.
 
-    Documents go in blocks, and a block through one mode after the other, so that whatever a run
-    finds in the tiers was left there by another document, in every mode.
+    Documents go in blocks of two or more, and a block through one mode after the other, so that
+    whatever a run finds in the tiers was left there by another document, in every mode.
 
     Args:
         runner: The model.
@@ -188,9 +188,8 @@ def closed_loop(
     """
     results = Results()
     length = len(windows[0].forced)
-    size = max(2, _BLOCK_BYTES // (length * runner.vocab * 4))
-    for start in range(0, len(windows), size):
-        block = windows[start : start + size]
+    size = max(1, _BLOCK_BYTES // (length * runner.vocab * 4))
+    for block in _blocks(windows, size):
         exact = np.empty((len(block), length - 1, runner.vocab), np.float32)
         results.runs.setdefault(EXACT, []).extend(_exact(runner, block, exact, on_run))
         for spec in policies:
@@ -202,6 +201,13 @@ def closed_loop(
                 nulls = _against(runner, block, modes, exact, on_run)
                 results.nulls.setdefault(spec, []).extend(nulls)
     return results
+
+
+def _blocks(windows: Sequence[Window], size: int) -> Iterator[Sequence[Window]]:
+    """Split windows into blocks of about `size`, each of two or more."""
+    count = max(1, min(-(-len(windows) // size), len(windows) // 2))
+    for part in np.array_split(np.arange(len(windows)), count):
+        yield [windows[i] for i in part]
 
 
 def free_running(

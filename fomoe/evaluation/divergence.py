@@ -110,11 +110,3 @@ def compare(
 def kl_divergence(exact: npt.NDArray[np.floating], policy: npt.NDArray[np.floating]) -> F64:
     """Return KL(softmax(exact) || softmax(policy)) in nats, float64 [T], of logits [T, V]."""
     return compare(exact, policy, np.zeros(len(exact), np.int64)).kl
-
-
-def top1_agreement(
-    exact: npt.NDArray[np.floating], policy: npt.NDArray[np.floating]
-) -> npt.NDArray[np.bool_]:
-    """Return bool [T]: both rows of logits [T, V] have the same likeliest token."""
-    agrees: npt.NDArray[np.bool_] = exact.argmax(axis=1) == policy.argmax(axis=1)
-    return agrees

@@ -8,7 +8,7 @@ is too narrow below about 30 documents, so the number of them stands in every re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ LEVEL = 0.95
 JUDGED_SIGMAS = 5.0
 # Drawn indices that are in memory at once.
 _DRAWS = 1 << 22
+_LEAST_CLUSTERS = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -212,6 +213,25 @@ def ratio_draws(means: F64) -> F64:
     return ratios
 
 
+def ratio_interval(
+    numerator: F64, denominator: F64, *, seed: int = 0, resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> tuple[float, float] | None:  # fmt: skip
+    """Return the two-sided interval of sum(numerator) / sum(denominator), float64 [C] each.
+
+    Both are sums over whole documents, which are resampled in pairs.
+
+    Returns:
+        None with fewer than 5 documents, which say nothing about others, or where a draw's
+        denominator is not above 0.
+    """
+    if len(numerator) < _LEAST_CLUSTERS:
+        return None
+    sums = ClusterSums(np.ones(len(numerator)), np.column_stack([numerator, denominator]))
+    draws = ratio_draws(resampled_means(sums, seed=seed, resamples=resamples))
+    return interval(draws, level) if np.isfinite(draws).all() else None
+
+
 def estimate_ratio(
     ours: npt.ArrayLike,
     baseline: npt.ArrayLike,
@@ -238,10 +258,17 @@ def estimate_ratio(
         upper=upper_bound(draws, level),
         ours=float(own),
         baseline=float(other),
-        sigmas=float(other) / error if error > 0 else math.copysign(math.inf, other),
+        sigmas=_in_errors(float(other), error),
         documents=len(sums.counts),
         tokens=sums.tokens,
     )
+
+
+def _in_errors(mean: float, error: float) -> float:
+    """Return how many standard errors a mean is from 0; infinite where it has no error."""
+    if mean == 0:
+        return 0.0
+    return mean / error if error > 0 else math.copysign(math.inf, mean)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,12 +317,7 @@ def worst_mean(
     level: float = LEVEL,
 ) -> Worst:
     """Return the domain with the greatest mean; each has one quantity ([C, 1] sums)."""
-    draws = {
-        name: resampled_means(sums, seed=_seed(seed, i), resamples=resamples)[:, 0]
-        for i, (name, sums) in enumerate(domains.items())
-    }
-    means = {name: float(sums.means[0]) for name, sums in domains.items()}
-    return worst_of(means, draws, level=level)
+    return _worst(domains, lambda means: means[:, 0], seed, resamples, level)
 
 
 def worst_ratio(
@@ -306,12 +328,20 @@ def worst_ratio(
     level: float = LEVEL,
 ) -> Worst:
     """Return the domain with the greatest ratio; sums are [C, 2], ours and the baseline's."""
+    return _worst(domains, ratio_draws, seed, resamples, level)
+
+
+def _worst(
+    domains: Mapping[str, ClusterSums], figure: Callable[[F64], F64], seed: int, resamples: int,
+    level: float,
+) -> Worst:  # fmt: skip
+    """Return the worst domain by a figure [B] of means [B, M], with draws of its own for each."""
     draws = {
-        name: ratio_draws(resampled_means(sums, seed=_seed(seed, i), resamples=resamples))
+        name: figure(resampled_means(sums, seed=_seed(seed, i), resamples=resamples))
         for i, (name, sums) in enumerate(domains.items())
     }
-    ratios = {name: float(ratio_draws(sums.means[None])[0]) for name, sums in domains.items()}
-    return worst_of(ratios, draws, level=level)
+    values = {name: float(figure(sums.means[None])[0]) for name, sums in domains.items()}
+    return worst_of(values, draws, level=level)
 
 
 def _seed(seed: int, domain: int) -> int:

@@ -176,11 +176,11 @@ def measured(estimate: Estimate) -> Measured:
     )
 
 
-def pareto_point(spec: str, figures: PolicyFigures, *, label: str = "") -> ParetoPoint:
+def pareto_point(spec: str, figures: PolicyFigures) -> ParetoPoint:
     """Return a policy as a point: its series is the rule's name, its name the text."""
     null = figures.null_kl
     return ParetoPoint(
-        name=label or spec,
+        name=spec,
         series=spec.partition("=")[0],
         read=read_bytes(figures.cost),
         excess=measured(figures.excess),

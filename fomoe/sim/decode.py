@@ -2,9 +2,9 @@
 
 Jobs of a layer, in the order in which the engine issues them: attention and router on the layer's
 home device; decisions; reads of what no tier holds, ahead of every guess; copies of what RAM holds,
-then of what lands; the shared expert and the hits, then each arrival; the end waits for all. What
-a guess (prefetch) reads starts only while a drive has nothing better to do before the router has
-spoken, and is given up then if it is wrong.
+then of what lands; the shared expert and the hits, then each arrival; the end waits for all.
+Guesses (prefetches) are read as `guesses` says. The host's memory has no queue: a token takes at
+least the time of what is read, copied and returned through it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import ConfigError
-from fomoe.sim.lanes import F64, Drives, Mask, Server
+from fomoe.sim.guesses import Guesses
+from fomoe.sim.lanes import F64, Drives, Landing, Mask, Server
 from fomoe.sim.loads import Loads
 from fomoe.sim.machine import Machine
 from fomoe.sim.schedule import Outcome, Schedule
 from fomoe.sim.shapes import ModelShape
 
 _ACTIVATION_BYTES = 4
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Landing:
-    """When an expert's bytes are there, float64 [lanes], and in which lanes, bool [lanes]."""
-
-    at: F64
-    which: Mask
 
 
 @dataclass(slots=True)
@@ -41,7 +34,6 @@ class _Run:
     outs: list[Server]
     cores: list[Server]
     drives: list[Drives]
-    wasted: F64
     linked: F64
     returned: F64
     time: F64
@@ -62,10 +54,13 @@ def decode(
         seed: of the draws of which misses were guessed.
 
     Raises:
-        ConfigError: the loads have another number of layers than the model.
+        ConfigError: the loads have another number of layers than the model, or of owners than
+            there are devices, or cores that do not compute are to.
     """
     if loads.device.shape[1] != shape.n_layers:
         raise ConfigError(f"loads of {loads.device.shape[1]} layers for {shape.n_layers} layers")
+    if schedule.cpu_arm and not machine.host.cpu_rate:
+        raise ConfigError(f"{machine.name}: no host.cpu_rate, so its cores cannot compute experts")
     return _Simulation(machine, shape, loads, schedule, context, seed).run()
 
 
@@ -87,13 +82,13 @@ class _Simulation:
             outs=[Server(lanes) for _ in range(n)],
             cores=[Server(lanes) for _ in range(machine.nodes)],
             drives=[_drives(machine, lanes) for _ in range(machine.nodes)],
-            wasted=np.zeros(lanes), linked=np.zeros(lanes),
-            returned=np.zeros(lanes), time=np.zeros(lanes),
+            linked=np.zeros(lanes), returned=np.zeros(lanes), time=np.zeros(lanes),
         )  # fmt: skip
         self.counts = [self._owned(part) for part in
                        (loads.device, loads.ram, loads.nvme, loads.demoted)]  # fmt: skip
         self.has_work = np.any([part.any(axis=0) for part in self.counts], axis=0)
-        self._draw_guesses(np.random.default_rng(seed))
+        _, ram, nvme, _ = self.counts
+        self.guesses = Guesses(nvme, ram, schedule, np.random.default_rng(seed))
         self.kv_s = shape.kv_bytes * context / shape.n_layers / self.device.dense_rate
 
     def _owned(self, part: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
@@ -108,21 +103,6 @@ class _Simulation:
         owned[:, layers, layers % n] = part.sum(axis=2)
         return owned
 
-    def _draw_guesses(self, rng: np.random.Generator) -> None:
-        """Draw how many of each layer's misses were guessed at each distance, and how many else.
-
-        What was guessed far ahead is guessed nearer as well.
-        """
-        _, ram, nvme, _ = self.counts
-        recall, right = self.schedule.recall, nvme.astype(np.int64)
-        self.right: list[npt.NDArray[np.int64]] = []
-        for _ in range(self.schedule.depth):
-            right = rng.binomial(right, recall)
-            self.right.append(right)
-            recall = self.schedule.decay
-        self.wrong = rng.poisson(self.schedule.waste * self.right[0])
-        self.ram_ahead = rng.binomial(ram, self.schedule.recall)
-
     def run(self) -> Outcome:
         """Go through the layers."""
         state = self.state
@@ -135,11 +115,8 @@ class _Simulation:
             scored = state.devices[home].serve(state.time, dense)
             routed.append(scored + self.soft.layer_s)
             at_work = [d for d in range(len(state.devices)) if d == home or self.has_work[layer, d]]
-            came = [self._guesses(layer, d, routed) for d in at_work]
-            ends = [
-                self._experts(layer, d, home, (scored, guesses, routed))
-                for d, guesses in zip(at_work, came, strict=True)
-            ]
+            self._read_ahead(layer, routed)
+            ends = [self._experts(layer, d, home, (scored, routed)) for d in at_work]
             state.time = np.maximum.reduce(ends)
         head = self.shape.head_bytes / self.device.dense_rate
         last = state.devices[(self.shape.n_layers - 1) % len(state.devices)]
@@ -165,39 +142,18 @@ class _Simulation:
             return 0.0
         return self._message() if self.owner[device] != self.owner[home] else self.soft.handoff_s
 
-    def _guesses(self, layer: int, d: int, routed: list[F64]) -> list[_Landing]:
-        """Read ahead for this layer in the drive's idle time before its router has spoken.
+    def _read_ahead(self, layer: int, routed: list[F64]) -> None:
+        """Read guesses between the last router's word and this one's."""
+        for target in self.guesses.targets(layer):
+            nbytes = float(self.shape.expert_bytes[target])
+            for d in self.has_work[target].nonzero()[0].tolist():
+                drives = self.state.drives[self.owner[d]]
+                window = routed[layer - 1], routed[layer]
+                self.guesses.read((target, d), target - layer, drives, window, nbytes)
 
-        Returns:
-            The right guesses that were read or are under way.
-        """
-        schedule, drives = self.schedule, self.state.drives[self.owner[d]]
-        if schedule.recall == 0 or not schedule.overlap:
-            return []
-        nbytes = float(self.shape.expert_bytes[layer])
-        total_wrong = self.wrong[:, layer, d]
-        done, wrong = np.zeros(len(routed[0])), np.zeros(len(routed[0]))
-        landings = []
-        for ahead in range(min(schedule.depth, layer), 0, -1):  # far guesses were asked for first
-            since, until = routed[layer - ahead], routed[layer - ahead + 1]
-            limit = self.right[ahead - 1][:, layer, d]
-            for _ in range(int((limit + total_wrong).max(initial=0))):
-                goes = ((done < limit) | (wrong < total_wrong)) & (drives.next_start(since) < until)
-                if not goes.any():
-                    break
-                errs = goes & (wrong < total_wrong)
-                errs &= (wrong * limit <= done * total_wrong) | (done >= limit)
-                end = drives.read(since, nbytes, schedule.pieces, goes)
-                landings.append(_Landing(end, goes & ~errs))
-                done, wrong = done + (goes & ~errs), wrong + errs
-        self.state.wasted += wrong * nbytes
-        return landings
-
-    def _experts(
-        self, layer: int, d: int, home: int, began: tuple[F64, list[_Landing], list[F64]]
-    ) -> F64:
+    def _experts(self, layer: int, d: int, home: int, began: tuple[F64, list[F64]]) -> F64:
         """Bring and compute what a device owns of a layer; returns when it has ended there."""
-        scored, ahead, routed = began
+        scored, routed = began
         route = routed[-1]
         state, schedule = self.state, self.schedule
         hits, ram, nvme, demoted = (part[:, layer, d] for part in self.counts)
@@ -215,7 +171,8 @@ class _Simulation:
         server = state.devices[d]
         ended = server.serve(scored if d == home else ready, shared if d == home else 0.0)
         ended = np.maximum(ended, server.serve(ready, hits.astype(np.float64) * compute))
-        arrivals = self._arrivals(layer, d, ahead, routed)
+        told = route + (self._message() if self.owner[d] != self.owner[home] else 0.0)
+        arrivals = self._arrivals(layer, d, told, routed)
         ended = self._compute_late(server, (ready, ended), arrivals, compute)
         if schedule.cpu_arm:
             pace = nbytes / self.machine.host.cpu_rate
@@ -225,7 +182,7 @@ class _Simulation:
         return np.asarray(np.where((hits + ram + nvme > 0) | (d == home), ended + exchange, ready))
 
     def _compute_late(
-        self, server: Server, times: tuple[F64, F64], arrivals: list[_Landing], compute: float
+        self, server: Server, times: tuple[F64, F64], arrivals: list[Landing], compute: float
     ) -> F64:
         """Compute what came late, each as it lands or all with the last; returns the end."""
         ready, ended = times
@@ -238,51 +195,51 @@ class _Simulation:
             ended = np.where(each.which, np.maximum(ended, end), ended)
         return ended
 
-    def _arrivals(
-        self, layer: int, d: int, ahead: list[_Landing], routed: list[F64]
-    ) -> list[_Landing]:
-        """Read and copy; returns when each arrival is on the device, and in which lanes."""
+    def _arrivals(self, layer: int, d: int, route: F64, routed: list[F64]) -> list[Landing]:
+        """Read and copy; returns when each arrival is on the device, and in which lanes.
+
+        `route` is when the device's node knows what the router chose.
+        """
         _, ram, nvme, _ = (part[:, layer, d] for part in self.counts)
-        nbytes, route = float(self.shape.expert_bytes[layer]), routed[-1]
+        nbytes, ahead = float(self.shape.expert_bytes[layer]), self.guesses.landings(layer, d)
         drives = self.state.drives[self.owner[d]]
         link, late = self.device.link_rate, self.soft.reads_s
         copy = nbytes / link if link else 0.0
-        tail = copy / self.schedule.pieces  # what is left to copy when the last piece has landed
+        # Pieces are copied while others are read, none before it has landed.
+        later = 1 - 1 / self.schedule.pieces
+        lead = later * min(copy, drives.least_s(nbytes, self.schedule.pieces))
         here = np.zeros(len(route))
         for guess in ahead:
             here += guess.which
-        landings = [_Landing(guess.at + late, guess.which) for guess in ahead]
+        landings = [Landing(guess.at + late, guess.which) for guess in ahead]
         for number in range(int(nvme.max(initial=0))):
             which = (number < nvme) & (number >= here)
             end = drives.read(route, nbytes, self.schedule.pieces, which)
-            landings.append(_Landing(end + late, which))
+            landings.append(Landing(end + late, which))
         arrivals = []
 
-        def bring(each: _Landing, rest: float) -> None:
-            at = self._copy(d, each.at, (copy, rest), each.which, nbytes)
-            arrivals.append(_Landing(at, each.which))
+        def bring(each: Landing, sooner: float) -> None:
+            at = self._copy(d, each.at - sooner, copy, each.which, nbytes)
+            arrivals.append(Landing(at, each.which))
 
         for guess in landings[: len(ahead)]:  # the link takes what is ready first
-            bring(_Landing(guess.at, guess.which & (guess.at <= route)), tail)
+            bring(Landing(guess.at, guess.which & (guess.at <= route)), lead)
         for number in range(0 if self.schedule.cpu_arm else int(ram.max(initial=0))):
             asked = route
             if layer and self.schedule.overlap:  # a guess needs no drive, so it may go at once
-                asked = np.where(number < self.ram_ahead[:, layer, d], routed[-2], route)
-            bring(_Landing(asked, number < ram), copy)
+                asked = np.where(number < self.guesses.ram[:, layer, d], routed[-2], route)
+            bring(Landing(asked, number < ram), 0.0)
         for number, each in enumerate(landings):
             after = each.which & (each.at > route) if number < len(ahead) else each.which
-            bring(_Landing(each.at, after), tail)
+            bring(Landing(each.at, after), lead)
         return arrivals
 
-    def _copy(
-        self, d: int, ready: F64, seconds: tuple[float, float], which: Mask, nbytes: float,
-    ) -> F64:  # fmt: skip
-        """Copy an expert of which all but the last piece may have gone before it was ready."""
-        whole, tail = seconds
-        if whole == 0:
+    def _copy(self, d: int, ready: F64, seconds: float, which: Mask, nbytes: float) -> F64:
+        """Copy an expert of which the first piece is ready; returns when all of it is there."""
+        if seconds == 0:
             return ready
         self.state.linked += which * nbytes
-        return self.state.links[d].serve(ready - (whole - tail), whole, which)
+        return self.state.links[d].serve(ready, seconds, which)
 
     def _in_turn(
         self, d: int, home: int, ready: F64, wants: tuple[npt.NDArray[np.int16], ...],
@@ -299,7 +256,7 @@ class _Simulation:
         copy = nbytes / self.device.link_rate if self.device.link_rate else 0.0
         for number in range(int((ram + nvme).max(initial=0))):
             which = number < ram + nvme
-            time = self._copy(d, time, (copy, copy), which, nbytes)
+            time = self._copy(d, time, copy, which, nbytes)
         work = (hits + ram + nvme).astype(np.float64) * compute + (shared if d == home else 0.0)
         return state.devices[d].serve(time, work) + self._exchange(d, home)
 
@@ -315,8 +272,8 @@ class _Simulation:
         host = self.machine.host
         moved = read + state.linked + state.returned
         busy["memory"] = moved / self.machine.nodes / host.memory_rate
-        return Outcome(wall=wall, busy=busy, read_bytes=read, wasted_bytes=state.wasted,
-                       link_bytes=state.linked)  # fmt: skip
+        return Outcome(wall=np.maximum(wall, busy["memory"]), busy=busy, read_bytes=read,
+                       wasted_bytes=self.guesses.wasted, link_bytes=state.linked)  # fmt: skip
 
 
 def _mean(servers: list[Server]) -> F64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -38,6 +39,12 @@ class Span:
     low: float
     mid: float
     high: float
+
+    @classmethod
+    def of(cls, figures: Sequence[float]) -> Span:
+        """Return the span of what the three corners say; a good corner may give less."""
+        _, mid, _ = figures
+        return cls(min(figures), mid, max(figures))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,11 +206,7 @@ class Twin:
 
     def loads(self, machine: Machine, fit: Fit, slots: float = 1.0) -> Loads:
         """Return what layers ask for, with so many times the slots."""
-        most = float(self.shape.n_experts)
-        on_device = min(most, fit.device_slots * slots)
-        in_ram = min(most - on_device, fit.ram_slots * slots)
-        if fit.device_slots + fit.ram_slots >= most:
-            on_device, in_ram = fit.device_slots, fit.ram_slots
+        on_device, in_ram = self._resident(fit, slots)
         owners = machine.n_devices if self.question.schedule.split == "experts" else 1
         key = on_device, in_ram, owners
         if key not in self._loads:
@@ -218,6 +221,14 @@ class Twin:
             self._loads[key] = found
         return self._loads[key]
 
+    def _resident(self, fit: Fit, slots: float) -> tuple[float, float]:
+        """Return a layer's experts on devices and in RAM; what holds all of them always does."""
+        most = float(self.shape.n_experts)
+        if fit.device_slots + fit.ram_slots >= most:
+            return fit.device_slots, fit.ram_slots
+        on_device = min(most, fit.device_slots * slots)
+        return on_device, min(most - on_device, fit.ram_slots * slots)
+
     def outcome(self, machine: Machine, corner: Corner) -> Outcome:
         """Simulate decoding in one corner."""
         key = machine, corner
@@ -230,18 +241,16 @@ class Twin:
 
     def speed(self, machine: Machine) -> Span:
         """Predict tokens per second."""
-        return Span(*(self.outcome(machine, c).tokens_per_s for c in corners(machine)))
+        return Span.of([self.outcome(machine, c).tokens_per_s for c in corners(machine)])
 
     def prompt(self, machine: Machine, tokens: int) -> Span:
         """Predict seconds to the first token after a prompt."""
         fit, times = self.fit(machine), []
         for corner in corners(machine):
-            resident = (fit.device_slots + fit.ram_slots) * corner.slots
-            times.append(
-                prompt_time(in_corner(machine, corner), self.shape, self._spread, tokens, resident)
-            )
-        bad, mid, good = (time.seconds for time in times)
-        return Span(good, mid * (1 + _SWEEP) / 2, bad * _SWEEP)
+            box, resident = in_corner(machine, corner), self._resident(fit, corner.slots)
+            times.append(prompt_time(box, self.shape, self._spread, tokens, resident).seconds)
+        bad, mid, good = times
+        return Span.of((bad * _SWEEP, mid * (1 + _SWEEP) / 2, good))
 
     def upgrade(self, machine: Machine, better: Machine) -> Span:
         """Predict the tokens per second that another machine has more, on the same text."""
@@ -250,7 +259,7 @@ class Twin:
             same = replace(corner, slots=1.0)
             before, after = self.outcome(machine, same), self.outcome(better, same)
             gains.append(after.tokens_per_s - before.tokens_per_s)
-        return Span(min(gains), gains[1], max(gains))
+        return Span.of(gains)
 
 
 def in_corner(machine: Machine, corner: Corner) -> Machine:
@@ -264,7 +273,8 @@ def in_corner(machine: Machine, corner: Corner) -> Machine:
         drives=tuple(replace(d, rate=d.rate * corner.drive) for d in machine.drives),
         software=replace(soft, layer_s=soft.layer_s * corner.software,
                          handoff_s=soft.handoff_s * corner.software,
-                         token_s=soft.token_s * corner.software),
+                         token_s=soft.token_s * corner.software,
+                         reads_s=soft.reads_s * corner.software),
     )  # fmt: skip
 
 

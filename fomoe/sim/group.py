@@ -43,15 +43,22 @@ class Block:
     running: list[int]
 
 
+def scored_tokens(trace: Trace, rows: npt.NDArray[np.int64], warmup: int) -> npt.NDArray[np.bool_]:
+    """Say which tokens of a text are scored: those of decode, from the warm-up on."""
+    scored = ~trace.prompt_among(rows)
+    scored[:warmup] = False
+    return scored
+
+
 class TextGroup:
     """Some texts of a trace, their caches side by side in `LogicalCaches`."""
 
     def __init__(self, trace: Trace, texts: Sequence[npt.NDArray[np.int64]], warmup: int) -> None:
         self._trace = trace
-        self._warmup = warmup
         # The longest first, so that the texts that still run are the first rows.
         self._order = np.argsort([-len(rows) for rows in texts], kind="stable")
         self._texts = [texts[i] for i in self._order]
+        self._scored = [scored_tokens(trace, rows, warmup) for rows in self._texts]
 
     def run(self, policy: Policy, capacity: int) -> Floats:
         """Return the sums of `COSTS` under a policy that has a rule: float64 [texts, L, costs].
@@ -84,13 +91,12 @@ class TextGroup:
             np.zeros((count, n_texts), np.bool_), np.zeros((count, n_texts), np.bool_), [],
         )  # fmt: skip
         for i, rows in enumerate(self._texts):
-            part = trace.records[rows[start : start + count]]
-            n = len(part)
+            own = rows[start : start + count]
+            part, n = trace.records[own], len(own)
             block.ids[:n, :, i] = part["ids"][..., :kept]
             block.p[:n, :, i] = part["probabilities"][..., :kept]
-            block.is_prompt[:n, i] = trace.is_prompt[rows[start : start + count]]
-            block.is_scored[:n, i] = ~block.is_prompt[:n, i]
-            block.is_scored[: max(0, self._warmup - start), i] = False
+            block.is_prompt[:n, i] = trace.prompt_among(own)
+            block.is_scored[:n, i] = self._scored[i][start : start + count]
         lengths = np.array([len(rows) for rows in self._texts])
         block.running.extend(int((lengths > start + t).sum()) for t in range(count))
         return block

@@ -7,6 +7,7 @@ chain of array operations; jobs that a lane does not have are masked out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,14 @@ from fomoe.sim.machine import Drive
 F64 = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Seconds = float | F64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Landing:
+    """When an expert's bytes are there, float64 [lanes], and in which lanes, bool [lanes]."""
+
+    at: F64
+    which: Mask
 
 
 class Server:
@@ -74,6 +83,10 @@ class Drives:
     def share(self) -> F64:
         """Mean service time over the drives that are there, float64 [lanes]."""
         return self.busy / len(self._servers)
+
+    def least_s(self, nbytes: float, pieces: int) -> float:
+        """Return the seconds that the fastest drive is at work on a read."""
+        return min(nbytes / kind.rate + pieces * kind.request_s for kind in self._kinds)
 
     def next_start(self, ready: F64) -> F64:
         """Return when a read that is ready then would begin."""

@@ -13,15 +13,12 @@ from fomoe.residency import LFRU, Residency
 from fomoe.residency.policy import EvictionPolicy
 from fomoe.residency.topology import RamPolicy, Topology
 from fomoe.routing import Route
+from fomoe.traces import SyntheticRouter
 from fomoe.types import ExpertKey, Tier
 
 Counts = npt.NDArray[np.int16]
 
-# Half-lives in tokens and weights of the parts of a score. They give an LRU of 50, 86 and 128
-# slots per layer of 512 experts 61, 72 and 80 % at top-10; measured were 60 and 72 % (FOMOE, 397B)
-# and 81 % (llama.cpp #27861). The sharpness gives cache-aware routing at 0.35 its 6 % of reads.
-_TOPIC, _CONTEXT = 150, 6
-_SHARPNESS = 1.2
+_SHARPNESS = 1.2  # gives cache-aware routing at 0.35 the 6 % of reads that FOMOE published
 _UNNAMED = -40.0  # a score below any that a trace names
 
 
@@ -71,21 +68,11 @@ class Loads:
 def synthetic_scores(
     n_tokens: int, n_layers: int, n_experts: int, seed: int
 ) -> npt.NDArray[np.float32]:
-    """Return router scores float32 [T, L, E] whose locality resembles a large model's.
-
-    A score is popularity + topic + context + noise; topic and context are first-order
-    autoregressive.
-    """
-    rng = np.random.default_rng(seed)
-    popularity, topic, context = rng.standard_normal((3, n_layers, n_experts), np.float32)
+    """Return the scores of a `SyntheticRouter`, float32 [T, L, E], sharp enough for replays."""
+    router = SyntheticRouter(n_layers, n_experts, seed, np.float32)
     scores = np.empty((n_tokens, n_layers, n_experts), np.float32)
-    for token in range(n_tokens):
-        new = rng.standard_normal((3, n_layers, n_experts), np.float32)
-        for state, half_life, noise in ((topic, _TOPIC, new[0]), (context, _CONTEXT, new[1])):
-            keep = 0.5 ** (1 / half_life)
-            state *= np.float32(keep)
-            state += np.float32(np.sqrt(1 - keep**2)) * noise
-        np.add(0.3 * popularity + 0.9 * topic, 0.8 * context + 0.9 * new[2], out=scores[token])
+    for row in scores:
+        row[:] = router.scores()
     scores *= np.float32(_SHARPNESS)
     return scores
 

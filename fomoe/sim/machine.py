@@ -1,7 +1,7 @@
 """A machine as the twin sees it: rates, sizes and latencies, each with its source, from TOML.
 
-The file has one table of each of these kinds; `device` and `drive` may repeat. Every number needs
-an entry of the same name under `source` in its table, so that none is without a reason.
+The file has one table of each of these kinds; `drive` may repeat. Every number but a count needs an
+entry of the same name under `source` in its table, so that none is without a reason.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, fields, replace
 
@@ -88,7 +89,8 @@ def machine_toml(m: Measurements) -> str:
             ),
         },
     }  # fmt: skip
-    lines = [f'title = "this machine, measured with {m.model}"', "is_measured = true"]
+    title = f"this machine, measured with {m.model}"
+    lines = [f"title = {_quoted(title)}", "is_measured = true"]
     for name, values in tables.items():
         plain = name.strip("[]")
         lines += ["", f"[{name}]"]
@@ -96,8 +98,13 @@ def machine_toml(m: Measurements) -> str:
             lines += [f"count = {m.devices}", "shares_cores = true"]
         lines += [f"{key} = {max(value, _LEAST):.6g}" for key, (value, _) in values.items()]
         lines += ["", f"[{plain}.source]"]
-        lines += [f'{key} = "{reason}"' for key, (_, reason) in values.items()]
+        lines += [f"{key} = {_quoted(reason)}" for key, (_, reason) in values.items()]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """Return a TOML string; JSON's escapes are among TOML's."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def machine_of(m: Measurements) -> Machine:

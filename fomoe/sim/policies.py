@@ -90,7 +90,6 @@ def parse_policy(text: str) -> Policy:
             _put(caches, key, _number(_OF_CACHES[name], value, part), text)
         else:
             raise ConfigError(f"{part!r} in policy {text!r} is unknown; {_HELP}")
-    caches.setdefault("eviction", "lru")
     return _policy(text, strengths, options, caches)
 
 
@@ -117,9 +116,11 @@ def _policy(
     if len(strengths) > 1:
         raise ConfigError(f"policy {text!r} has {len(strengths)} rules; keep one")
     name, strength = next(iter(strengths.items()), ("exact", 0.0))
+    others = [part for part in text.split("+") if part != "belady"]
+    if name not in _RULES and (refused := others if name == "belady" else list(options)):
+        raise ConfigError(f"policy {text!r}: {name} does not take {', '.join(refused)}; {_HELP}")
+    caches.setdefault("eviction", "lru")
     if name not in _RULES:
-        if options or (name == "belady" and len(caches) > 1):
-            raise ConfigError(f"policy {text!r}: {name} takes none of these options; {_HELP}")
         return Policy(text, None if name == "belady" else ExactRouting(), tuple(caches.items()))
     try:
         rule = _RULES[name](strength, **options)

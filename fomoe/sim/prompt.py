@@ -58,34 +58,35 @@ class PromptTime:
 
 
 def prompt_time(
-    machine: Machine, shape: ModelShape, spread: Spread, tokens: int, resident: float
-) -> PromptTime:
+    machine: Machine, shape: ModelShape, spread: Spread, tokens: int,
+    resident: tuple[float, float],
+) -> PromptTime:  # fmt: skip
     """Predict the time of a prompt whose reads, copies and arithmetic overlap.
 
-    Of the experts that a chunk wants, the share `resident / E` lies on a device or in RAM. The
-    first layer's reads are not hidden.
+    Of the experts that a chunk wants, each tier has its share of the layer's: what no tier holds is
+    read, what no device holds is copied. The first layer's reads or copies are not hidden.
 
     Args:
         machine: what it runs on.
         shape: the model.
         spread: how many experts a chunk wants.
         tokens: of the prompt.
-        resident: experts of a layer on devices and in RAM.
+        resident: experts of a layer on devices, and in RAM.
     """
     device = machine.device
     drive_s = link_s = 0.0
     chunks = -(-tokens // _CHUNK)
-    layer = float(shape.expert_bytes.mean())
+    copied = max(0.0, 1 - resident[0] / shape.n_experts)
+    read = max(0.0, 1 - sum(resident) / shape.n_experts)
     for chunk in range(chunks):
         wanted = spread.distinct(min(_CHUNK, tokens - chunk * _CHUNK))
-        absent = wanted * max(0.0, 1 - resident / shape.n_experts)
-        nbytes = absent * layer * shape.n_layers
-        drive_s += nbytes / (machine.nodes * sum(machine.drive_rates))
+        nbytes = wanted * float(shape.expert_bytes.sum())
+        drive_s += read * nbytes / (machine.nodes * sum(machine.drive_rates))
         if device.link_rate:
-            link_s += nbytes / (device.link_rate * machine.n_devices)
+            link_s += copied * nbytes / (device.link_rate * machine.n_devices)
     macs = shape.dense_macs + shape.expert_macs
     device_s = tokens * macs / device.matrix_rate + shape.head_bytes / device.dense_rate
     steps = chunks * shape.n_layers * machine.software.layer_s
-    fill = drive_s / chunks / shape.n_layers
+    fill = max(drive_s, link_s) / chunks / shape.n_layers
     longest = max(drive_s, link_s, device_s)
     return PromptTime(seconds=longest + fill + steps, drive=drive_s, link=link_s, device=device_s)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fomoe.errors import ConfigError
 from fomoe.sim.belady import belady_misses
-from fomoe.sim.group import COSTS, TextGroup
+from fomoe.sim.group import COSTS, TextGroup, scored_tokens
 from fomoe.sim.policies import Policy, parse_policy
 from fomoe.traces import Trace
 
@@ -61,13 +61,6 @@ def run_point(point: Point) -> Floats:
         texts = [_optimum(trace, rows, point) for rows in point.texts]
         return np.stack(texts)
     return TextGroup(trace, point.texts, point.warmup).run(policy, point.capacity)
-
-
-def scored_tokens(trace: Trace, rows: Rows, warmup: int) -> npt.NDArray[np.bool_]:
-    """Say which tokens of a text are scored: those of decode, from the warm-up on."""
-    scored = ~trace.is_prompt[rows]
-    scored[:warmup] = False
-    return scored
 
 
 def _optimum(trace: Trace, rows: Rows, point: Point) -> Floats:

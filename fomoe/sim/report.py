@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.evaluation.statistics import ratio_interval
 from fomoe.sim.bounds import Uses, knapsack, relaxed
-from fomoe.sim.intervals import ratio_interval
 from fomoe.sim.losses import LOSSES
 from fomoe.sim.replay import Score
 from fomoe.traces import Trace

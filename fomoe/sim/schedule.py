@@ -22,7 +22,7 @@ class Schedule:
             layer's experts (expert-parallel).
         recall: share of a layer's misses that were guessed a layer ahead; 0: no guesses.
         waste: wrong guesses per right one.
-        depth: how many layers ahead guesses are made.
+        depth: how many layers ahead guesses are made; the nearer layer's are read first.
         decay: what of the recall is left per further layer ahead.
         pieces: requests that an expert is read in.
         cpu_arm: experts in RAM are computed by the host's cores, not copied.

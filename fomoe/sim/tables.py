@@ -27,7 +27,7 @@ class Part:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if not (value > 0 or (value == 0 and field.default is not MISSING)):
+            if not (value > 0 or value == field.default == 0):
                 raise ConfigError(f"{field.name} = {value}: must be greater than 0")
 
 

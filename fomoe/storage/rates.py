@@ -9,7 +9,9 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import numpy as np
 
@@ -22,6 +24,7 @@ _REQUEST_BYTES = 4 << 20
 _MOST_BYTES = 2 << 30
 _BURST = 4
 _READ_BOUND_S = 10.0
+_LEAST_S = 1e-7  # of a read that a cache below us answers
 
 
 def direct_read_rate(path: Path, seconds: float = 1.0, depth: int = 4) -> float:
@@ -89,47 +92,54 @@ def expert_read_times(reader: DirectReader, seconds: float = 1.0) -> tuple[float
         seconds of the one less that: what each more costs, and what comes on top of a burst.
 
     Raises:
-        StorageError: a read failed.
+        StorageError: a read failed or took longer than 10 s.
     """
-    table = reader.table
-    slot_bytes = max(table.slot_bytes(layer) for layer in table.layers)
-    rng, landed, errors = np.random.default_rng(0), threading.Semaphore(0), list[StorageError]()
-
-    def on_landed(_: Fetch, error: StorageError | None) -> None:
-        if error is not None:
-            errors.append(error)
-        landed.release()
-
-    counter = itertools.count(1)
-    with Segment.create(_BURST * slot_bytes) as segment:
-        queue = FetchQueue(reader, segment, on_landed)
-
-        def burst(size: int) -> float:
-            layers = rng.choice(np.array(table.layers), size).tolist()
-            fetches = [
-                Fetch(
-                    slot=i,
-                    address=i * slot_bytes,
-                    generation=next(counter),
-                    layer=layer,
-                    expert=int(rng.integers(table.n_experts)),
-                )
-                for i, layer in enumerate(layers)
-            ]
-            started = time.perf_counter()
-            queue.submit(fetches)
-            for _ in fetches:
-                if not landed.acquire(timeout=_READ_BOUND_S):
-                    raise StorageError(f"a read took longer than {_READ_BOUND_S} s")
-            return time.perf_counter() - started
-
-        deadline, singles, bursts = time.monotonic() + seconds, [burst(1)], [burst(_BURST)]
+    layers = reader.table.layers
+    slot_bytes = max(reader.table.slot_bytes(layer) for layer in layers)
+    with (
+        Segment.create(_BURST * slot_bytes) as segment,
+        closing(_Bursts(reader, segment, slot_bytes)) as bursts,
+    ):
+        deadline = time.monotonic() + seconds
+        singles, many = [bursts.read(1)], [bursts.read(_BURST)]
         while time.monotonic() < deadline:
-            singles.append(burst(1))
-            bursts.append(burst(_BURST))
-        queue.close()
-    if errors:
-        raise errors[0]
-    one, many = float(np.mean(singles)), float(np.mean(bursts))
-    each = max((many - one) / (_BURST - 1), 1e-7)
+            singles.append(bursts.read(1))
+            many.append(bursts.read(_BURST))
+    one = float(np.mean(singles))
+    each = max((float(np.mean(many)) - one) / (_BURST - 1), _LEAST_S)
     return each, max(0.0, one - each)
+
+
+class _Bursts:
+    """Reads of random experts through a queue, several at once."""
+
+    def __init__(self, reader: DirectReader, segment: Segment, slot_bytes: int) -> None:
+        self._table, self._slot_bytes = reader.table, slot_bytes
+        self._rng, self._generations = np.random.default_rng(0), itertools.count(1)
+        self._landed: SimpleQueue[StorageError | None] = SimpleQueue()
+        self._queue = FetchQueue(reader, segment, lambda _, error: self._landed.put(error))
+
+    def close(self) -> None:
+        """End the queue, which must come before its segment's end."""
+        self._queue.close()
+
+    def read(self, size: int) -> float:
+        """Return the seconds that `size` experts take together; StorageError where one fails."""
+        layers = self._rng.choice(np.array(self._table.layers), size).tolist()
+        fetches = [
+            Fetch(
+                slot=i, address=i * self._slot_bytes, generation=next(self._generations),
+                layer=layer, expert=int(self._rng.integers(self._table.n_experts)),
+            )
+            for i, layer in enumerate(layers)
+        ]  # fmt: skip
+        started = time.perf_counter()
+        self._queue.submit(fetches)
+        for _ in fetches:
+            try:
+                error = self._landed.get(timeout=_READ_BOUND_S)
+            except Empty:
+                raise StorageError(f"a read took longer than {_READ_BOUND_S} s") from None
+            if error is not None:
+                raise error
+        return time.perf_counter() - started

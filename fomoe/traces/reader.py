@@ -95,6 +95,11 @@ class Trace:
         flags: npt.NDArray[np.bool_] = (self.records["flags"] & PROMPT) != 0
         return flags
 
+    def prompt_among(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return `is_prompt` of some records [n]; only these are looked at."""
+        flags: npt.NDArray[np.bool_] = (self.records["flags"][rows] & PROMPT) != 0
+        return flags
+
     @cached_property
     def sequences(self) -> tuple[SequenceRows, ...]:
         """The texts, by number; how their tokens were interleaved does not matter."""

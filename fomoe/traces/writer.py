@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -89,7 +90,8 @@ class TraceWriter:
             rows: theirs, [L, T, C].
 
         Raises:
-            TraceError: the file cannot be written to (the disk is full, ...).
+            TraceError: the file cannot be written to (the disk is full, ...); it ends with a whole
+                record and can be written to again.
             ValueError: the rows have another shape than the passage and the model.
         """
         count = len(passage.tokens)
@@ -99,10 +101,18 @@ class TraceWriter:
         for start in range(0, count, _BLOCK_TOKENS):
             stop = min(start + _BLOCK_TOKENS, count)
             records = pack_records(self.facts, passage.part(start, stop), rows.part(start, stop))
+            end = os.lseek(self._file, 0, os.SEEK_CUR)
             try:
                 self._write(records.view(np.uint8).data)
             except OSError as error:
+                self._take_back(end)
                 raise self._refused(error) from None
+
+    def _take_back(self, end: int) -> None:
+        """Drop what a failed write has left, so that no later record lies behind half a one."""
+        with suppress(OSError):
+            os.ftruncate(self._file, end)
+            os.lseek(self._file, end, os.SEEK_SET)
 
     def _write(self, data: bytes | memoryview) -> None:
         left = memoryview(data)

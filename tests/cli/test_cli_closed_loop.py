@@ -117,6 +117,18 @@ def test_quality_prints_and_keeps_what_it_measured(
         assert part in shown
 
 
+def test_figures_are_kept_and_shown_where_nothing_can_be_drawn(
+    fomoe: Callable[..., Any], loop_llm: Any, model: Path, text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = fomoe("eval", "quality", model, "--text", text, *QUALITY, "--output", tmp_path / "o")
+    assert isinstance(result.exception, ConfigError)
+    assert "plots need matplotlib" in str(result.exception)
+    assert "24 documents, 720 scored tokens" in result.stdout
+    assert (tmp_path / "o" / "figures.json").exists()
+
+
 def test_another_file_is_set_against_the_reference(
     fomoe: Callable[..., Any], loop_llm: Any, model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +161,8 @@ def test_another_file_is_set_against_the_reference(
         (("--reference", "/nonexistent"), "not a table"),
         (("--output", "/dev/null/x"), "cannot be made"),
         (("--text", "/nonexistent"), "cannot be read"),
+        (("--quality", "car=0.5"), "named with --policy"),
+        (("--car", 0.5), "named with --policy"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -193,7 +207,16 @@ def test_choices_refuses_what_is_no_set(
     broken.write_bytes(b"no archive")
     one = tmp_path / "one.jsonl"
     one.write_text(json.dumps({"text": "a b"}))
-    for path, message in ((broken, "cannot be read"), (one, "2 are needed")):
-        result = fomoe("eval", "choices", model, "--data", path, "--part", "all")
+    two, same = tmp_path / "two.jsonl", tmp_path / "other" / "two.jsonl"
+    same.parent.mkdir()
+    for path in (two, same):
+        path.write_text("\n".join(json.dumps({"text": f"a {i} b"}) for i in range(3)))
+    for path, more, message in (
+        (broken, (), "cannot be read"),
+        (one, (), "2 are needed"),
+        (two, ("--data", same), "two sets are called two.jsonl"),
+        (two, ("--quality", "car=0.5"), "named with --policy"),
+    ):
+        result = fomoe("eval", "choices", model, "--data", path, "--part", "all", *more)
         assert isinstance(result.exception, ConfigError)
         assert message in str(result.exception)

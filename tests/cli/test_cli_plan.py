@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from support.tiny_gguf import write_tiny
@@ -65,8 +66,47 @@ def test_a_recorded_text_gives_the_hit_rates(tmp_path):
             writer.append(passage, rows)
     said = json.loads(run("--shape", "397b-a17b", "--trace", str(path), "--json").output)
     assert said["predicted"]["hits"]["device"]["mid"] == pytest.approx(0.6, abs=0.05)
-    with pytest.raises(ConfigError, match="60 layers with 512 experts"):
+    with pytest.raises(ConfigError, match=r"\(60, 512, 10\) there and \(48, 256, 8\) here"):
         run("--shape", "122b-a10b", "--trace", str(path))
+
+
+def written(path, facts, passages):
+    with TraceWriter(path, facts) as writer:
+        for passage, rows in passages:
+            writer.append(passage, rows)
+    return str(path)
+
+
+def test_interleaved_texts_are_planned_one_after_the_other(tmp_path):
+    facts = TraceFacts(
+        model="m", n_layers=60, n_experts=512, top_k=10, expert_bytes=(7_602_176,) * 60
+    )
+    one, two = (
+        [(replace(passage, sequence=number), rows) for passage, rows in
+         Synthesis(facts=facts, tokens=220, sharpness=1.2, seed=number).passages()]
+        for number in range(2)
+    )  # fmt: skip
+    singly = [
+        (passage.part(i, i + 1), rows.part(i, i + 1))
+        for pair in zip(one, two, strict=True)
+        for i in range(len(pair[0][0].tokens))
+        for passage, rows in pair
+    ]
+    said = [
+        json.loads(run("--shape", "397b-a17b", "--trace", trace, "--json").output)["predicted"]
+        for trace in (
+            written(tmp_path / "apart", facts, [*one, *two]),
+            written(tmp_path / "mixed", facts, singly),
+        )
+    ]
+    assert said[0] == said[1]
+
+
+def test_a_trace_of_another_top_k_is_refused(tmp_path):
+    facts = TraceFacts(model="m", n_layers=60, n_experts=512, top_k=8, expert_bytes=(7,) * 60)
+    trace = written(tmp_path / "t", facts, [])
+    with pytest.raises(ConfigError, match=r"\(60, 512, 8\) there and \(60, 512, 10\)"):
+        run("--shape", "397b-a17b", "--trace", trace)
 
 
 def test_a_file_is_planned_from_its_header(tmp_path):
@@ -102,6 +142,11 @@ def test_refuses_what_makes_no_sense(arguments, said):
         run(*arguments)
 
 
+@pytest.mark.parametrize("option", ["--car", "--price"])
+def test_a_strength_is_a_share(option):
+    assert run("--shape", "397b-a17b", option, "1.5").exit_code == 2
+
+
 def test_the_calibration_table_lists_rows_constants_and_sources(monkeypatch):
     from fomoe.cli import plan as module
     from fomoe.sim.calibration import RowResult, read_calibration
@@ -120,5 +165,8 @@ def test_the_calibration_table_lists_rows_constants_and_sources(monkeypatch):
         (line,) = (line for line in lines if line.startswith(row.name))
         assert "predicted" in line
         assert "(1.40 at 0.1 to 1.50 at 0.85)" in line
+    for row in json.loads(run("--calibration", "--json").output)["rows"]:
+        assert set(row) == {"row", "predicted"}
+        assert row["predicted"]["replayed"] == [1.0, 1.3]
     assert any(line.startswith("constant desktop.drive0.rate: ") for line in lines)
     assert any(line.startswith("constant fitted.layer_s: ") for line in lines)

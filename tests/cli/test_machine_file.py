@@ -3,7 +3,7 @@
 import pytest
 from support.tiny_gguf import write_tiny
 
-from fomoe.cli.machine_file import measurements, part_of, write_machine
+from fomoe.cli.machine_file import check_target, measurements, part_of, write_machine
 from fomoe.cli.options import ModelOptions
 from fomoe.engine.waterfall import PARTS
 from fomoe.errors import ConfigError
@@ -52,6 +52,19 @@ def test_the_second_run_says_what_reads_take_besides(path):
     loads = assumed_loads((0.7, 0.0, 0.3), shape.top_k, shape.n_layers, 200, seed=0)
     again = decode(machine_of(found), shape, loads, Schedule()).tokens_per_s
     assert again == pytest.approx(180.0, rel=0.001)
+
+
+def test_a_second_run_that_read_nothing_says_nothing_of_reads(path):
+    figures = figures_of(path), figures_of(path, speed=100.0)
+    assert measurements(figures, shape_of_file(path), (2e-4, 1e-4), 8e9).reads_s == 0
+
+
+def test_refuses_at_once_what_could_not_be_written(tmp_path):
+    check_target(tmp_path / "here.toml", 64)
+    with pytest.raises(ConfigError, match="is no directory"):
+        check_target(tmp_path / "none" / "here.toml", 64)
+    with pytest.raises(ConfigError, match="generate tokens"):
+        check_target(tmp_path / "here.toml", 0)
 
 
 def test_a_file_is_written_that_can_be_read(path, tmp_path):

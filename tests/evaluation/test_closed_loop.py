@@ -118,18 +118,18 @@ def test_the_null_touches_as_many_sites_as_the_policy(
 def test_no_run_follows_one_of_the_same_document(
     windows: list[Window], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 0)  # blocks of two
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 0)  # blocks of two and of three
     model, count = ShiftedModel(), 0
 
     def counted() -> None:
         nonlocal count
         count += 1
 
-    small = closed_loop(model, windows[:4], ["car=0.5"], null=False, on_run=counted)
+    small = closed_loop(model, windows, ["car=0.5"], null=False, on_run=counted)
     documents = [name for name, _ in model.asked]
     assert all(a != b for a, b in pairwise(documents))
-    assert count == len(documents) == 8
-    assert [run.document for run in small.runs["car=0.5"]] == ["d0", "d1", "d2", "d3"]
+    assert count == len(documents) == 10
+    assert [run.document for run in small.runs["car=0.5"]] == ["d0", "d1", "d2", "d3", "d4"]
 
 
 def test_figures_are_those_of_the_tokens(results: Results) -> None:

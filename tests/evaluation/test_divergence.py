@@ -10,7 +10,6 @@ from fomoe.evaluation.divergence import (
     compare,
     kl_divergence,
     negative_log_likelihoods,
-    top1_agreement,
 )
 from fomoe.evaluation.segments import SEGMENTS
 
@@ -64,7 +63,7 @@ def test_small_differences_keep_their_digits() -> None:
 def test_of_equal_logits_the_lower_id_is_the_likelier() -> None:
     p = np.array([[1.0, 3.0, 3.0], [0.0, 1.0, 2.0]], np.float32)
     q = np.array([[1.0, 3.0, 4.0], [0.0, 1.0, 2.0]], np.float32)
-    assert list(top1_agreement(p, q)) == [False, True]
+    assert compare(p, q, np.zeros(2, np.int64)).agrees.tolist() == [False, True]
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -147,6 +147,10 @@ def test_a_baseline_without_excess_gives_no_good_ratio() -> None:
     ratio = estimate_ratio(rng.standard_normal(200), rng.standard_normal(200), documents)
     assert ratio.upper == math.inf
     assert not ratio.is_judged
+    for baseline, sigmas in ((0.0, 0.0), (0.5, math.inf), (-0.5, -math.inf)):
+        same = estimate_ratio(np.ones(200), np.full(200, baseline), documents)
+        assert same.sigmas == sigmas
+        assert same.is_judged == (baseline > 0)
 
 
 def test_twice_the_same_excess_has_ratio_one_without_spread() -> None:

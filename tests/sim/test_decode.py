@@ -7,6 +7,7 @@ from support.small_machine import EXPERT, LAYERS, make_loads, make_machine, scal
 
 from fomoe.errors import ConfigError
 from fomoe.sim.decode import decode
+from fomoe.sim.loads import Loads
 from fomoe.sim.schedule import Schedule
 
 
@@ -87,6 +88,59 @@ def test_perfect_foresight_takes_the_longest_resource(shape):
     assert (outcome.wall <= outcome.busy["drive"] + edges + last).all()
 
 
+def test_idle_time_before_another_router_is_used_for_guesses_further_ahead():
+    """Every other layer is waited for long, but has misses of its own that nobody guessed."""
+    shape = small_shape()
+    shape = dataclasses.replace(shape, layer_bytes=np.tile([2e8, 1e3], LAYERS // 2))
+    loads = make_loads((0.4, 0.0, 0.6))
+    near, far = (
+        decode(make_machine(), shape, loads, Schedule(recall=0.5, waste=0, depth=depth, decay=1.0))
+        for depth in (1, 2)
+    )
+    # Guessed are half of 2.4 misses of 1 ms each, in the two later ones of three short layers.
+    saved = near.wall - far.wall
+    assert 0.5e-3 < saved.mean() < 2.4e-3
+    np.testing.assert_allclose(near.read_bytes, far.read_bytes)
+
+
+def test_nothing_is_copied_before_it_was_read(shape):
+    """Where the link is the slow one, an expert of the drive comes after one of RAM."""
+    machine = make_machine(link=2e8)
+    ram, nvme = (
+        decode(machine, shape, make_loads(shares, tokens=3), Schedule()).wall
+        for shares in ((0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    )
+    first = EXPERT / machine.drives[0].rate / 3
+    assert (nvme - ram >= LAYERS * first).all()
+
+
+def test_a_token_takes_no_less_than_its_traffic_through_memory(shape):
+    machine, loads = make_machine(), make_loads()
+    slow = dataclasses.replace(machine, host=dataclasses.replace(machine.host, memory_rate=5e8))
+    outcome = decode(slow, shape, loads, Schedule())
+    np.testing.assert_allclose(
+        outcome.wall, (outcome.read_bytes + outcome.link_bytes) / 5e8, rtol=1e-12
+    )
+    assert outcome.binds == "memory"
+
+
+def test_another_node_reads_when_it_has_been_told(shape):
+    """With nothing but reads, each layer waits for the way there and back."""
+    shape = dataclasses.replace(shape, n_layers=1, layer_bytes=np.full(1, 1.0),
+                                shared_bytes=np.full(1, 1.0))  # fmt: skip
+    machine = make_machine(nodes=2, devices=1)
+    where = np.array([0, 1], np.int16).reshape(1, 1, 2)
+    nothing = np.zeros_like(where)
+    far, near = (
+        decode(machine, shape, Loads(device=nothing, ram=nothing, nvme=w, demoted=nothing),
+               Schedule(split="experts"))
+        for w in (where, where[..., ::-1].copy())
+    )  # fmt: skip
+    network = machine.network
+    message = network.latency_s + shape.hidden * 4 / network.rate
+    np.testing.assert_allclose(far.wall - near.wall, 2 * message, rtol=1e-6)
+
+
 def test_no_overlap_is_slower_than_any_other_order(shape):
     machine, loads = make_machine(), make_loads()
     serial = decode(machine, shape, loads, SCHEDULES["serial"]).wall
@@ -158,6 +212,9 @@ def test_refuses_loads_of_another_model_and_schedules_without_sense(shape):
         decode(machine, dataclasses.replace(shape, n_layers=7), loads, Schedule())
     with pytest.raises(ConfigError, match="1 owners for 2 devices"):
         decode(machine, shape, loads, Schedule(split="experts"))
+    idle = dataclasses.replace(machine, host=dataclasses.replace(machine.host, cpu_rate=0.0))
+    with pytest.raises(ConfigError, match="cpu_rate"):
+        decode(idle, shape, loads, SCHEDULES["processor"])
     for wrong in ({"recall": 1.1}, {"waste": -0.1}, {"depth": 0}, {"pieces": 0}, {"decay": 0.0}):
         with pytest.raises(ConfigError):
             Schedule(**wrong)

@@ -4,7 +4,7 @@ import pytest
 from support.small_machine import make_machine, small_shape
 
 from fomoe.errors import BudgetError
-from fomoe.sim.forecast import Question, Twin, corners, fit_model, upgrades
+from fomoe.sim.forecast import Question, Span, Twin, corners, fit_model, in_corner, upgrades
 from fomoe.sim.loads import synthetic_scores
 from fomoe.sim.machine import find_machine
 from fomoe.sim.prompt import Spread, prompt_time
@@ -98,10 +98,36 @@ def test_a_text_wants_as_many_experts_as_the_original_counted():
 def test_a_prompt_costs_a_sweep_whatever_its_length_up_to_a_chunk(large):
     machine = find_machine("desktop")
     spread = Spread.of(synthetic_scores(200, 4, 512, seed=0), 10)
-    times = {t: prompt_time(machine, large, spread, t, 86) for t in (64, 2048, 4096, 8192)}
+    times = {t: prompt_time(machine, large, spread, t, (50, 36)) for t in (64, 2048, 4096, 8192)}
     sweep = (large.routed_bytes - 86 * large.expert_bytes.sum()) / 14.5e9
     assert times[4096].drive == pytest.approx(sweep, rel=0.01)
     assert times[2048].seconds == pytest.approx(times[4096].seconds, rel=0.03)
     assert times[64].seconds < 0.5 * times[4096].seconds
     assert times[8192].seconds == pytest.approx(2 * times[4096].seconds, rel=0.01)
     assert times[4096].binds == "drive"
+
+
+def test_what_ram_holds_of_a_prompt_is_copied(large):
+    machine = find_machine("desktop")
+    machine = dataclasses.replace(
+        machine, devices=(dataclasses.replace(machine.device, matrix_rate=1e15),)
+    )
+    spread = Spread.of(synthetic_scores(200, 4, 512, seed=0), 10)
+    time = prompt_time(machine, large, spread, 4096, (50, 462))
+    copied = large.routed_bytes * 462 / 512 / (machine.n_devices * machine.device.link_rate)
+    assert time.drive == 0
+    assert time.link == pytest.approx(copied, rel=0.01)
+    assert time.binds == "link"
+    assert time.seconds > time.link
+
+
+def test_what_reads_take_besides_is_the_engines_own_time():
+    machine = make_machine()
+    for corner in corners(machine):
+        soft = in_corner(machine, corner).software
+        assert soft.reads_s == machine.software.reads_s * corner.software
+
+
+def test_a_span_is_in_order_whatever_the_corners_say():
+    assert Span.of((3.0, 2.0, 1.0)) == Span(1.0, 2.0, 3.0)
+    assert Span.of((2.0, 1.0, 3.0)) == Span(1.0, 1.0, 3.0)

@@ -74,6 +74,7 @@ def test_reads_a_machine(tmp_path):
         ("rate = 2e9", 'rate = "fast"', "drive0.rate"),
         ("count = 2", "count = 1.5", "device0.count"),
         ("count = 2", "count = true", "device0.count"),
+        ("count = 2", "count = 0", "count = 0"),
         ("layer_s = 1e-5", "", "layer_s"),
         ("title =", "nodes = 2\ntitle =", "network"),
         ("[[drive]]", "[[device]]\nmatrix_rate = 1.0\n[[drive]]", "missing"),

@@ -27,6 +27,12 @@ def test_the_file_says_what_the_machine_is(tmp_path):
     assert "m.gguf" in read.sources["device0.expert_rate"]
 
 
+def test_any_name_of_a_model_can_be_read_again(tmp_path):
+    path = tmp_path / "here.toml"
+    path.write_text(machine_toml(dataclasses.replace(MEASURED, model='a "b" \\ 😀.gguf')))
+    assert read_machine(path).title.endswith('a "b" \\ 😀.gguf')
+
+
 @pytest.mark.parametrize("reads_s", [0.0, 7e-5, 9e-4])
 def test_what_reads_take_besides_is_found_again(reads_s):
     shape, loads = small_shape(), make_loads()

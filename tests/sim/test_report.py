@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from fomoe.evaluation.statistics import ratio_interval
 from fomoe.sim.bounds import Uses
 from fomoe.sim.group import COSTS
-from fomoe.sim.intervals import ratio_interval
 from fomoe.sim.policies import parse_policy
 from fomoe.sim.replay import Score
 from fomoe.sim.report import bounds_of, figures_of, gap_of, table_of

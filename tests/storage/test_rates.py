@@ -1,6 +1,9 @@
 """The drive's rate: a number for a file that can be read directly, clear errors for others."""
 
 import contextlib
+import os
+import threading
+import time
 
 import pytest
 from support.tiny_gguf import write_tiny
@@ -8,6 +11,7 @@ from support.tiny_gguf import write_tiny
 from fomoe.errors import StorageError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
+from fomoe.storage import rates
 from fomoe.storage.rates import direct_read_rate, expert_read_times
 from fomoe.storage.reader import DirectReader
 
@@ -50,3 +54,20 @@ def test_a_failed_read_ends_the_timing(tmp_path):
         pytest.raises(StorageError, match="made up"),
     ):
         expert_read_times(reader, seconds=0.05)
+
+
+def test_a_read_that_takes_too_long_ends_the_timing_and_its_threads(tmp_path, monkeypatch):
+    path = write_tiny(tmp_path / "m.gguf", seed=2, quant="Q4_K_M", layers=2, vocab=300)
+    file, before = open_gguf(path), set(threading.enumerate())
+    monkeypatch.setattr(rates, "_READ_BOUND_S", 0.05)
+
+    def slow(fd, buffer, offset):
+        time.sleep(0.3)
+        return os.preadv(fd, [buffer], offset)
+
+    with (
+        DirectReader(file.shards, ExpertTable.from_gguf(file), pread=slow) as reader,
+        pytest.raises(StorageError, match=r"longer than 0\.05 s"),
+    ):
+        expert_read_times(reader, seconds=0.05)
+    assert set(threading.enumerate()) <= before

@@ -1,6 +1,8 @@
 """Trace files: what is written is read, and what is no good says so."""
 
+import errno
 import json
+import os
 import pickle
 import signal
 import struct
@@ -242,6 +244,31 @@ def test_numbers_go_on_where_a_file_is_continued(tmp_path):
     with TraceWriter(path, FACTS) as writer:
         assert writer.new_sequence() == 2
     assert [(s.number, s.label) for s in Trace.open(path).sequences] == [(0, "one"), (1, "two")]
+
+
+def test_a_failed_write_leaves_whole_records(tmp_path, monkeypatch):
+    """A disk that is full in the middle of a record and has room again later."""
+    real, room = os.write, 100
+
+    def full(file, data):
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done = real(file, data[:room])
+        room -= done
+        return done
+
+    path = write(tmp_path / "t")
+    with TraceWriter(path, FACTS) as writer:
+        passage = Passage(sequence=writer.new_sequence(), tokens=[1, 2], position=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(TraceError, match="No space left"):
+                writer.append(passage, rows_for(FACTS, 2))
+        writer.append(passage, rows_for(FACTS, 2))
+    trace = Trace.open(path)
+    trace.verify()
+    assert (trace.torn_bytes, trace.records["token"].tolist()) == (0, [5, 6, 7, 1, 2])
 
 
 def test_a_killed_writer_leaves_whole_records(tmp_path):
