@@ -88,7 +88,8 @@ def test_each_expert_is_read_once_in_file_order(path, long_prompt, right, share,
         total = sum(len(reads.of_layer(layer)) for layer in range(LAYERS))
         receipt = finished(events).receipt
         assert receipt.nvme_bytes == sum(
-            engine.plan.table.expert_bytes(f.layer) for f in reads.begun
+            engine.plan.table.expert_bytes(layer)
+            for layer, _ in {(f.layer, f.expert) for f in reads.begun}
         )
         used = receipt.prompt_hits_device + receipt.prompt_reads_nvme
         assert used == LAYERS * 3 * len(long_prompt)
