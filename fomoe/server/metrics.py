@@ -93,6 +93,15 @@ class ServerMetrics:
         if receipt.estimated_kl is not None:
             self._totals.set("fomoe_estimated_kl", receipt.estimated_kl)
         self._totals.set("fomoe_quality_price", receipt.price)
+        outcomes = {
+            "device": receipt.hits_device,
+            "ram": receipt.hits_ram,
+            "nvme": receipt.reads_nvme,
+            "substituted": receipt.substituted,
+        }
+        activations = sum(outcomes.values())
+        for outcome, count in outcomes.items() if activations else ():
+            self._totals.set(f'fomoe_expert_share{{outcome="{outcome}"}}', count / activations)
         add("fomoe_expert_stall_seconds_total", receipt.stall_ms / 1e3)
 
     def first_token(self, seconds: float) -> None:

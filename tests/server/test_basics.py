@@ -106,6 +106,8 @@ def test_metrics(serve: Serve) -> None:
     assert after["fomoe_expert_lookups_total[device]"] == 2 * TIERS["hits_device"]
     assert after["fomoe_expert_lookups_total[nvme]"] == 2
     assert after["fomoe_substitutions_total"] == 2
+    shares = [after[f"fomoe_expert_share[{o}]"] for o in ("device", "ram", "nvme", "substituted")]
+    assert shares == pytest.approx([6 / 12, 3 / 12, 1 / 12, 2 / 12])  # of the last answer
     assert after["fomoe_expert_stall_seconds_total"] == pytest.approx(0.004)
     assert after["fomoe_http_requests_total[200][/v1/chat/completions]"] == 2
     assert after["fomoe_http_requests_total[400][/v1/chat/completions]"] == 1
