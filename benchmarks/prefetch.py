@@ -28,13 +28,8 @@ from typing import Any
 import numpy as np
 
 from fomoe.actors.names import DRIVER
-from fomoe.engine.requests import (
-    Finished,
-    GenerateRequest,
-    Receipt,
-    SamplingParams,
-    TokenEvent,
-)
+from fomoe.cli.bench import _run_once
+from fomoe.engine.requests import Receipt
 from fomoe.engine.waterfall import PARTS
 from fomoe.errors import EngineError
 from fomoe.gguf.extents import ExpertTable
@@ -81,26 +76,17 @@ def decode(llm: LLM, known: int, tokens: int) -> Block:
 
     An engine that holds all but the last of the known ones goes on where it is.
     """
-    request = GenerateRequest(
-        request_id=f"ahead-{next(NUMBERS)}", prompt=list(range(known)), max_tokens=tokens + 1,
-        forced=list(range(known, known + tokens + 1)), waterfall=True,
-        sampling=SamplingParams(temperature=0.0),
+    receipt, parts = _run_once(
+        llm, f"ahead-{next(NUMBERS)}", list(range(known)), list(range(known, known + tokens + 1)),
+        waterfall=True,
     )  # fmt: skip
-    parts: list[list[float]] = []
-    for event in llm.engine.stream(request):
-        if isinstance(event, TokenEvent):
-            parts.append(event.parts_s)
-        elif isinstance(event, Finished):
-            if event.error is not None:
-                raise EngineError(event.error)
-            steps = parts[1:]  # the first token comes out of the prompt's pass
-            disk = PARTS.index("disk")
-            return Block(
-                ms=1e3 * sum(map(sum, steps)) / tokens,
-                stall_ms=1e3 * sum(step[disk] for step in steps) / tokens,
-                receipt=event.receipt,
-            )
-    raise EngineError("the request ended without a receipt")
+    steps = parts[1:]  # the first token comes out of the prompt's pass
+    disk = PARTS.index("disk")
+    return Block(
+        ms=1e3 * sum(map(sum, steps)) / tokens,
+        stall_ms=1e3 * sum(step[disk] for step in steps) / tokens,
+        receipt=receipt,
+    )
 
 
 def interval(differences: list[float], centre: Callable[..., Any]) -> list[float]:

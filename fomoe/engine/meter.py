@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
-from fomoe.engine.requests import Receipt
+from fomoe.engine.requests import Receipt, shares
 from fomoe.engine.waterfall import NOTHING, Seconds, Stopwatch, Waterfall, added, milliseconds
 from fomoe.quality import Quality
 from fomoe.routing.price import NANO
@@ -177,8 +177,7 @@ class Meter:
             "nvme": host.reads_nvme - before.reads_nvme,
             "substituted": self.loss.substituted - self._loss0.substituted,
         }
-        total = max(1, sum(counts.values()))
-        return {name: count / total for name, count in counts.items()}
+        return shares(counts)
 
     def receipt(self, decision_hash: int) -> Receipt:
         """Return what the request cost so far."""

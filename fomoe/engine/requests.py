@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -151,6 +151,16 @@ class Receipt:
     decision_hash: str = ""
 
     @property
+    def outcomes(self) -> dict[str, int]:
+        """What became of the activations of generated tokens."""
+        return {
+            "device": self.hits_device,
+            "ram": self.hits_ram,
+            "nvme": self.reads_nvme,
+            "substituted": self.substituted,
+        }
+
+    @property
     def bytes_by_cause(self) -> dict[str, int]:
         """What was read from the files, by why; the values add up to `nvme_bytes`."""
         return causes(
@@ -165,6 +175,12 @@ class Receipt:
     def estimated_kl(self) -> float | None:
         """Mean KL(exact, answer) in nats per token, by the shadow steps; None without any."""
         return self.shadow_kl / self.shadow_steps if self.shadow_steps else None
+
+
+def shares(outcomes: Mapping[str, int]) -> dict[str, float]:
+    """Return counts as shares of their sum, all 0 where that is 0."""
+    total = max(1, sum(outcomes.values()))
+    return {outcome: count / total for outcome, count in outcomes.items()}
 
 
 def causes(total: int, **known: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ then lower id.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,15 +55,15 @@ class RoutingRule(Protocol):
         """
 
 
-class _Native:
+class _Native(ABC):
     """The `route` of rules that native code runs."""
 
     __slots__ = ()
 
     @property
+    @abstractmethod
     def native(self) -> _routing.Rule:
         """The rule as native code takes it."""
-        raise NotImplementedError
 
     def route(
         self, logits: npt.NDArray[np.float32], k: int, resident: npt.NDArray[np.bool_],

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from fomoe.engine.requests import Engine, EngineStatus, Receipt
+from fomoe.engine.requests import Engine, EngineStatus, Receipt, shares
 from fomoe.telemetry import METRICS, Metric, Telemetry
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
@@ -93,15 +93,9 @@ class ServerMetrics:
         if receipt.estimated_kl is not None:
             self._totals.set("fomoe_estimated_kl", receipt.estimated_kl)
         self._totals.set("fomoe_quality_price", receipt.price)
-        outcomes = {
-            "device": receipt.hits_device,
-            "ram": receipt.hits_ram,
-            "nvme": receipt.reads_nvme,
-            "substituted": receipt.substituted,
-        }
-        activations = sum(outcomes.values())
-        for outcome, count in outcomes.items() if activations else ():
-            self._totals.set(f'fomoe_expert_share{{outcome="{outcome}"}}', count / activations)
+        if any(receipt.outcomes.values()):
+            for outcome, share in shares(receipt.outcomes).items():
+                self._totals.set(f'fomoe_expert_share{{outcome="{outcome}"}}', share)
         add("fomoe_expert_stall_seconds_total", receipt.stall_ms / 1e3)
 
     def first_token(self, seconds: float) -> None:

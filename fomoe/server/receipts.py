@@ -53,7 +53,7 @@ def tier_line(receipt: Receipt) -> str:
     speed = _speed(receipt.generated_tokens, receipt.generated_ms)
     if receipt.mode == UNMEASURED:
         return f"{speed} | experts not measured"
-    counts = (receipt.hits_device, receipt.hits_ram, receipt.reads_nvme, receipt.substituted)
+    counts = tuple(receipt.outcomes.values())
     prompt = (receipt.prompt_hits_device, receipt.prompt_hits_ram, receipt.prompt_reads_nvme, 0)
     whose = "" if any(counts) else " of the prompt"
     device, ram, nvme, substituted = percentages(counts if any(counts) else prompt)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from closed_loop import Arm, Bench, Counts
-from decode import Choice, State
+from decode import Choice
 from torch import Tensor
 
 from fomoe.engine.decisions import Decider, Decisions
@@ -52,7 +52,7 @@ def hold(bench: Bench, exact: Arm, policy: Arm, target: float, every: int) -> He
     for t in range(steps):
         at = bench.prefix + t
         run.prices = np.array([p.price for p in prices], np.float32)
-        twin = _second_half(state, rows) if is_sampled(t, every) else None
+        twin = state.rows_from(rows) if is_sampled(t, every) else None
         logits = bench.decoder.step(bench.ids[:, at].repeat(2), state, run.route)
         reference, ours = logits.log_softmax(-1).view(2, rows, -1)
         target_ids = bench.ids[:, at + 1, None]
@@ -108,10 +108,3 @@ class _Run:
         resident = self._deciders[1].caches.mask(layer)
         self.shadow_reads += (~np.take_along_axis(resident, ids.cpu().numpy(), 1)).sum(1)
         return Choice(ids, weights / weights.sum(-1, keepdim=True))
-
-
-def _second_half(state: State, rows: int) -> State:
-    twin = object.__new__(State)
-    twin.position = state.position
-    twin.parts = [tuple(t[rows:].clone() for t in part) for part in state.parts]
-    return twin

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -35,18 +35,21 @@ Route = Callable[[int, Tensor], Choice]  # layer, router scores float32 [R, E]
 class State:
     """What R sequences carry: `position`, KV caches, convolution windows, DeltaNet states."""
 
-    def __init__(self, layers: list[_Mixer], rows: int, length: int) -> None:
-        self.position = 0
-        self.parts = [layer.new_state(rows, length) for layer in layers]
+    def __init__(self, parts: list[tuple[Tensor, ...]], position: int = 0) -> None:
+        self.parts = parts
+        self.position = position
 
     def repeat(self, times: int) -> State:
         """Return `times` copies, one after the other along the rows."""
-        other = object.__new__(State)
-        other.position = self.position
-        other.parts = [
-            tuple(t.repeat(times, *[1] * (t.ndim - 1)) for t in part) for part in self.parts
-        ]
-        return other
+        return self._each(lambda t: t.repeat(times, *[1] * (t.ndim - 1)))
+
+    def rows_from(self, first: int) -> State:
+        """Return a copy of the rows from `first` on."""
+        return self._each(lambda t: t[first:].clone())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> State:
+        parts = [tuple(change(t) for t in part) for part in self.parts]
+        return State(parts, self.position)
 
 
 class LabDecoder:
@@ -70,7 +73,7 @@ class LabDecoder:
 
     def new_state(self, rows: int, length: int) -> State:
         """Return the empty state of `rows` sequences of up to `length` tokens."""
-        return State([layer.mixer for layer in self.layers], rows, length)
+        return State([layer.mixer.new_state(rows, length) for layer in self.layers])
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State, route: Route, *, logits: bool = True) -> Tensor:
@@ -147,15 +150,13 @@ def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([F.linear(part, w) for part, w in zip(parts, weight, strict=True)])
 
 
-class _Mixer:
-    def new_state(self, rows: int, length: int) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+class _Mixer(Protocol):
+    def new_state(self, rows: int, length: int) -> tuple[Tensor, ...]: ...
 
-    def step(self, h: Tensor, state: tuple[Tensor, ...], position: int) -> Tensor:
-        raise NotImplementedError
+    def step(self, h: Tensor, state: tuple[Tensor, ...], position: int) -> Tensor: ...
 
 
-class _DeltaNet(_Mixer):
+class _DeltaNet:
     def __init__(self, m: nn.Module, config: Any, dtype: torch.dtype) -> None:
         self.qkv, self.z, self.b, self.a, self.out = (
             w.weight.detach().to(dtype)
@@ -200,7 +201,7 @@ class _DeltaNet(_Mixer):
         return (out * F.silu(z)).reshape(rows, -1).to(h.dtype) @ self.out.T
 
 
-class _Attention(_Mixer):
+class _Attention:
     def __init__(self, m: nn.Module, config: Any, dtype: torch.dtype) -> None:
         self.q, self.k, self.v, self.o = (
             w.weight.detach().to(dtype) for w in (m.q_proj, m.k_proj, m.v_proj, m.o_proj)
