@@ -11,12 +11,12 @@ typedef unsigned long long Key;  // greater: chosen earlier
 
 constexpr int kPart = 64;  // scores that are ranked against each other first
 
-FM_DEV constexpr int parts(int scores) { return (scores + kPart - 1) / kPart; }
+constexpr FM_DEV int parts(int scores) { return (scores + kPart - 1) / kPart; }
 
 // Floats in their order as unsigned numbers (-0 is 0, every NaN has its place), then the lower id.
 FM_DEV Key key_of(float score, int id) {
   const float plain = score + 0.0f;
-  const unsigned bits = __builtin_bit_cast(unsigned, plain);
+  const unsigned bits = fm_bits<unsigned>(plain);
   const unsigned order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return (Key)order << 32 | (0xffffffffu - (unsigned)id);
 }
@@ -25,7 +25,7 @@ FM_DEV int id_of(Key key) { return (int)(0xffffffffu - (unsigned)key); }
 FM_DEV float score_of(Key key) {
   const unsigned order = (unsigned)(key >> 32);
   const unsigned bits = order & 0x80000000u ? order & 0x7fffffffu : ~order;
-  return __builtin_bit_cast(float, bits);
+  return fm_bits<float>(bits);
 }
 
 // Number of keys of [0, n) that come before `key`.
