@@ -71,8 +71,6 @@ FM_DEV float fm_sqrt(float x) { return sqrtf(x); }
 FM_DEV float fm_rsqrt(float x) { return 1.0f / sqrtf(x); }
 FM_DEV float fm_rint(float x) { return rintf(x); }
 FM_DEV float fm_fma(float a, float b, float c) { return fmaf(a, b, c); }
-FM_DEV float fm_sin(float x) { return sinf(x); }
-FM_DEV float fm_cos(float x) { return cosf(x); }
 FM_DEV float fm_abs(float x) { return fabsf(x); }
 FM_DEV float fm_max(float a, float b) { return fmaxf(a, b); }
 FM_DEV float fm_min(float a, float b) { return fminf(a, b); }
@@ -80,6 +78,7 @@ FM_DEV int fm_dp4a(int a, int b, int c) {
     for (int i = 0; i < 32; i += 8) c += int8_t(a >> i) * int8_t(b >> i);
     return c;
 }
+#include "trig.h"
 
 // ---- memory
 FM_DEV void fm_check_16(const void* p) {
@@ -133,13 +132,13 @@ FM_DEV T fm_wave_read(T value, int lane) {
     static_assert(sizeof(T) == 4, "4 bytes");
     return fm_from_lane<T>(fm_engine->exchange(&value, sizeof(T), FM_OP_READ), unsigned(lane) % FM_WAVE);
 }
-// The order of the butterfly over masks WAVE/2 .. 1, which other devices use as well.
+// Lane by lane the butterfly over masks 1, 2, 4 .. WAVE/2: the order, and the bits, of all devices.
 template <class Join>
 FM_DEV float fm_reduce_lanes(const unsigned char* shown, Join join) {
     float all[FM_WAVE];
     for (int i = 0; i < FM_WAVE; i++) all[i] = fm_from_lane<float>(shown, i);
-    for (int half = FM_WAVE / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) all[i] = join(all[i], all[i + half]);
+    for (int mask = 1; mask < FM_WAVE; mask *= 2)
+        for (int i = 0; i < FM_WAVE; i += 2 * mask) all[i] = join(all[i], all[i + mask]);
     return all[0];
 }
 FM_DEV float fm_wave_sum(float value) {
