@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from kernels.gpu_arrays import DeviceArray, upload_rows
+from kernels.product_arrays import DeviceArray, upload_rows
 from support.emulated_gpu import emulated_gpu
 from support.random_blocks import random_matrix
 
