@@ -71,8 +71,6 @@ FM_DEV float fm_sqrt(float x) { return sqrtf(x); }
 FM_DEV float fm_rsqrt(float x) { return 1.0f / sqrtf(x); }
 FM_DEV float fm_rint(float x) { return rintf(x); }
 FM_DEV float fm_fma(float a, float b, float c) { return fmaf(a, b, c); }
-FM_DEV float fm_sin(float x) { return sinf(x); }
-FM_DEV float fm_cos(float x) { return cosf(x); }
 FM_DEV float fm_abs(float x) { return fabsf(x); }
 FM_DEV float fm_max(float a, float b) { return fmaxf(a, b); }
 FM_DEV float fm_min(float a, float b) { return fminf(a, b); }
@@ -80,17 +78,7 @@ FM_DEV int fm_dp4a(int a, int b, int c) {
     for (int i = 0; i < 32; i += 8) c += int8_t(a >> i) * int8_t(b >> i);
     return c;
 }
-// The 8 nibbles of `word` looked up among the 16 bytes of four words: the low nibbles' bytes, in
-// their order, and the high ones'.
-FM_DEV void fm_levels(unsigned word, unsigned t0, unsigned t1, unsigned t2, unsigned t3, unsigned& low, unsigned& high) {
-    const unsigned table[4] = {t0, t1, t2, t3};
-    low = high = 0;
-    for (int i = 0; i < 32; i += 8) {
-        const unsigned a = word >> i & 15, b = word >> (i + 4) & 15;
-        low |= (table[a / 4] >> 8 * (a % 4) & 255) << i;
-        high |= (table[b / 4] >> 8 * (b % 4) & 255) << i;
-    }
-}
+#include "trig.h"
 
 // ---- memory
 FM_DEV void fm_check_16(const void* p) {
@@ -144,13 +132,13 @@ FM_DEV T fm_wave_read(T value, int lane) {
     static_assert(sizeof(T) == 4, "4 bytes");
     return fm_from_lane<T>(fm_engine->exchange(&value, sizeof(T), FM_OP_READ), unsigned(lane) % FM_WAVE);
 }
-// The order of the butterfly over masks WAVE/2 .. 1, which other devices use as well.
+// Lane by lane the butterfly over masks 1, 2, 4 .. WAVE/2: the order, and the bits, of all devices.
 template <class Join>
 FM_DEV float fm_reduce_lanes(const unsigned char* shown, Join join) {
     float all[FM_WAVE];
     for (int i = 0; i < FM_WAVE; i++) all[i] = fm_from_lane<float>(shown, i);
-    for (int half = FM_WAVE / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) all[i] = join(all[i], all[i + half]);
+    for (int mask = 1; mask < FM_WAVE; mask *= 2)
+        for (int i = 0; i < FM_WAVE; i += 2 * mask) all[i] = join(all[i], all[i + mask]);
     return all[0];
 }
 FM_DEV float fm_wave_sum(float value) {
@@ -189,26 +177,19 @@ FM_DEV int fm_tile_row(int i) {
 FM_DEV int fm_tile_col(int i) {
     return FM_WAVE == 32 ? fm_lane() % 4 * 2 + i % 2 + 8 * (i / 4) : fm_lane() % 16;
 }
-// Over k from `begin` to `end`, multiples of FM_TILE_PART.
-FM_DEV int fm_tile_dot(const unsigned char* shown, int row, int col, int begin, int end) {
+FM_DEV int fm_tile_dot(const unsigned char* shown, int row, int col) {
     constexpr int kParts = 32 / FM_TILE_PART;
     int sum = 0;
-    for (int part = begin / FM_TILE_PART; part < end / FM_TILE_PART; part++) {
+    for (int part = 0; part < kParts; part++) {
         const unsigned char* a = shown + (row * kParts + part) * fm_cpu::kSlotBytes;
         const unsigned char* b = shown + (col * kParts + part) * fm_cpu::kSlotBytes + FM_TILE_PART;
         for (int k = 0; k < FM_TILE_PART; k++) sum += int8_t(a[k]) * int8_t(b[k]);
     }
     return sum;
 }
-FM_DEV void fm_tile_mma_range(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b, int begin, int end) {
+// c += a * b^T over K = 32; all lanes of the wave come here.
+FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     struct { fm_tile_a a; fm_tile_b b; } both{a, b};
     const unsigned char* shown = fm_engine->exchange(&both, sizeof(both), FM_OP_TILE);
-    for (int i = 0; i < FM_TILE_REGS; i++) c[i] += fm_tile_dot(shown, fm_tile_row(i), fm_tile_col(i), begin, end);
-}
-// c += a * b^T over K = 32; all lanes of the wave come here.
-FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) { fm_tile_mma_range(c, a, b, 0, 32); }
-// The same over k from 16 * HALF on, 16 of them.
-template <int HALF>
-FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
-    fm_tile_mma_range(c, a, b, 16 * HALF, 16 * HALF + 16);
+    for (int i = 0; i < FM_TILE_REGS; i++) c[i] += fm_tile_dot(shown, fm_tile_row(i), fm_tile_col(i));
 }
