@@ -193,19 +193,26 @@ FM_DEV int fm_tile_row(int i) {
 FM_DEV int fm_tile_col(int i) {
     return FM_WAVE == 32 ? fm_lane() % 4 * 2 + i % 2 + 8 * (i / 4) : fm_lane() % 16;
 }
-FM_DEV int fm_tile_dot(const unsigned char* shown, int row, int col) {
+// Over k from `begin` to `end`, multiples of FM_TILE_PART.
+FM_DEV int fm_tile_dot(const unsigned char* shown, int row, int col, int begin, int end) {
     constexpr int kParts = 32 / FM_TILE_PART;
     int sum = 0;
-    for (int part = 0; part < kParts; part++) {
+    for (int part = begin / FM_TILE_PART; part < end / FM_TILE_PART; part++) {
         const unsigned char* a = shown + (row * kParts + part) * fm_cpu::kSlotBytes;
         const unsigned char* b = shown + (col * kParts + part) * fm_cpu::kSlotBytes + FM_TILE_PART;
         for (int k = 0; k < FM_TILE_PART; k++) sum += int8_t(a[k]) * int8_t(b[k]);
     }
     return sum;
 }
-// c += a * b^T over K = 32; all lanes of the wave come here.
-FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
+FM_DEV void fm_tile_mma_range(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b, int begin, int end) {
     struct { fm_tile_a a; fm_tile_b b; } both{a, b};
     const unsigned char* shown = fm_engine->exchange(&both, sizeof(both), FM_OP_TILE);
-    for (int i = 0; i < FM_TILE_REGS; i++) c[i] += fm_tile_dot(shown, fm_tile_row(i), fm_tile_col(i));
+    for (int i = 0; i < FM_TILE_REGS; i++) c[i] += fm_tile_dot(shown, fm_tile_row(i), fm_tile_col(i), begin, end);
+}
+// c += a * b^T over K = 32; all lanes of the wave come here.
+FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) { fm_tile_mma_range(c, a, b, 0, 32); }
+// The same over the 16 of k from 16 * HALF on.
+template <int HALF>
+FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
+    fm_tile_mma_range(c, a, b, 16 * HALF, 16 * HALF + 16);
 }
