@@ -11,12 +11,13 @@ import numpy as np
 
 from fomoe.engine.requests import SamplingParams
 from fomoe.engine.sampler import sample
-from fomoe.errors import RequestError
+from fomoe.errors import EngineError, RequestError
 from fomoe.gguf.reader import open_gguf
-from fomoe.kernels.gpu.gpu import GPU, open_gpu
+from fomoe.kernels.gpu.gpu import open_gpu
 from fomoe.model.archs import read_spec
 from fomoe.model.buffers import F32
-from fomoe.model.gpu import GPUModel, HostOptions, planned_bytes, resident_bytes
+from fomoe.model.gpu.host import GPUModel, planned_bytes, resident_bytes
+from fomoe.model.gpu.options import HostOptions
 from fomoe.model.layers import HEAD_ROWS
 from fomoe.residency import LogicalCache, LogicalRules
 
@@ -44,9 +45,12 @@ def resident_model(
     needed = planned_bytes(file, spec, options) + resident_bytes(file, spec, options)
     gpu = open_gpu(device, needed + _SPARE_BYTES)
     try:
-        yield load_resident(gpu, file, spec, options)
+        model = GPUModel(gpu, file, spec, options)
+        model.add_all_slots()
+        model.load_experts()
+        yield model
     finally:
-        gpu.runtime.close()
+        gpu.close()
 
 
 class GPUText:
@@ -81,8 +85,8 @@ class GPUText:
         step = self._model.options.max_tokens
         for start in range(0, len(tokens), step):
             part = tokens[start : start + step]
-            self._model.prefill(np.array(part, I32), len(self.tokens), self._state)
-            self._observe(self._model.prompt_ids())
+            ids = self._model.prefill(np.array(part, I32), len(self.tokens), self._state)
+            self._observe(ids)
             self.tokens += part
             yield len(part)
 
@@ -93,7 +97,11 @@ class GPUText:
         decoded = self._model.decoded()
         self._observe(decoded.ids[:, None])
         self.tokens.append(token)
-        return decoded.largest
+        if not np.isfinite(decoded.logit):
+            raise EngineError(
+                f"the logits of position {len(self.tokens)} are not finite; check the model file"
+            )
+        return decoded.token
 
     def generate(
         self, prompt: list[int], max_tokens: int, sampling: SamplingParams = _PLAIN,
@@ -118,7 +126,7 @@ class GPUText:
             drawn[token] += 1
             token = self.step(token)
             if sampling != _PLAIN:
-                row = self._model.decoded_logits()
+                row = self._model.logits([0])[0]
                 token = sample(row, sampling, len(self.tokens), seen, drawn)
 
     def _observe(self, ids: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> None:
@@ -141,7 +149,7 @@ def gpu_logits(model: GPUModel, tokens: list[int], *, decode: bool = False) -> F
     if decode:
         for at, token in enumerate(tokens):
             text.step(token)
-            out[at] = model.decoded_logits()
+            out[at] = model.logits([0])[0]
         return out
     at = 0
     for size in text.feed(tokens):

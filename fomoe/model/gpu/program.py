@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
@@ -71,7 +72,4 @@ def time_steps(gpu: GPU, steps: Sequence[Step], ahead: Callable[[], None]) -> li
         step.queue(gpu)
         runtime.record(event, stream)
     runtime.synchronize(stream)
-    return [
-        1e3 * runtime.elapsed_ms(first, second)
-        for first, second in zip(events, events[1:], strict=False)
-    ]
+    return [1e3 * runtime.elapsed_ms(first, second) for first, second in pairwise(events)]

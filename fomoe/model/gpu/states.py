@@ -25,9 +25,7 @@ class StateSnapshot:
 def state_layout(spec: ModelSpec, options: HostOptions) -> StateLayout:
     """Return where the hosted layers' states lie, in the layers' order."""
     kinds = [spec.layers[layer] for layer in options.layers]
-    return StateLayout.of(
-        kinds, spec.delta, spec.attention, options.ctx_size, options.kv_dtype
-    )
+    return StateLayout.of(kinds, spec.delta, spec.attention, options.ctx_size, options.kv_dtype)
 
 
 class States:

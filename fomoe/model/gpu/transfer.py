@@ -12,22 +12,22 @@ from fomoe.kernels.gpu.runtime import poll
 
 
 class Mirror:
-    """An array in device memory with a twin in pinned host memory.
+    """An array in device memory (at `address`, where it is there) with a twin in pinned memory.
 
     Attributes:
         address: of the device's part.
         host: the twin; a copy that is under way reads or writes it.
     """
 
-    def __init__(self, gpu: GPU, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+    def __init__(
+        self, gpu: GPU, shape: tuple[int, ...], dtype: npt.DTypeLike, address: int = 0
+    ) -> None:
         kind = np.dtype(dtype)
         self._gpu = gpu
         self._nbytes = int(np.prod(shape)) * kind.itemsize
         self._pinned = gpu.runtime.pinned(self._nbytes)
-        self.address = gpu.arena.take(self._nbytes)
-        self.host: npt.NDArray[Any] = (
-            self._pinned.array[: self._nbytes].view(kind).reshape(shape)
-        )
+        self.address = address or gpu.arena.take(self._nbytes)
+        self.host: npt.NDArray[Any] = self._pinned.array[: self._nbytes].view(kind).reshape(shape)
         self.host[...] = np.zeros((), kind)
 
     def send(self, start: int = 0, nbytes: int | None = None) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fomoe.gguf.quants import GGMLType
-from fomoe.kernels.gpu.delta import delta_scratch_bytes
 from fomoe.kernels.gpu.attention import attend_scratch_bytes
+from fomoe.kernels.gpu.delta import delta_scratch_bytes
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.moe import MoEBuffers
 from fomoe.kernels.gpu.step import Rows
