@@ -88,7 +88,14 @@ def _open_hip(index: int) -> Runtime:
     return HipRuntime(index)
 
 
-_OPEN: dict[str, Callable[[int], Runtime]] = {"hip": _open_hip}
+def _open_cuda(index: int) -> Runtime:
+    from fomoe.kernels.gpu.cuda import CudaRuntime
+
+    return CudaRuntime(index)
+
+
+_OPEN: dict[str, Callable[[int], Runtime]] = {"hip": _open_hip, "cuda": _open_cuda}
+_INSTALL = {"hip": "pip install 'hip-python>=10'", "cuda": "pip install 'fomoe[cuda]'"}
 
 
 def open_runtime(name: str) -> Runtime:
@@ -96,7 +103,10 @@ def open_runtime(name: str) -> Runtime:
     kind, _, index = name.partition(":")
     if kind not in _OPEN or not index.isdigit():
         raise DeviceError(f"device {name!r}: a GPU is hip:N or cuda:N with N from 0")
-    return _OPEN[kind](int(index))
+    try:
+        return _OPEN[kind](int(index))
+    except ImportError as problem:
+        raise DeviceError(f"{name}: {problem}; install it: {_INSTALL[kind]}") from None
 
 
 def open_gpu(name: str, arena_bytes: int, units: Path | None = None) -> GPU:

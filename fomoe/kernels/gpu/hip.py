@@ -12,8 +12,8 @@ from fomoe.errors import DeviceError
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.runtime import U8, WAIT_S, Graph, Pinned, poll
 
-_OK = int(hip.hipError_t.hipSuccess)
-_NOT_READY = int(hip.hipError_t.hipErrorNotReady)
+_OK = hip.hipError_t.hipSuccess
+_NOT_READY = hip.hipError_t.hipErrorNotReady
 _ANY_WAY = hip.hipMemcpyKind.hipMemcpyDefault
 _NO_TIMING = 2  # hipEventDisableTiming
 _NON_BLOCKING = 1  # hipStreamNonBlocking
@@ -38,7 +38,7 @@ class HipRuntime:
         self.shared_bytes = int(properties.sharedMemPerBlock)
         self._streams: list[int] = []
         self._events: list[int] = []
-        self._graphs: dict[int, Any] = {}
+        self._graphs: list[int] = []
         self._modules: list[Any] = []
 
     def _count(self) -> int:
@@ -49,7 +49,7 @@ class HipRuntime:
                 f"{self.name}: AMD's HIP runtime cannot be loaded ({problem}); install ROCm 6.4 or "
                 "newer (libamdhip64), and set ROCM_PATH where it is not in /opt/rocm"
             ) from None
-        return int(count) if int(error) == _OK else 0
+        return int(count) if error == _OK else 0
 
     def _call(self, function: Any, *args: Any) -> Any:
         error, *values = function(*args)
@@ -85,8 +85,8 @@ class HipRuntime:
     def pinned(self, nbytes: int) -> Pinned:
         address = int(self._call(hip.hipHostMalloc, nbytes, _MAPPED))
         device = int(self._call(hip.hipHostGetDevicePointer, address, 0))
-        bytes_ = (ctypes.c_uint8 * nbytes).from_address(address)
-        return Pinned(address, device, np.frombuffer(bytes_, np.uint8))
+        memory = (ctypes.c_uint8 * nbytes).from_address(address)
+        return Pinned(address, device, np.ctypeslib.as_array(memory))
 
     def unpin(self, pinned: Pinned) -> None:
         self._call(hip.hipHostFree, pinned.address)
@@ -157,10 +157,9 @@ class HipRuntime:
 
     def end_capture(self, stream: int) -> Graph:
         captured = self._call(hip.hipStreamEndCapture, stream)
-        instance = self._call(hip.hipGraphInstantiateWithFlags, captured, 0)
+        self._graphs.append(int(self._call(hip.hipGraphInstantiateWithFlags, captured, 0)))
         self._call(hip.hipGraphDestroy, captured)
-        self._graphs[int(instance)] = instance
-        return Graph(int(instance))
+        return Graph(self._graphs[-1])
 
     def run(self, graph: Graph, stream: int) -> None:
         (error,) = hip.hipGraphLaunch(graph.handle, stream)
@@ -168,14 +167,14 @@ class HipRuntime:
             self._fail("hipGraphLaunch", error)
 
     def drop(self, graph: Graph) -> None:
-        del self._graphs[graph.handle]
+        self._graphs.remove(graph.handle)
         self._call(hip.hipGraphExecDestroy, graph.handle)
 
     def close(self) -> None:
         for stream in self._streams:
             self.synchronize(stream)
         for destroy, handles in (
-            (hip.hipGraphExecDestroy, list(self._graphs)),
+            (hip.hipGraphExecDestroy, self._graphs),
             (hip.hipEventDestroy, self._events),
             (hip.hipStreamDestroy, self._streams),
             (hip.hipModuleUnload, self._modules),
@@ -183,7 +182,6 @@ class HipRuntime:
             for handle in handles:
                 self._call(destroy, handle)
             handles.clear()
-        self._graphs.clear()
 
 
 def _text(error: Any) -> str:

@@ -45,8 +45,41 @@ def hip_compile(source: str, target: str) -> bytes:
     return bytes(code)
 
 
+def cuda_version() -> str:
+    """Return NVRTC's version; DeviceError where it is not installed."""
+    try:
+        from cuda.bindings import nvrtc
+
+        return "nvrtc {}.{}".format(*_values(nvrtc.nvrtcVersion()))
+    except (ImportError, RuntimeError) as problem:
+        raise DeviceError(
+            f"NVIDIA's run-time compiler cannot be loaded ({problem}); "
+            "install it: pip install 'fomoe[cuda]'"
+        ) from None
+
+
+def cuda_compile(source: str, target: str) -> bytes:
+    """Return the cubin of a source for e.g. "sm_90"."""
+    from cuda.bindings import nvrtc
+
+    known = _values(nvrtc.nvrtcGetSupportedArchs())[-1]
+    if int(target.removeprefix("sm_")) not in known:
+        raise DeviceError(f"{cuda_version()} does not know {target}; pip install -U 'fomoe[cuda]'")
+    options = [f"--gpu-architecture={target}".encode(), b"-std=c++17"]
+    program = _values(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.hip", 0, [], []))[0]
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(result) != 0:
+        log = b" " * _values(nvrtc.nvrtcGetProgramLogSize(program))[0]
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise DeviceError(log.rstrip(b"\0 ").decode(errors="replace"))
+    code: bytes = b" " * _values(nvrtc.nvrtcGetCUBINSize(program))[0]
+    _values(nvrtc.nvrtcGetCUBIN(program, code))
+    return code
+
+
 COMPILERS: dict[str, tuple[Callable[[], str], Callable[[str, str], bytes]]] = {
     "hip": (hip_version, hip_compile),
+    "cuda": (cuda_version, cuda_compile),
 }
 
 

@@ -71,8 +71,6 @@ FM_DEV float fm_sqrt(float x) { return sqrtf(x); }
 FM_DEV float fm_rsqrt(float x) { return 1.0f / sqrtf(x); }
 FM_DEV float fm_rint(float x) { return rintf(x); }
 FM_DEV float fm_fma(float a, float b, float c) { return fmaf(a, b, c); }
-FM_DEV float fm_sin(float x) { return sinf(x); }
-FM_DEV float fm_cos(float x) { return cosf(x); }
 FM_DEV float fm_abs(float x) { return fabsf(x); }
 FM_DEV float fm_max(float a, float b) { return fmaxf(a, b); }
 FM_DEV float fm_min(float a, float b) { return fminf(a, b); }
@@ -80,6 +78,7 @@ FM_DEV int fm_dp4a(int a, int b, int c) {
     for (int i = 0; i < 32; i += 8) c += int8_t(a >> i) * int8_t(b >> i);
     return c;
 }
+#include "trig.h"
 
 // The bytes of `table` (16 of them in 4 words) that the low and the high nibbles of q's bytes choose.
 FM_DEV void fm_levels(unsigned q, unsigned t0, unsigned t1, unsigned t2, unsigned t3, unsigned& low, unsigned& high) {
@@ -149,13 +148,13 @@ FM_DEV void fm_wave_sync() {
     const int nothing = 0;
     fm_engine->exchange(&nothing, sizeof(nothing), FM_OP_SYNC);
 }
-// The order of the butterfly over masks WAVE/2 .. 1, which other devices use as well.
+// Lane by lane the butterfly over masks 1, 2, 4 .. WAVE/2: the order, and the bits, of all devices.
 template <class Join>
 FM_DEV float fm_reduce_lanes(const unsigned char* shown, Join join) {
     float all[FM_WAVE];
     for (int i = 0; i < FM_WAVE; i++) all[i] = fm_from_lane<float>(shown, i);
-    for (int half = FM_WAVE / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) all[i] = join(all[i], all[i + half]);
+    for (int mask = 1; mask < FM_WAVE; mask *= 2)
+        for (int i = 0; i < FM_WAVE; i += 2 * mask) all[i] = join(all[i], all[i + mask]);
     return all[0];
 }
 FM_DEV float fm_wave_sum(float value) {

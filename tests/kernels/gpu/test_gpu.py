@@ -1,15 +1,14 @@
 """The way from a unit's source to its results: compiler, loader, launch, graph."""
 
 import ctypes
-
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.emulated_gpu import emulated_gpu
 
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.step import STEP
-from support.emulated_gpu import emulated_gpu
 
 UNITS = Path(__file__).parent / "units"
 
