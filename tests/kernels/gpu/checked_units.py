@@ -28,6 +28,7 @@ class Check:
 
 
 CHECKS = (
+    Check("delay"),
     Check("names", dots=True, tiles=True, folder=OWN),
     Check("probe", {"SCALE": 2}, folder=OWN),
 )
