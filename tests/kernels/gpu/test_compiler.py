@@ -36,6 +36,7 @@ class TestCache:
         assert [p.suffix for p in hip.cache.iterdir()] == [".bin"]
 
     def test_whatever_makes_another_code_makes_another_key(self, hip, monkeypatch):
+        monkeypatch.setattr(Compiler, "_compile", lambda _self, _source, path, _: path.touch())
         hip.image("probe", defines())
         hip.image("probe", defines(FM_WAVE=64))
         hip.image("probe", defines(SCALE=3))
@@ -49,7 +50,7 @@ class TestCache:
         assert len(list(hip.cache.iterdir())) == 1
 
     def test_several_units_keep_their_order(self, hip):
-        jobs = [("probe", defines(SCALE=n)) for n in (5, 6, 7)]
+        jobs = [("probe", defines(SCALE=n)) for n in (5, 6)]
         assert hip.images(jobs) == [hip.image(*job) for job in jobs]
 
 
