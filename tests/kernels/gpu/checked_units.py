@@ -31,6 +31,7 @@ _DELTA = {"N_K": 16, "N_V": 64, "DK": 128, "DV": 128, "CONV": 4}
 _ATTEND = {"HEADS": 32, "KV_HEADS": 2, "HEAD_DIM": 256, "ROPE_DIMS": 64, "THREADS": 256}
 
 CHECKS = (
+    Check("delay"),
     Check("names", dots=True, tiles=True, folder=OWN),
     Check("probe", {"SCALE": 2}, folder=OWN),
     Check("choose", {"EXPERTS": 512, "TOP_K": 10, "THREADS": 256}),
