@@ -183,7 +183,9 @@ def test_a_layer(gpu: GPU, shape: Shape, int8: bool) -> None:
     ids, weights = top_of(layer.outs["scores"].read(), shape.top_k)
     picked = Guarded.of(gpu, layer.picks_of(ids, weights))
     k = shape.top_k
-    gpu.launch(experts_in(gpu, layer.layout, k, picked.address, layer.buffers, options=layer.options))
+    gpu.launch(
+        experts_in(gpu, layer.layout, k, picked.address, layer.buffers, options=layer.options)
+    )
     inner = layer.inner.read()
     assert error(inner, layer.expected_inner(ids, h)) < 1e-5
 

@@ -49,7 +49,10 @@ CHECKS = (
     Check("project", _project((8, 12, 14), 8192), dots=True),
     Check("project", _project((0, 1, 30), 4096)),
     Check("project", {**_project(_QUANTS, 2048), "FM_INT8": 0}),
-    *(Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True) for t in (12, 14)),
+    *(
+        Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True)
+        for t in (12, 14)
+    ),
     *(Check("experts_out", {**_OUT, "FM_TYPE_DOWN": t}, dots=True) for t in (12, 13, 14)),
     Check("delay"),
     Check("names", dots=True, tiles=True, folder=OWN),
