@@ -73,10 +73,11 @@ class Layer:
         ]
         kinds = (shape.inner, shape.inner, shape.down)
         self.layout = ExpertLayout((int(kinds[0]), int(kinds[1]), int(kinds[2])), hidden, width)
+        sizes = ((width, hidden), (width, hidden), (hidden, width))
         self.experts = [
-            [blocks_of(rng, k, r, c) for k, r, c in zip(kinds, (width, width, hidden), (hidden, hidden, width), strict=True)]
+            [blocks_of(rng, kind, *size) for kind, size in zip(kinds, sizes, strict=True)]
             for _ in range(n)
-        ]  # fmt: skip
+        ]
         self._upload()
 
     def _upload(self) -> None:

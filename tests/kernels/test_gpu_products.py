@@ -89,7 +89,7 @@ class Products:
             assert error(out.read(), expected) < TOLERANCE
 
 
-# Rows that share a wave, and rows of several tiles the last of which is short; 416 is no power of 2.
+# Rows that share a wave; rows of several tiles the last of which is short; 13 blocks of 32.
 @pytest.mark.parametrize(
     ("kinds", "cols"),
     [(QUANTS + FLOATS, 256), (QUANTS + FLOATS, 4352), ((Kind.Q8_0, Kind.Q5_0, *FLOATS), 416)],
