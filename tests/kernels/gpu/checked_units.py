@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fomoe.kernels.gpu.sources import FOLDER
+from fomoe.kernels.gpu.sources import FOLDER, source_of
 
+AMD = {"gfx1100": 32, "gfx1200": 32, "gfx1201": 32, "gfx942": 64}  # lanes of a wave
 OWN = Path(__file__).parent / "units"
 
 
@@ -32,3 +33,8 @@ CHECKS = (
     Check("names", dots=True, tiles=True, folder=OWN),
     Check("probe", {"SCALE": 2}, folder=OWN),
 )
+
+
+def source(check: Check, target: str, wave: int) -> str:
+    """Return what a compiler gets."""
+    return source_of(check.unit, {**check.defines, "FM_WAVE": wave}, target, check.folder)
