@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fomoe.kernels.gpu.sources import FOLDER
+from fomoe.kernels.gpu.sources import FOLDER, source_of
 
+AMD = {"gfx1100": 32, "gfx1200": 32, "gfx1201": 32, "gfx942": 64}  # lanes of a wave
 OWN = Path(__file__).parent / "units"
 
 
@@ -68,3 +69,8 @@ CHECKS = (
     Check("attend_chunk", {**_ATTEND, "KV_F32": 0, "ROWS": 16, "TOKENS": 1}),
     Check("attend_chunk", {**_ATTEND, "HEADS": 16, "KV_F32": 1, "ROWS": 16, "TOKENS": 2}),
 )
+
+
+def source(check: Check, target: str, wave: int) -> str:
+    """Return what a compiler gets."""
+    return source_of(check.unit, {**check.defines, "FM_WAVE": wave}, target, check.folder)
