@@ -1,0 +1,31 @@
+"""The bandwidth benchmark runs to its end; what it says of an emulated GPU means nothing."""
+
+import math
+import sys
+from pathlib import Path
+
+from support.emulated_gpu import emulated_gpu
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+
+from bandwidth import measure
+from device_time import delay, device_ms
+
+
+def numbers(result):
+    for value in result.values():
+        yield from numbers(value) if isinstance(value, dict) else [value]
+
+
+def test_measure():
+    with emulated_gpu(arena_bytes=0) as gpu:
+        result = measure(gpu, 1 << 20, 2)
+        values = [v for v in numbers(result) if not isinstance(v, str)]
+        assert len(values) >= 15
+        assert all(math.isfinite(v) for v in values), result
+
+
+def test_a_delay_takes_its_time():
+    with emulated_gpu(arena_bytes=0) as gpu:
+        launch = delay(gpu, 2000)
+        assert min(device_ms(gpu, lambda: gpu.launch(launch), 5)) >= 1.0
