@@ -23,34 +23,15 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1]))  # where `synthetic` lies
 
-from gpu.filling import Hosted, host_file, host_recipe
+from bandwidth import copy_bandwidth
+from filling import Hosted, host_file, host_recipe
 from synthetic.model_file import Recipe
 from synthetic.shapes import SHAPES
 
-from fomoe.kernels.gpu.gpu import GPU, open_gpu
-
 REFERENCE = (("397b-a17b", 4), ("35b-a3b", 12))
-COPY_BYTES = 1 << 30
 ROUNDS = 5
-
-
-def copy_bandwidth(gpu: GPU) -> float:
-    """Bytes a second, read and written, of a plain copy inside the device's memory."""
-    runtime, stream = gpu.runtime, gpu.stream
-    source, to = runtime.alloc(COPY_BYTES), runtime.alloc(COPY_BYTES)
-    first, last = runtime.event(timing=True), runtime.event(timing=True)
-    best = 0.0
-    for _ in range(ROUNDS):
-        runtime.record(first, stream)
-        runtime.copy(to, source, COPY_BYTES, stream)
-        runtime.record(last, stream)
-        runtime.synchronize(stream)
-        best = max(best, 2 * COPY_BYTES / (1e-3 * runtime.elapsed_ms(first, last)))
-    runtime.free(source)
-    runtime.free(to)
-    return best
 
 
 def decode_times(hosted: Hosted, first: int, count: int) -> list[float]:
@@ -108,7 +89,7 @@ def measure(hosted: Hosted, args: argparse.Namespace, bandwidth: float) -> dict[
     return {
         "model": hosted.name,
         "layers": hosted.spec.n_layers,
-        "launches per layer": hosted.model.launches_per_layer,
+        "launches per layer": sorted(set(hosted.model.launches().values())),
         "ms per token": round(1e3 * token_s, 4),
         "ms per token, mean": round(1e3 * statistics.mean(times), 4),
         "bytes per token": read,
@@ -131,19 +112,24 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--steady", type=int, default=2000)
+    parser.add_argument("--copy-bytes", type=int, default=1 << 30)
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    cases: list[Any] = [args.model] if args.model else [
-        Recipe(shape=SHAPES[name], layers=layers)
-        for name, layers in ([(args.shape, args.layers)] if args.shape else REFERENCE)
-    ]
+    cases: list[Any] = (
+        [args.model]
+        if args.model
+        else [
+            Recipe(shape=SHAPES[name], layers=layers)
+            for name, layers in ([(args.shape, args.layers)] if args.shape else REFERENCE)
+        ]
+    )
     results: dict[str, Any] = {"models": []}
     for case in cases:
         start = time.monotonic()
         hosting = host_file if isinstance(case, Path) else host_recipe
         with hosting(args.device, case, args.chunk, graphs=not args.no_graphs) as hosted:
-            bandwidth = copy_bandwidth(hosted.gpu)
+            bandwidth = copy_bandwidth(hosted.gpu, args.copy_bytes)
             one = measure(hosted, args, bandwidth)
         results |= {"device": hosted.gpu.runtime.name, "target": hosted.gpu.runtime.target}
         results["copy GB/s"] = round(bandwidth / 1e9, 1)
