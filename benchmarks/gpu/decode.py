@@ -32,6 +32,7 @@ from synthetic.shapes import SHAPES
 
 REFERENCE = (("397b-a17b", 4), ("35b-a3b", 12))
 ROUNDS = 5
+ENDS = ("copy", "embed", "head", "largest")  # launches beside the layers'
 
 
 def decode_times(hosted: Hosted, first: int, count: int) -> list[float]:
@@ -70,31 +71,47 @@ def growth(hosted: Hosted, first: int, count: int) -> int:
     return free - hosted.gpu.runtime.memory()[0]
 
 
-def waterfall(hosted: Hosted, position: int) -> dict[str, float]:
-    """Microseconds per launch of each name, over the layers of a token."""
+def waterfall(hosted: Hosted, position: int) -> tuple[dict[str, float], float]:
+    """Microseconds per launch of each name, and all of the layers', of a token."""
     sums: dict[str, list[float]] = defaultdict(list)
     for name, micros in hosted.model.time_launches(hosted.text(position), position):
         sums[name].append(micros)
-    return {name: round(statistics.mean(all_of), 2) for name, all_of in sums.items()}
+    layers = sum(sum(sums[name]) for name in sums if name not in ENDS)
+    return {name: round(statistics.mean(all_of), 2) for name, all_of in sums.items()}, layers
+
+
+def decoding(hosted: Hosted, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    """Figures of single tokens; shares are of the copy bandwidth."""
+    hosted.prefill(args.context)
+    decode_times(hosted, args.context, 16)
+    times = decode_times(hosted, args.context, args.tokens)
+    token_s = statistics.median(times)
+    device_s = 1e-3 * hosted.model.time_token(hosted.text(args.context), args.context)
+    launches, layers_us = waterfall(hosted, args.context)
+    both = hosted.layer_bytes + hosted.head_bytes
+    n = hosted.spec.n_layers
+    return {
+        "launches per layer": sorted(set(hosted.model.launches().values())),
+        "ms per token": round(1e3 * token_s, 4),
+        "ms per token, mean": round(1e3 * statistics.mean(times), 4),
+        "ms per token on the device": round(1e3 * device_s, 4),
+        "MB per layer": round(hosted.layer_bytes / n / 1e6, 1),
+        "MB of the head": round(hosted.head_bytes / 1e6, 1),
+        "us per layer": round(layers_us / n, 1),
+        "share, token": round(both / token_s / bandwidth, 3),
+        "share, token on the device": round(both / device_s / bandwidth, 3),
+        "share, layers": round(hosted.layer_bytes / (1e-6 * layers_us) / bandwidth, 3),
+        "us per launch": launches,
+    }
 
 
 def measure(hosted: Hosted, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """All figures of one model."""
     prompts = {count: prompt_time(hosted, count) for count in args.prompts}
-    hosted.prefill(args.context)
-    decode_times(hosted, args.context, 16)
-    times = decode_times(hosted, args.context, args.tokens)
-    token_s = statistics.median(times)
-    read = hosted.bytes_per_token
     return {
         "model": hosted.name,
         "layers": hosted.spec.n_layers,
-        "launches per layer": sorted(set(hosted.model.launches().values())),
-        "ms per token": round(1e3 * token_s, 4),
-        "ms per token, mean": round(1e3 * statistics.mean(times), 4),
-        "bytes per token": read,
-        "share of copy bandwidth": round(read / token_s / bandwidth, 4),
-        "us per launch": waterfall(hosted, args.context),
+        **decoding(hosted, args, bandwidth),
         "prompt tokens per s": {n: round(n / s) for n, s in prompts.items()},
         "bytes grown": growth(hosted, args.context, args.steady),
     }
@@ -116,14 +133,9 @@ def main() -> None:
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    cases: list[Any] = (
-        [args.model]
-        if args.model
-        else [
-            Recipe(shape=SHAPES[name], layers=layers)
-            for name, layers in ([(args.shape, args.layers)] if args.shape else REFERENCE)
-        ]
-    )
+    shapes = [(args.shape, args.layers)] if args.shape else REFERENCE
+    recipes = [Recipe(shape=SHAPES[name], layers=layers) for name, layers in shapes]
+    cases: list[Any] = [args.model] if args.model else recipes
     results: dict[str, Any] = {"models": []}
     for case in cases:
         start = time.monotonic()

@@ -32,7 +32,8 @@ class Hosted:
     spec: ModelSpec
     name: str
     ids: int
-    bytes_per_token: int
+    layer_bytes: int
+    head_bytes: int
 
     def text(self, position: int) -> int:
         """The token at a position of the benchmark's text."""
@@ -81,24 +82,25 @@ def _hosted(
         model = GPUModel(gpu, file, spec, options)
         model.add_all_slots()
         name = f"{spec.name} ({file.path.name})"
-        yield Hosted(gpu, model, spec, name, ids, token_bytes(file, spec))
+        yield Hosted(gpu, model, spec, name, ids, *token_bytes(file, spec))
     finally:
         gpu.close()
 
 
-def token_bytes(file: GGUFFile, spec: ModelSpec) -> int:
-    """Bytes of weights and of recurrent state that a token reads and writes; not keys and values.
+def token_bytes(file: GGUFFile, spec: ModelSpec) -> tuple[int, int]:
+    """Bytes that a token reads and writes in its layers, and in the head.
 
-    An embedding is one row of its matrix, which is not counted.
+    Weights, and the recurrent state both ways; no keys, values or activations. An embedding is one
+    row of its matrix, which is not counted.
     """
     head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
-    total = file.tensors[head].nbytes
+    total = 0
     for name, info in file.tensors.items():
         if name.startswith("blk.") and int(name.split(".")[1]) < spec.n_layers:
             share = spec.moe.top_k / spec.moe.n_experts if "_exps." in name else 1.0
             total += round(info.nbytes * share)
     state = spec.delta.n_v_heads * spec.delta.key_dim * spec.delta.value_dim * 4
-    return total + 2 * state * spec.layers.count("delta")
+    return total + 2 * state * spec.layers.count("delta"), file.tensors[head].nbytes
 
 
 def _fill(hosted: Hosted, file: MemoryFile) -> None:

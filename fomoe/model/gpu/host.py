@@ -300,6 +300,19 @@ class GPUModel:
         times = time_steps(self.gpu, whole.steps, ahead)
         return [(step.name, time) for step, time in zip(whole.steps, times, strict=True)]
 
+    def time_token(self, token: int, position: int, state: int = 0, *, count: int = 20) -> float:
+        """Return the milliseconds of a decode step where the device never waits for the host."""
+        whole, runtime, stream = self._passes.whole(1), self.runtime, self.gpu.stream
+        self._write_step(np.array([token], np.int32), position, state)
+        first, last = runtime.event(timing=True), runtime.event(timing=True)
+        whole.run()
+        runtime.record(first, stream)
+        for _ in range(count):
+            whole.run()
+        runtime.record(last, stream)
+        runtime.synchronize(stream)
+        return runtime.elapsed_ms(first, last) / count
+
     def close(self) -> None:
         """Wait for the work and give the device's memory back."""
         self.gpu.close()
