@@ -15,6 +15,7 @@ from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
 from fomoe.model.gpu.host import GPUModel, planned_bytes
 from fomoe.model.gpu.options import HostOptions
+from fomoe.model.gpu.passes import bucket_sizes
 from fomoe.model.gpu.slots import slot_bytes
 from fomoe.routing import route_exact
 
@@ -55,6 +56,16 @@ def test_golden_model_as_prompts() -> None:
         model.reset(0)
         mixed = prefill_logits(model, tokens[:7], 7), decode_logits(model, tokens[7:], 7)
         assert relative_l2(np.concatenate(mixed), expected).max() <= BOUND["f32"]
+
+
+def test_prompts_of_any_length_run_on_grids_of_their_size() -> None:
+    assert bucket_sizes(1) == []
+    assert bucket_sizes(48) == [48]
+    assert bucket_sizes(2048) == [32, 128, 512, 2048]
+    path, tokens, expected = golden("f32_tied", 60)
+    with hosted(path, max_tokens=128) as model:
+        short, long = prefill_logits(model, tokens[:9], 9), prefill_logits(model, tokens[9:], 51, 9)
+    assert relative_l2(np.concatenate([short, long]), expected).max() <= BOUND["f32"]
 
 
 def test_f16_cache_rounds_keys_and_values_and_nothing_else() -> None:
@@ -149,6 +160,18 @@ def test_the_hosts_routes_on_one_device_and_on_two() -> None:
             found.append(np.concatenate([prompt, *rows]))
     np.testing.assert_array_equal(*found)
     assert relative_l2(found[0], expected).max() <= BOUND["f32"]
+
+
+def test_a_part_of_a_model_does_its_part_only() -> None:
+    path, tokens, _ = golden("f32_tied")
+    with hosted(path, layers=(1,), embedding=False, head=False) as model:
+        model.begin(np.array(tokens[:1], np.int32), 0)
+        for verb, match in (
+            (model.embed, "first layer"), (lambda: model.logits([0]), "last layer"),
+            (lambda: model.decode(1, 0), "1 of 3 layers"),
+        ):  # fmt: skip
+            with pytest.raises(DeviceError, match=match):
+                verb()
 
 
 def test_an_expert_that_is_not_resident_is_named() -> None:

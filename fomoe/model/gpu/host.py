@@ -270,7 +270,7 @@ class GPUModel:
         return logits
 
     def largest(self) -> tuple[int, float, float]:
-        """Return id, logit and log sum of the row whose logits were computed last; waits."""
+        """Return id, logit and log sum of the one row whose logits were asked for last; waits."""
         if self._head is None:
             raise DeviceError("this device hosts no head; ask the one with the last layer")
         self._ended.mark()
