@@ -65,6 +65,9 @@ API int cuGetProcAddress_v2(const char* name, void** function, int, uint64_t, in
     if (status) *status = *function ? 0 : 1;
     return *function ? 0 : kNotFound;
 }
+API int cuGetProcAddress(const char* name, void** function, int version, uint64_t flags, int* status) {
+    return cuGetProcAddress_v2(name, function, version, flags, status);
+}
 API int cuInit(unsigned) { return 0; }
 API int cuDriverGetVersion(int* version) { return *version = 13000, 0; }
 API int cuDeviceGetCount(int* n) { return *n = 1, 0; }
