@@ -13,7 +13,7 @@ constexpr size_t kPropBytes = 1472, kPropName = 0, kPropMemory = 288, kPropShare
                  kPropArch = 1160;
 
 struct hipIpcMemHandle {
-    char reserved[64];
+  char reserved[64];
 };
 
 using hiprtcResult = int;
