@@ -3,9 +3,9 @@
 #pragma once
 
 struct fm_step {
-  int token;     // decode: the id of the token that enters
-  int position;  // tokens that the sequence had before this pass
-  int tokens;    // tokens of this pass: 1 in decode
-  int reserved;
-  unsigned long long state;  // device address of the sequence's state
+    int token;                 // decode: the id of the token that enters
+    int position;              // tokens that the sequence had before this pass
+    int tokens;                // tokens of this pass: 1 in decode
+    int reserved;
+    unsigned long long state;  // device address of the sequence's state
 };
