@@ -155,6 +155,16 @@ API int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned 
                        unsigned tz, unsigned shared, void* stream, void** arguments, void** extra) {
   return hipModuleLaunchKernel(f, gx, gy, gz, tx, ty, tz, shared, stream, arguments, extra);
 }
+struct LaunchConfig {  // CUlaunchConfig
+  unsigned grid[3], group[3], shared;
+  void* stream;
+  void* attributes;  // what they allow, running in order allows as well
+  unsigned n_attributes;
+};
+API int cuLaunchKernelEx(const LaunchConfig* c, void* f, void** arguments, void** extra) {
+  return hipModuleLaunchKernel(f, c->grid[0], c->grid[1], c->grid[2], c->group[0], c->group[1],
+                               c->group[2], c->shared, c->stream, arguments, extra);
+}
 
 API int cuStreamBeginCapture(void* stream, int mode) { return hipStreamBeginCapture(stream, mode); }
 API int cuStreamEndCapture(void* stream, void** graph) {
