@@ -70,6 +70,8 @@ void experts_in(const float* x, const signed char* q, const fm_f2* s, Picks* pic
   using Size = InputSize<In, FM_HIDDEN>;
   const Input input = Size::in(memory + kPickBytes);
   char* const rings = memory + kPickBytes + Size::kBytes;
+  fm_release_next();
+  fm_wait_before();
   if (FM_EXPERTS) choose_picks(from, mine, rings);
   else copy_picks(mine, *picks);
   fm_barrier();

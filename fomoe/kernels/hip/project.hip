@@ -68,9 +68,12 @@ struct Normed {
   template <class F>
   FM_DEV void run() const {
     Spread<FM_COLS> v, weight;
-    v.read(x), weight.read(norm);
+    weight.read(norm);
     auto stream = stream_of<F>(part, memory);
     stream.start();
+    fm_release_next();
+    fm_wait_before();
+    v.read(x);
     normalise(v, weight, eps, (float*)memory);
     const Input input = InputSize<F, FM_COLS>::in(memory + kScratchBytes);
     FM_UNROLL for (int j = 0; j < Spread<FM_COLS>::kEach; ++j) {
@@ -103,6 +106,8 @@ struct Taken {
   FM_DEV void run() const {
     auto stream = stream_of<F>(part, memory);
     stream.start();
+    fm_release_next();
+    fm_wait_before();
     const Input input = InputSize<F, FM_COLS>::in(memory + kScratchBytes);
     take_row<F, FM_COLS>(input, rows);
     fm_barrier();

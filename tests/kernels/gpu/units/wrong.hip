@@ -5,28 +5,28 @@ FM_KERNEL(128) void part_barrier(float* out) {
     out[fm_thread()] = 0.0f;
 }
 
-FM_KERNEL(64) void part_wave(float* out) {
+FM_KERNEL(128) void part_wave(float* out) {
     if (fm_lane() < 3) out[fm_lane()] = fm_wave_sum(1.0f);
 }
 
-FM_KERNEL(64) void two_operations(float* out) {
+FM_KERNEL(128) void two_operations(float* out) {
     out[fm_lane()] = fm_lane() % 2 ? fm_wave_sum(1.0f) : fm_wave_max(1.0f);
 }
 
-FM_KERNEL(64) void unaligned(float* out) {
+FM_KERNEL(128) void unaligned(float* out) {
     const fm_u4 v = fm_load16(out + 1);
     out[fm_thread()] = float(v.x);
 }
 
-FM_KERNEL(64) void forgotten_copy(float* out) {
-    FM_SHARED float part[64 * 4];
+FM_KERNEL(128) void forgotten_copy(float* out) {
+    FM_SHARED float part[128 * 4];
     fm_copy16(part + 4 * fm_thread(), out);
     fm_copy_commit();
 }
 
 // Reads what was copied before it has arrived: -1 in every bit, a NaN.
 FM_KERNEL(64) void early_read(float* out) {
-    FM_SHARED float part[64 * 4];
+    FM_SHARED float part[128 * 4];
     fm_copy16(part + 4 * fm_thread(), out);
     fm_copy_commit();
     const float early = part[4 * fm_thread()];
