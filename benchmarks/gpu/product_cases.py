@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +87,7 @@ class MatrixCase:
         self._h = upload_rows(gpu, x)
         self._y = gpu.arena.take(rows * 4)
 
-    def launches(self, tuning: Tuning | None) -> list[Launch]:
+    def launches(self, tuning: Tuning) -> list[Launch]:
         """What is timed: four products."""
         options = Options(tuning=tuning)
         one = project_rows(self._gpu, self._h, self._matrix, self._y, add=False, options=options)
@@ -191,7 +190,7 @@ class ExpertsCase:
         shared = 0 if self.part == "in" else self._shared.nbytes
         return self._layers * (self._sizes.top_k * parts[self.part] + shared)
 
-    def launches(self, tuning: Tuning | None) -> list[Launch]:
+    def launches(self, tuning: Tuning) -> list[Launch]:
         """What is timed: all layers."""
         options, made = Options(tuning=tuning), []
         for picked, shared in zip(self._picks, self._shared_downs, strict=True):
@@ -236,14 +235,13 @@ def _silu(x: F64) -> F64:
     return x / (1 + np.exp(-x))
 
 
-def tunings(
-    stages: Sequence[int] = (3, 4, 6), tiles: Sequence[int] = (1152, 2304, 3456)
-) -> list[Tuning]:
+def tunings(own: Tuning) -> list[Tuning]:
     """Candidates for a device whose copies into shared memory run by themselves."""
-    groups = ((16, 1), (8, 2), (8, 3), (16, 2))
-    return [
-        Tuning(waves, per_core, stage, tile)
+    groups = ((8, 1), (16, 1), (8, 2), (8, 3), (4, 4))
+    made = [
+        replace(own, waves=waves, per_core=per_core, stages=stages, tile=tile)
         for waves, per_core in groups
-        for stage in stages
-        for tile in tiles
+        for stages in (2, 3, 4, 6)
+        for tile in (1152, 2304, 3456)
     ]
+    return [*made, replace(own, held=0), replace(own, early=False)]

@@ -179,7 +179,9 @@ class CudaRuntime:
 
     def launch(self, launch: Launch, stream: int) -> None:
         if launch.early and self._starts_early:
-            self._call(cu.cuLaunchKernelEx, _early(launch, stream), launch.function, launch.parameters, 0)
+            self._call(
+                cu.cuLaunchKernelEx, _early(launch, stream), launch.function, launch.parameters, 0
+            )
             return
         (error,) = cu.cuLaunchKernel(
             launch.function, *launch.grid, *launch.group, launch.shared, stream,
