@@ -95,7 +95,7 @@ def experts_in(
     }
     wave = gpu.runtime.wave
     sets = top_k * -(-layout.width // shape.side(wave))
-    groups = min(gpu.runtime.cores * plan.tuning.per_core, -(-sets // plan.tuning.waves))
+    groups = min(gpu.runtime.cores * plan.tuning.per_core, sets)
     resident = (ctypes.c_uint64 * 4)(
         buffers.scores, choose.table if choose else 0, layout.offsets[1], layout.offsets[2]
     )

@@ -110,7 +110,7 @@ def _plan(gpu: GPU, parts: Sequence[Part], options: Options, defines: dict[str, 
         **defines,
     }
     most = [
-        -(-matrix.rows // (shape.side(wave) * tuning.waves))
+        -(-matrix.rows // shape.side(wave))
         for (matrix, _), shape in zip(parts, shapes, strict=True)
     ]
     groups = share_groups(
