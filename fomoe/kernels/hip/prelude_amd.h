@@ -106,6 +106,10 @@ FM_DEV unsigned fm_atomic_add(unsigned* p, unsigned value) {
 }
 FM_DEV unsigned long long fm_clock() { return __builtin_readsteadycounter(); }  // at 100 MHz
 
+// ---- launches: one begins when the one before has ended
+FM_DEV void fm_wait_before() {}
+FM_DEV void fm_release_next() {}
+
 // ---- groups and waves
 // Orders shared memory alone: the caches of global memory stay as they are, unlike with
 // __syncthreads().

@@ -97,6 +97,16 @@ FM_DEV unsigned long long fm_clock() {  // nanoseconds
     return now;
 }
 
+// ---- launches: fm_release_next lets the next one of the stream start beside this one, as far as it
+// gets before its fm_wait_before, which waits until the one before has ended. Launch.early asks for it.
+#if __CUDA_ARCH__ >= 900
+FM_DEV void fm_wait_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+FM_DEV void fm_release_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+FM_DEV void fm_wait_before() {}
+FM_DEV void fm_release_next() {}
+#endif
+
 // ---- groups and waves
 FM_DEV void fm_barrier() { __syncthreads(); }
 FM_DEV int fm_thread() { return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)); }

@@ -47,8 +47,9 @@ def _project(types: tuple[int, ...], cols: int) -> dict[str, int]:
 
 CHECKS = (
     *(Check("project", _project((t,), 4096), dots=True) for t in _QUANTS),
-    Check("project", _project((8, 12, 14), 8192), dots=True),
-    Check("project", _project((0, 1, 30), 4096)),
+    Check("project", {**_project((8, 12, 14), 8192), "FM_HELD": 48}, dots=True),
+    Check("project", _project((0, 1), 4096)),
+    Check("project", _project((30,), 4096)),
     Check("project", {**_project(_QUANTS, 2048), "FM_INT8": 0}),
     *(
         Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True)
