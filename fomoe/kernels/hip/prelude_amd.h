@@ -225,3 +225,4 @@ FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     c = fm_bits<fm_tile_c>(__builtin_amdgcn_mfma_i32_16x16x32_i8(va, vb, fm_bits<fm_vector_c>(c), 0, 0, 0));
 }
 #endif
+#include "half_amd.h"

@@ -178,3 +178,4 @@ FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     const unsigned char* shown = fm_engine->exchange(&both, sizeof(both), fm_cpu::kTile);
     for (int i = 0; i < FM_TILE_REGS; i++) c[i] += fm_tile_dot(shown, fm_tile_row(i), fm_tile_col(i));
 }
+#include "half_cpu.h"

@@ -170,3 +170,4 @@ FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     fm_tile_half(c.reg, a, b.part[0], b.part[1]);
     fm_tile_half(c.reg + 4, a, b.part[2], b.part[3]);
 }
+#include "half_cuda.h"
