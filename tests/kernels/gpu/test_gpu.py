@@ -108,6 +108,17 @@ def test_host_memory_is_pinned_where_it_lies(gpu):
         gpu.runtime.unregister(host)
 
 
+def test_a_shared_name_leads_to_the_memory(gpu):
+    name = gpu.runtime.share(gpu.arena.base)
+    assert (type(name), len(name)) == (bytes, 64)
+    address = gpu.runtime.open_shared(name)
+    gpu.upload(gpu.arena.base, np.arange(9))
+    assert gpu.download(address, np.int64, 9).tolist() == [*range(9)]
+    gpu.runtime.close_shared(address)
+    with pytest.raises(DeviceError, match="invalid argument"):
+        gpu.runtime.open_shared(bytes(64))
+
+
 def test_what_was_opened_is_given_back(gpu):
     before = gpu.runtime.memory()[0]
     with OPEN[gpu.runtime.name]() as second:
