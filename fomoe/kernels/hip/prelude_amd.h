@@ -262,3 +262,4 @@ FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& 
     fm_tile_mma(c, fm_lane() / 32 == HALF ? a : nothing, b);
 }
 #endif
+#include "half_amd.h"

@@ -207,3 +207,4 @@ template <int HALF>
 FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     fm_tile_mma_range(c, a, b, 16 * HALF, 16 * HALF + 16);
 }
+#include "half_cpu.h"
