@@ -32,6 +32,7 @@ from fomoe.kernels.gpu.prompt_experts import Experts, PairRows, Shared
 from fomoe.kernels.gpu.prompt_tiles import Tile
 from fomoe.kernels.gpu.step import STEP, Rows
 
+Work = tuple[float, float]  # floating point operations, bytes moved
 ROTATE_BYTES = 160 << 20
 ROUNDS = 5
 DISTINCT = 4  # experts whose bytes differ
@@ -163,14 +164,14 @@ class Bench:
         runtime.drop(graph)
         return statistics.median(times) * 1e3 / len(launches)
 
-    def add(self, chunk: Chunk, what: str, us: float, work: tuple[float, float], error: float) -> None:
+    def add(
+        self, chunk: Chunk, what: str, us: float, work: tuple[float, float], error: float
+    ) -> None:
         """Add a line; `work` are floating point operations and bytes moved."""
         flops, nbytes = work
         share = nbytes / (us * 1e-6) / self.copy_bytes_s
         tile = name_of(chunk.tile)
-        line = Line(
-            self.model.name, chunk.tokens, what, tile, us, flops / us * 1e-6, share, error
-        )
+        line = Line(self.model.name, chunk.tokens, what, tile, us, flops / us * 1e-6, share, error)
         self.lines.append(line)
         print(line, flush=True)
 
@@ -290,9 +291,11 @@ class Bench:
             blocks = self.blocks[expert % DISTINCT]
             gate, up, down = (values_of(t, b) for t, b in zip(layout.types, blocks, strict=True))
             g, u = gate @ x[i], up @ x[i]
-            errors.append((worst(inner[i], g / (1 + np.exp(-g)) * u), worst(outer[i], down @ inner[i])))
-        first, second = zip(*errors, strict=True)
-        return max(first), max(second)
+            errors.append(
+                (worst(inner[i], g / (1 + np.exp(-g)) * u), worst(outer[i], down @ inner[i]))
+            )
+        firsts, seconds = zip(*errors, strict=True)
+        return max(firsts), max(seconds)
 
     def combine(self, chunk: Chunk, lists: Any, rows: PairRows) -> None:
         tokens, hidden, shape = chunk.tokens, self.model.hidden, self.model.experts
@@ -329,7 +332,9 @@ def tiled(step: int, tokens: int, tiles: Sequence[Tile | None]) -> list[Chunk]:
     return [Chunk(step, tokens, True, tile) for tile in tiles]
 
 
-def fitting(gpu: GPU, tiles: Sequence[Tile], types: tuple[int, int], cols: int) -> list[Tile | None]:
+def fitting(
+    gpu: GPU, tiles: Sequence[Tile], types: tuple[int, int], cols: int
+) -> list[Tile | None]:
     limit = gpu.runtime.shared_bytes
     return [None, *(t for t in tiles if t.shared_bytes(types, cols, True) <= limit)]
 
