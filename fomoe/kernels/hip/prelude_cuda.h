@@ -201,13 +201,10 @@ FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     fm_tile_half(c.reg, a, b.part[0], b.part[1]);
     fm_tile_half(c.reg + 4, a, b.part[2], b.part[3]);
 }
-<<<<<<< HEAD
 // The same over the 16 of k from 16 * HALF on.
 template <int HALF>
 FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     fm_tile_half_k16(c.reg, a.part[2 * HALF], a.part[2 * HALF + 1], b.part[HALF]);
     fm_tile_half_k16(c.reg + 4, a.part[2 * HALF], a.part[2 * HALF + 1], b.part[2 + HALF]);
 }
-=======
 #include "half_cuda.h"
->>>>>>> gpu-sequence

@@ -8,13 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-<<<<<<< HEAD
-from fomoe.kernels.gpu.sources import FOLDER, source_of
-=======
 from fomoe.kernels.gpu.prompt import product_defines
 from fomoe.kernels.gpu.prompt_tiles import Tile
-from fomoe.kernels.gpu.sources import FOLDER
->>>>>>> gpu-prompt
+from fomoe.kernels.gpu.sources import FOLDER, source_of
 
 AMD = {"gfx1100": 32, "gfx1200": 32, "gfx1201": 32, "gfx942": 64}  # lanes of a wave
 OWN = Path(__file__).parent / "units"

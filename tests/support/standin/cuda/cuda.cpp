@@ -165,25 +165,6 @@ API int cuLaunchKernelEx(const LaunchConfig* c, void* f, void** arguments, void*
   return hipModuleLaunchKernel(f, c->grid[0], c->grid[1], c->grid[2], c->group[0], c->group[1],
                                c->group[2], c->shared, c->stream, arguments, extra);
 }
-// The only attribute that fomoe sets lets a kernel start early; here kernels run one after the other.
-struct LaunchConfig {
-    unsigned grid[3], threads[3], shared;
-    void* stream;
-    const struct LaunchAttribute* attributes;
-    unsigned n_attributes;
-};
-struct LaunchAttribute {
-    int id;
-    char padding[4];
-    int value[16];
-};
-constexpr int kInvalidValue = 1, kSerialization = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-API int cuLaunchKernelEx(const LaunchConfig* c, void* f, void** arguments, void** extra) {
-    if (c->n_attributes != 1 || c->attributes->id != kSerialization || c->attributes->value[0] != 1)
-        return kInvalidValue;
-    return cuLaunchKernel(f, c->grid[0], c->grid[1], c->grid[2], c->threads[0], c->threads[1], c->threads[2],
-                          c->shared, c->stream, arguments, extra);
-}
 
 API int cuStreamBeginCapture(void* stream, int mode) { return hipStreamBeginCapture(stream, mode); }
 API int cuStreamEndCapture(void* stream, void** graph) {
