@@ -9,24 +9,24 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.errors import DeviceError
-from fomoe.gguf.extents import ExpertTable, tensor_name
+from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
-from fomoe.kernels.gpu.attention import rope_turns
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.rehearsal import Rehearsal
 from fomoe.kernels.gpu.runtime import Runtime
 from fomoe.kernels.gpu.step import STEP
 from fomoe.model.buffers import F32
 from fomoe.model.gpu.decode import Desk
-from fomoe.model.gpu.head import HeadMail
+from fomoe.model.gpu.head import Head, HeadMail
+from fomoe.model.gpu.loading import load_all, slot_counts
 from fomoe.model.gpu.options import HostOptions
-from fomoe.model.gpu.passes import Held, Mail, build
+from fomoe.model.gpu.passes import Held, Mail, Passes, build
 from fomoe.model.gpu.planning import planned_bytes, resident_bytes
 from fomoe.model.gpu.program import time_steps
 from fomoe.model.gpu.slots import U8, ExpertSlots
 from fomoe.model.gpu.states import States, StateSnapshot
 from fomoe.model.gpu.transfer import Mirror, Signal
-from fomoe.model.gpu.weights import place_ends, place_layer
+from fomoe.model.gpu.weights import place_ends, place_layer, place_turns
 from fomoe.model.gpu.work import Work
 from fomoe.model.linear import Weights
 from fomoe.model.spec import ModelSpec
@@ -74,30 +74,25 @@ class GPUModel:
         """
         options.check(spec)
         self.gpu, self.spec, self.options = gpu, spec, options
-        self._file = file
-        self._table = ExpertTable.from_gguf(file, spec.n_layers)
+        self._file, self._table = file, ExpertTable.from_gguf(file, spec.n_layers)
         self.slots = ExpertSlots(gpu, self._table, spec, options.layers)
-        weights = Weights(file)
-        ends = place_ends(gpu, weights, spec, embedding=options.embedding, head=options.head)
-        layers = {layer: place_layer(gpu, weights, spec, layer) for layer in options.layers}
         self.states = States(gpu, spec, options)
-        step = Mirror(gpu, (1,), STEP)
-        turns = rope_turns(spec.attention)
-        turns_at = gpu.arena.take(turns.nbytes)
-        gpu.upload(turns_at, turns)
-        work = Work.take(gpu, spec, options)
-        desk = Desk(gpu, spec, options.int8, options.max_tokens, work, step.address, turns_at)
-        self._work = work
+        weights = Weights(file)
+        held = Held(
+            {layer: place_layer(gpu, weights, spec, layer) for layer in options.layers},
+            place_ends(gpu, weights, spec, embedding=options.embedding, head=options.head),
+            self.states,
+            self.slots,
+        )
+        step, self._work = Mirror(gpu, (1,), STEP), Work.take(gpu, spec, options)
+        desk = Desk(
+            gpu, spec, options.int8, options.max_tokens, self._work, step.address,
+            place_turns(gpu, spec),
+        )  # fmt: skip
         self._mail = Mail.of(desk, step, options)
-        held = Held(layers, ends, self.states, self.slots)
-        head_mail = HeadMail.of(desk) if options.head else None
-        rehearsal = Rehearsal(gpu)
-        build(replace(desk, gpu=rehearsal), self._mail, held, head_mail, graphs=False)
-        gpu.prepare(rehearsal.jobs)
-        self._passes = build(desk, self._mail, held, head_mail, graphs=options.graphs)
-        self._head = self._passes.head
-        self._begun, self._scored = Signal(gpu, options.wait_s), Signal(gpu, options.wait_s)
-        self._ended = Signal(gpu, options.wait_s)
+        self._passes = _rehearsed(desk, self._mail, held, graphs=options.graphs)
+        self._head: Head | None = self._passes.head
+        self._begun, self._scored, self._ended = (Signal(gpu, options.wait_s) for _ in range(3))
         self._tokens = 1
         self._has_logits = False
 
@@ -106,17 +101,13 @@ class GPUModel:
         """The device's driver."""
         return self.gpu.runtime
 
-    # Experts
-
     def add_slots(self, counts: Sequence[int]) -> None:
         """Take `counts[c]` expert slots of each size class of the model's `ExpertTable`."""
         self.slots.add(counts)
 
     def add_all_slots(self) -> None:
         """Take a slot for every expert of the hosted layers."""
-        classes = [self.slots.class_of(layer) for layer in self.options.layers]
-        each = self.spec.moe.n_experts
-        self.add_slots([each * classes.count(c) for c in range(len(self._table.classes))])
+        self.add_slots(slot_counts(self.slots, self._table, self.options.layers))
 
     def load_expert(self, layer: int, expert: int, slot: int, blocks: Sequence[U8]) -> None:
         """Write an expert's gate, up and down blocks into a slot, and publish it; waits."""
@@ -125,22 +116,7 @@ class GPUModel:
 
     def load_experts(self) -> None:
         """Read every expert of the hosted layers into a slot of its own."""
-        used = [0] * len(self._table.classes)
-        names, count = self._table.part_names, self.spec.moe.n_experts
-        for layer in self.options.layers:
-            size_class = self.slots.class_of(layer)
-            tensors = [self._file.read(tensor_name(layer, name)) for name in names]
-            each = [tensor.reshape(count, -1) for tensor in tensors]
-            if len(each) == 2:  # fused: the gate's rows lie before the up projection's
-                half = each[0].shape[1] // 2
-                each = [each[0][:, :half], each[0][:, half:], each[1]]
-            for expert in range(count):
-                blocks = [part[expert] for part in each]
-                self.slots.load(layer, expert, used[size_class], blocks)
-                used[size_class] += 1
-        self.slots.publish()
-
-    # Sequences
+        load_all(self.slots, self._file, self._table, self.options.layers)
 
     def reset(self, state: int) -> None:
         """Empty a state."""
@@ -157,8 +133,6 @@ class GPUModel:
     def restore(self, state: int, snapshot: StateSnapshot) -> None:
         """Return a state to a snapshot; waits for it."""
         self.states.restore(state, snapshot)
-
-    # A pass, half a layer at a time
 
     def begin(self, tokens: I32, position: int, state: int = 0) -> None:
         """Begin a pass of int32 [T] at a position of a state."""
@@ -217,8 +191,6 @@ class GPUModel:
             self._mail.weights.send(0, nbytes)
         self._passes.back(layer, self._tokens).run()
 
-    # Whole passes
-
     def decode(self, token: int, position: int, state: int = 0) -> None:
         """Run one token through all layers and the head, by the device's own choice."""
         self._write_step(np.array([token], np.int32), position, state)
@@ -256,8 +228,6 @@ class GPUModel:
         chosen: I32 = ids.host[:, : len(tokens)]
         return chosen
 
-    # The end of a pass
-
     def logits(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> F32:
         """Return float32 [n, V] of rows of the pass; waits for them."""
         if self._head is None:
@@ -277,8 +247,6 @@ class GPUModel:
         self._ended.wait("the largest logit")
         result = self._head.result
         return int(result["id"]), float(result["logit"]), float(result["log_sum"])
-
-    # Figures
 
     def launches(self) -> dict[int, int]:
         """Return the kernels that a decode step launches in each layer, by layer."""
@@ -333,3 +301,12 @@ class GPUModel:
         self._tokens, self._has_logits = count, False
         self._mail.step.host[0] = (int(tokens[0]), position, count, 0, self.states.base(state))
         self._mail.tokens.host[:count] = tokens
+
+
+def _rehearsed(desk: Desk, mail: Mail, held: Held, *, graphs: bool) -> Passes:
+    """Return all passes, built twice: the first time shows what to compile side by side."""
+    head = HeadMail.of(desk) if held.ends.head is not None else None
+    rehearsal = Rehearsal(desk.gpu)
+    build(replace(desk, gpu=rehearsal), mail, held, head, graphs=False)
+    desk.gpu.prepare(rehearsal.jobs)
+    return build(desk, mail, held, head, graphs=graphs)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from fomoe.kernels.gpu.attention import rope_turns
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.matrices import Matrix, place
 from fomoe.model.attention import AttentionWeights
@@ -115,6 +116,14 @@ def place_ends(
             name = "token_embd.weight" if tied else "output.weight"
             last = _matrix(gpu, weights.linear(name, *shape))
     return EndMatrices(first, norm, last)
+
+
+def place_turns(gpu: GPU, spec: ModelSpec) -> int:
+    """Return the address of `rope_turns`."""
+    turns = rope_turns(spec.attention)
+    address = gpu.arena.take(turns.nbytes)
+    gpu.upload(address, turns)
+    return address
 
 
 def _placed(gpu: GPU, weights: object, kind: type[Placed]) -> Placed:
