@@ -71,10 +71,7 @@ def default_model() -> Path:
 
 
 def environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the options that FOMOE_* variables set, by option name, as text.
-
-    Args:
-        environ: The variables to read; None reads the process's own.
+    """Return what FOMOE_* of `environ`, or of this process, set: option name to text.
 
     Raises:
         ConfigError: a FOMOE_ variable has a name that fomoe does not know.
@@ -92,6 +89,11 @@ def environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
 def notify_socket() -> str | None:
     """Return the socket on which systemd waits for news of this process; None without one."""
     return os.environ.get("NOTIFY_SOCKET")
+
+
+def cache_dir() -> Path:
+    """Return this user's directory for what can be made again, such as compiled kernels."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fomoe"
 
 
 def runtime_dir() -> Path:
