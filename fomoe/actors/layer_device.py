@@ -14,7 +14,7 @@ from fomoe.actors.channel import Fabric, Sender, load_acquire_u64, store_release
 from fomoe.actors.expert_copies import Slots
 from fomoe.actors.layer_layout import LayerArena, LayerViews
 from fomoe.actors.messages import DONE, LAYERS, Do, Tag
-from fomoe.errors import DeviceError, PeerDeadError
+from fomoe.errors import DeviceError
 from fomoe.model.buffers import F32
 
 if TYPE_CHECKING:
@@ -129,6 +129,9 @@ class LayerServer:
             model.embed()
         if do & Do.TAKE:
             waited = self._await_hidden(peer, awaited)
+            if waited < 0:
+                self._to_driver.send(Tag.DONE, DONE.pack(step, 1, 0, 0, 0), (), _SEND_BOUND_S)
+                return
             model.put_hidden(self._views[peer].hidden.ctypes.data)
         self._run(do, layer)
         if do & Do.GIVE:
@@ -157,7 +160,11 @@ class LayerServer:
             np.copyto(mine.chosen_of(tokens), model.run_whole())
 
     def _await_hidden(self, peer: int, awaited: int) -> int:
-        """Wait for another device's residual stream; returns the nanoseconds it took."""
+        """Wait for another device's residual stream.
+
+        Returns:
+            The nanoseconds that it took; -1 where that device has died, of which the driver hears.
+        """
         started = time.perf_counter_ns()
         word, name = self._views[peer].word, self._devices[peer].name
         while True:
@@ -165,7 +172,7 @@ class LayerServer:
             if load_acquire_u64(word, 0) >= awaited:
                 return time.perf_counter_ns() - started
             if self._fabric.peer_dead(name):
-                raise PeerDeadError(name)
+                return -1
             if self._stopping() or time.perf_counter_ns() - started > _HIDDEN_BOUND_S * 1e9:
                 raise DeviceError(
                     f"{name} gave no residual stream within {_HIDDEN_BOUND_S:.0f} s; "
@@ -181,7 +188,7 @@ class LayerServer:
         if do & Do.WHOLE:
             counts["chosen"] = self._mine.chosen_of(tokens).size
         if do & Do.GIVE:
-            counts["hidden"] = tokens * self._mine.hidden.shape[1]
+            counts |= {"word": 1, "hidden": tokens * self._mine.hidden.shape[1]}
         if do & Do.LOGITS:
             counts["logits"] = rows * self._mine.logits.shape[1]
         payload = DONE.pack(step, 0, 0, compute_ns, wait_ns)

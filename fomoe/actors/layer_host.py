@@ -19,7 +19,7 @@ from fomoe.actors.messages import DONE, LAYERS, Do, Tag
 from fomoe.engine.decisions import Decider
 from fomoe.engine.device_forward import Pass
 from fomoe.engine.placed import Placed
-from fomoe.errors import DeviceError, PeerStalledError
+from fomoe.errors import DeviceError, EngineError, PeerStalledError
 from fomoe.model.buffers import F32
 from fomoe.residency import LogicalCache
 from fomoe.routing import Route
@@ -243,8 +243,17 @@ class DeviceLayers:
             if tag == Tag.FAULT:
                 text = self._buffer[:nbytes].decode(errors="replace")
                 raise DeviceError(f"{link.name}: {text}")
-            link.answered, _, _, computed_ns, waited_ns = DONE.unpack_from(self._buffer)
+            link.answered, aborted, _, computed_ns, waited_ns = DONE.unpack_from(self._buffer)
+            if aborted:
+                self._blame(link)
             self.counters.compute_s += computed_ns / 1e9
             self.counters.stall_s += waited_ns / 1e9
 
 
+
+    def _blame(self, link: LayerLink) -> None:
+        """Raise what made a device give a step up: the one before it has failed or died."""
+        for other in self.links:
+            if other is not link:
+                self._receive(other)
+        raise EngineError(f"{link.name} gave a step up, and no other device has failed")

@@ -19,7 +19,7 @@ from fomoe.engine.decisions import Decider
 from fomoe.engine.recorder import Recorder
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.waterfall import Lap, Stopwatch
-from fomoe.errors import EngineError, RequestError
+from fomoe.errors import EngineError
 from fomoe.model.buffers import F32
 from fomoe.model.spec import ModelSpec
 from fomoe.model.state import Batch, HostedState, SequenceState
@@ -202,19 +202,14 @@ class DeviceForward:
         self.watch.lap(Lap.AWAIT)
         return logits
 
-    def twin(self, state: SequenceState) -> HostedTwin:
-        """Return a second state beside a sequence's.
+    @property
+    def has_twin(self) -> bool:
+        """Whether the devices hold a second state."""
+        return self.host.n_states > 1
 
-        Raises:
-            RequestError: the devices hold no second state.
-        """
+    def twin(self, state: SequenceState) -> HostedTwin:
+        """Return a second state beside a sequence's."""
         assert isinstance(state, HostedState)
-        if self.host.n_states < 2:
-            raise RequestError(
-                "this contract needs a second state on the devices, and the engine was started "
-                "without: start it with --quality kl=... or with --shadow-every above 0",
-                "quality",
-            )
         return HostedTwin(self.host, state)
 
     def step_exactly(self, batch: Batch) -> I32:
@@ -222,7 +217,7 @@ class DeviceForward:
         host, watch, top_k = self.host, self.watch, self.spec.moe.top_k
         watch.start()
         if host.runs_whole:
-            chosen = host.run_whole(_pass_of(batch), decoding=True)[:, 0]
+            chosen = host.run_whole(_pass_of(batch), decoding=True)[:, 0].copy()
             watch.lap(Lap.AWAIT)
             return chosen
         chosen = np.zeros((self.spec.n_layers, top_k), np.int32)

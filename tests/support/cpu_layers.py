@@ -7,7 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from fomoe.actors import layers
+from fomoe.actors.driver import DriverActor
 from fomoe.actors.expert_copies import part_bytes
+from fomoe.actors.layers import LayerActor
+from fomoe.engine import hosting
 from fomoe.engine.experts import expert_shape
 from fomoe.gguf.extents import ExpertTable
 from fomoe.kernels.device import open_device
@@ -16,6 +20,7 @@ from fomoe.model.state import Batch, DeltaState, SequenceState
 from fomoe.routing import group_by_expert, route_exact
 
 ALIGN = 256
+DENSE_BYTES = 4 << 20
 
 
 class CpuRuntime:
@@ -191,3 +196,33 @@ class CpuLayers:
 
     def close(self):
         self.closed = True
+
+
+def open_model(file, spec, config, device):
+    return CpuLayers(file, spec, hosting.host_options(config, spec)[device])
+
+
+def planned_bytes(file, spec, options):
+    return DENSE_BYTES
+
+
+def install():
+    """Put these devices in the place of GPUs, for the rest of this process."""
+    layers.open_model = open_model
+    hosting.planned_bytes = planned_bytes
+
+
+class CpuDriver(DriverActor):
+    """A driver in a process of its own, beside such devices."""
+
+    def __init__(self, name):
+        install()
+        super().__init__(name)
+
+
+class CpuLayerActor(LayerActor):
+    """Such a device in a process of its own."""
+
+    def __init__(self, name):
+        install()
+        super().__init__(name)
