@@ -175,14 +175,18 @@ struct fm_tile_c {
     __device__ __forceinline__ int& operator[](int i) { return reg[i]; }
     __device__ __forceinline__ const int& operator[](int i) const { return reg[i]; }
 };
+// The lanes of 16 rows together hold k 0 to 15 in their first halves, where there are two.
 FM_DEV fm_tile_part fm_tile_read(const signed char* shared, int stride) {
     const int lane = fm_lane();
     const signed char* row = shared + lane % 16 * stride;
-#if !defined(__GFX11__)
-    row += lane / 16 * FM_TILE_PART;
-#endif
     fm_tile_part part;
-    __builtin_memcpy(&part, __builtin_assume_aligned(row, FM_TILE_PART < 16 ? 8 : 16), sizeof(part));
+#if defined(__GFX11__)
+    __builtin_memcpy(&part, __builtin_assume_aligned(row, 16), sizeof(part));
+#else
+    row += lane / 16 * 8;
+    for (int i = 0; i < FM_TILE_PART / 8; i++)
+        __builtin_memcpy(part.word + 2 * i, __builtin_assume_aligned(row + 16 * i, 8), 8);
+#endif
     return part;
 }
 FM_DEV fm_tile_a fm_tile_load_a(const signed char* shared, int stride) { return {fm_tile_read(shared, stride)}; }
@@ -219,9 +223,21 @@ FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     sum = fm_tile_step(sum, a.part.word + FM_TILE_STEP, b.part.word + FM_TILE_STEP);
     c = fm_bits<fm_tile_c>(sum);
 }
+// The same over the 16 of k from 16 * HALF on.
+template <int HALF>
+FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
+    constexpr int kWord = HALF * FM_TILE_STEP;
+    c = fm_bits<fm_tile_c>(fm_tile_step(fm_bits<fm_vector_c>(c), a.part.word + kWord, b.part.word + kWord));
+}
 #elif defined(__gfx942__)
 FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     const long va = fm_bits<long>(a.part), vb = fm_bits<long>(b.part);
     c = fm_bits<fm_tile_c>(__builtin_amdgcn_mfma_i32_16x16x32_i8(va, vb, fm_bits<fm_vector_c>(c), 0, 0, 0));
+}
+// The same over the 16 of k from 16 * HALF on, which half of the lanes hold.
+template <int HALF>
+FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
+    const fm_tile_a nothing = {};
+    fm_tile_mma(c, fm_lane() / 32 == HALF ? a : nothing, b);
 }
 #endif

@@ -151,6 +151,11 @@ FM_DEV void fm_tile_half(int* c, const fm_tile_a& a, unsigned b0, unsigned b1) {
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "r"(b0), "r"(b1));
 }
+FM_DEV void fm_tile_half_k16(int* c, unsigned a0, unsigned a1, unsigned b) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+}
 #else
 // sm_75 has the quarter of it: 8 rows and k 16.
 FM_DEV void fm_tile_quarter(int* c, unsigned a, unsigned b) {
@@ -158,15 +163,23 @@ FM_DEV void fm_tile_quarter(int* c, unsigned a, unsigned b) {
         : "+r"(c[0]), "+r"(c[1])
         : "r"(a), "r"(b));
 }
+FM_DEV void fm_tile_half_k16(int* c, unsigned a0, unsigned a1, unsigned b) {
+    fm_tile_quarter(c, a0, b);
+    fm_tile_quarter(c + 2, a1, b);
+}
 FM_DEV void fm_tile_half(int* c, const fm_tile_a& a, unsigned b0, unsigned b1) {
-    fm_tile_quarter(c, a.part[0], b0);
-    fm_tile_quarter(c + 2, a.part[1], b0);
-    fm_tile_quarter(c, a.part[2], b1);
-    fm_tile_quarter(c + 2, a.part[3], b1);
+    fm_tile_half_k16(c, a.part[0], a.part[1], b0);
+    fm_tile_half_k16(c, a.part[2], a.part[3], b1);
 }
 #endif
 // c += a * b^T over K = 32; all lanes of the wave come here.
 FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     fm_tile_half(c.reg, a, b.part[0], b.part[1]);
     fm_tile_half(c.reg + 4, a, b.part[2], b.part[3]);
+}
+// The same over the 16 of k from 16 * HALF on.
+template <int HALF>
+FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
+    fm_tile_half_k16(c.reg, a.part[2 * HALF], a.part[2 * HALF + 1], b.part[HALF]);
+    fm_tile_half_k16(c.reg + 4, a.part[2 * HALF], a.part[2 * HALF + 1], b.part[2 + HALF]);
 }

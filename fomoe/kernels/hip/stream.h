@@ -1,0 +1,50 @@
+// A wave's way through its rows of a matrix.
+#pragma once
+#include "activations.h"
+
+template <class F, int kCols>
+struct MatrixStream {
+  using T = RowTiles<F, kCols>;
+  Ring ring;
+  const char* weights;
+  int rows, stride;   // rows of the matrix; from one set of rows of this wave to the next
+  int first;          // this wave's first row
+  int row, segment;   // of the next fetch
+
+  // The wave is number `wave` of `waves` that share the matrix.
+  FM_DEV MatrixStream(Ring r, const void* matrix, int all_rows, int wave, int waves)
+      : ring(r), weights((const char*)matrix), rows(all_rows), stride(waves * T::kSide),
+        first(wave * T::kSide), row(wave * T::kSide), segment(0) {}
+
+  FM_DEV void fetch() {
+    const int bytes = row < rows ? T::bytes(row, segment, rows) : 0;
+    ring.fetch<T::kTileBytes>(weights + T::offset(row, segment), bytes);
+    if (++segment < T::kSegments) return;
+    segment = 0;
+    row += stride;
+  }
+  FM_DEV void start() {
+    FM_UNROLL for (int i = 1; i < FM_STAGES; ++i) fetch();
+  }
+
+  // The product of the lane's row among those from `at` on, which are the next of this wave.
+  FM_DEV float product(const Held<F, kCols>& x, int at) {
+    float sum = 0.0f;
+    FM_UNROLL for (int s = 0; s < T::kSegments; ++s) {
+      const char* const tile = ring.next();
+      fetch();
+      sum += x.dot(tile, (int)(T::offset(at, s) % 16), s);
+    }
+    return row_sum<T::kLanes>(sum);
+  }
+
+  // out = W x, or out += W x.
+  template <bool kAdd>
+  FM_DEV void multiply(const Held<F, kCols>& x, float* out) {
+    for (int at = first; at < rows; at += stride) {
+      const float y = product(x, at);
+      const int mine = at + fm_lane() / T::kLanes;
+      if (fm_lane() % T::kLanes == 0 && mine < rows) out[mine] = kAdd ? out[mine] + y : y;
+    }
+  }
+};
