@@ -63,11 +63,11 @@ class LayerModel(Protocol):
     def back(self, layer: int, ids: I32, weights: F32) -> None:
         """Run the experts int32 [T, k] and close the layer; one token's ids ascend."""
 
-    def run_whole(self) -> I32:
-        """Run all layers by the router's own choice; returns it, int32 [L, T, k]."""
+    def prefill(self, tokens: I32, position: int, state: int) -> I32:
+        """Run a whole pass by the router's own choice; returns it, int32 [L, T, k], any order."""
 
     def logits(self, rows: I32) -> F32:
-        """Return logits float32 [n, V] of rows of the pass."""
+        """Return logits float32 [n, V] of rows of the last pass."""
 
     def reset(self, state: int) -> None:
         """Empty a state."""
@@ -124,7 +124,7 @@ class LayerServer:
         if do & Do.COPY_STATE:
             model.copy_state(state, peer, position)
         if do & Do.BEGIN:
-            self._begin(tokens, position, state)
+            self._begin(do, tokens, position, state)
         if do & Do.EMBED:
             model.embed()
         if do & Do.TAKE:
@@ -142,11 +142,15 @@ class LayerServer:
             np.copyto(self._mine.logits[:rows], model.logits(self._mine.rows[:rows]))
         self._answer(step, do, rows, time.perf_counter_ns() - started - waited, waited)
 
-    def _begin(self, tokens: int, position: int, state: int) -> None:
+    def _begin(self, do: Do, tokens: int, position: int, state: int) -> None:
+        model, ids = self._model, self._mine.tokens[:tokens]
         self._tokens = tokens
         if position == 0:
-            self._model.reset(state)
-        self._model.begin(self._mine.tokens[:tokens], position, state)
+            model.reset(state)
+        if do & Do.WHOLE:
+            np.copyto(self._mine.chosen_of(tokens), model.prefill(ids, position, state))
+        else:
+            model.begin(ids, position, state)
 
     def _run(self, do: Do, layer: int) -> None:
         model, mine, tokens = self._model, self._mine, self._tokens
@@ -156,8 +160,6 @@ class LayerServer:
         if do & Do.FRONT:
             model.front(layer)
             np.copyto(mine.scores[:tokens], model.scores(layer))
-        if do & Do.WHOLE:
-            np.copyto(mine.chosen_of(tokens), model.run_whole())
 
     def _await_hidden(self, peer: int, awaited: int) -> int:
         """Wait for another device's residual stream.

@@ -16,6 +16,7 @@ from fomoe.actors.names import arena_name, device_name
 from fomoe.actors.process import FabricMember, LoopThread
 from fomoe.actors.storage import landed_bytes
 from fomoe.config import EngineConfig
+from fomoe.devices import local_name
 from fomoe.engine.hosting import host_options
 from fomoe.errors import DeviceError
 from fomoe.gguf.extents import ExpertTable
@@ -180,4 +181,11 @@ def open_model(file: GGUFFile, spec: ModelSpec, config: EngineConfig, device: in
 
     Imported here: who has no GPU needs no driver of one.
     """
-    raise NotImplementedError
+    from fomoe.kernels.gpu.gpu import open_gpu
+    from fomoe.model.gpu.host import GPUModel, planned_bytes, resident_bytes
+
+    options = host_options(config, spec)[device]
+    nbytes = planned_bytes(file, spec, options) + resident_bytes(file, spec, options)
+    model = GPUModel(open_gpu(local_name(config.devices[device]), nbytes), file, spec, options)
+    model.add_all_slots()
+    return model

@@ -164,7 +164,8 @@ class CpuLayers:
         self._device.reduce(pairs, groups.order, groups.arrange(weights), routed)
         self._model.close(self._x, routed, self._model.shared(layer, self._h))
 
-    def run_whole(self):
+    def prefill(self, tokens, position, state):
+        self.begin(tokens, position, state)
         self.calls.append("whole")
         k = self.spec.moe.top_k
         chosen = np.zeros((self.spec.n_layers, self._batch.size, k), np.int32)
