@@ -29,7 +29,9 @@ class Guarded(NamedTuple):
     def of(cls, gpu: GPU, values: Array) -> Guarded:
         """A copy of an array."""
         whole = np.full(values.nbytes + 2 * GUARD, SENTINEL, np.uint8)
-        whole[GUARD : GUARD + values.nbytes] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        whole[GUARD : GUARD + values.nbytes] = (
+            np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        )
         start = gpu.arena.take(whole.nbytes)
         gpu.upload(start, whole)
         return cls(gpu, start + GUARD, values.dtype, values.shape)
@@ -68,14 +70,18 @@ class RowsOut(NamedTuple):
     @property
     def rows(self) -> Rows:
         """What builders of launches want."""
-        return Rows(self.x.address, self.q.address if self.q else 0, self.s.address if self.s else 0)
+        return Rows(
+            self.x.address, self.q.address if self.q else 0, self.s.address if self.s else 0
+        )
 
     def read(self) -> tuple[Array, ...]:
         """x, and q and s where they are."""
         return tuple(part.read() for part in self if part is not None)
 
 
-def step_block(gpu: GPU, *, token: int = 0, position: int = 0, tokens: int = 1, state: int = 0) -> int:
+def step_block(
+    gpu: GPU, *, token: int = 0, position: int = 0, tokens: int = 1, state: int = 0
+) -> int:
     """Return the address of a step block."""
     address = gpu.arena.take(STEP.itemsize)
     gpu.upload(address, np.array((token, position, tokens, 0, state), STEP))

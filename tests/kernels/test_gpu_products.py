@@ -56,69 +56,81 @@ def expected_product(kind: Kind, blocks: np.ndarray, h: np.ndarray, *, int8: boo
     return reference.matmul_f32(int(kind), blocks, h)[0]
 
 
-# Rows of less than a wave, of several segments, of a part of one; more rows than the waves take.
-SHAPES = {kind: ((37, 256), (9, 768), (5, 4352)) for kind in QUANTS}
-SHAPES |= {kind: ((37, 32), (21, 416), (5, 4128)) for kind in (Kind.Q8_0, Kind.Q5_0)}
-SHAPES |= {kind: ((37, 32), (9, 416), (3, 2080)) for kind in FLOATS}
-
-
-@pytest.mark.parametrize("kind", SHAPES, ids=lambda kind: kind.name)
-def test_rows_times_a_vector(gpu: GPU, kind: Kind) -> None:
-    rng = np.random.default_rng(int(kind))
-    for rows, cols in SHAPES[kind]:
-        x = rng.normal(size=(1, cols)).astype(np.float32)
-        blocks = blocks_of(rng, kind, rows, cols)
-        before = rng.normal(size=rows).astype(np.float32)
-        out = DeviceArray(gpu, before)
-        matrix, vector = placed(gpu, kind, blocks), upload_rows(gpu, x)
-        gpu.launch(project_rows(gpu, vector, matrix, out.address, add=False))
-        product = expected_product(kind, blocks, x, int8=True)
-        first = out.read()
-        assert_close(first, product)
-        gpu.launch(project_rows(gpu, vector, matrix, out.address))
-        np.testing.assert_array_equal(out.read(), first + first)
-
-
-@pytest.mark.parametrize("kind", QUANTS, ids=lambda kind: kind.name)
-def test_quantised_rows_times_floats(gpu: GPU, kind: Kind) -> None:
-    rng = np.random.default_rng(int(kind))
-    x = rng.normal(size=(1, 768)).astype(np.float32)
-    blocks = blocks_of(rng, kind, 7, 768)
-    out = DeviceArray.empty(gpu, (7,))
-    rows = Rows(upload_rows(gpu, x).x, 0, 0)
-    options = Options(int8=False)
-    matrix = placed(gpu, kind, blocks)
-    gpu.launch(project_rows(gpu, rows, matrix, out.address, add=False, options=options))
-    assert_close(out.read(), reference.matmul_f32(int(kind), blocks, x)[0])
-
-
-@pytest.mark.parametrize("int8", [True, False])
-def test_several_matrices_of_a_normalised_vector(gpu: GPU, int8: bool) -> None:
-    rng = np.random.default_rng(7)
-    cols, kinds = 512, (Kind.Q4_K, Kind.F32, Kind.Q6_K, Kind.Q4_K)
+def normalised(rng: np.random.Generator, cols: int) -> tuple[np.ndarray, np.ndarray]:
+    """A vector [1, cols] and the weight of its norm."""
     x = 3 * rng.normal(size=(1, cols)).astype(np.float32)
-    norm = rng.normal(1, 0.2, cols).astype(np.float32)
-    blocks = [blocks_of(rng, kind, rows, cols) for kind, rows in zip(kinds, (70, 5, 33, 1))]
-    outs = [DeviceArray.empty(gpu, (len(b),)) for b in blocks]
-    parts = [(placed(gpu, k, b), o.address) for k, b, o in zip(kinds, blocks, outs, strict=True)]
-    kept = [
-        DeviceArray.empty(gpu, (1, cols)),
-        DeviceArray.empty(gpu, (1, cols), np.int8),
-        DeviceArray.empty(gpu, (1, cols // 32, 2)),
-    ]
-    keep = Rows(*(array.address for array in kept))
-    addresses = (DeviceArray(gpu, x).address, DeviceArray(gpu, norm).address)
-    gpu.launch(project(gpu, *addresses, EPS, parts, keep=keep, options=Options(int8=int8)))
+    return x, rng.normal(1, 0.2, cols).astype(np.float32)
 
-    h, q, scales = (array.read() for array in kept)
-    assert_close(h, reference.rms_norm(x, norm, EPS), 1e-6)
-    wanted_q, wanted_scale = reference.quantize_activations(h)
-    np.testing.assert_array_equal(q, wanted_q)
-    np.testing.assert_array_equal(scales[..., 0], wanted_scale)
-    sums = wanted_q.reshape(1, -1, 32).sum(axis=2).astype(np.float32)
-    np.testing.assert_array_equal(scales[..., 1], wanted_scale * sums)
-    for kind, weights, out in zip(kinds, blocks, outs, strict=True):
-        assert_close(out.read(), expected_product(kind, weights, h, int8=int8))
+
+class Products:
+    """One launch over matrices of the given types, with a kept h."""
+
+    def __init__(self, gpu: GPU, kinds: tuple[Kind, ...], cols: int, options: Options) -> None:
+        rng = np.random.default_rng(cols)
+        self.kinds, self.int8 = kinds, options.int8
+        self.x, self.norm = normalised(rng, cols)
+        sizes = rng.integers(1, 40, len(kinds))
+        self.blocks = [
+            blocks_of(rng, kind, int(n), cols) for kind, n in zip(kinds, sizes, strict=True)
+        ]
+        self.outs = [DeviceArray.empty(gpu, (len(b),)) for b in self.blocks]
+        self.kept = [
+            DeviceArray.empty(gpu, (1, cols)),
+            DeviceArray.empty(gpu, (1, cols), np.int8),
+            DeviceArray.empty(gpu, (1, cols // 32, 2)),
+        ]
+        parts = [
+            (placed(gpu, kind, b), out.address)
+            for kind, b, out in zip(kinds, self.blocks, self.outs, strict=True)
+        ]
+        vectors = (DeviceArray(gpu, self.x).address, DeviceArray(gpu, self.norm).address)
+        keep = Rows(*(array.address for array in self.kept))
+        gpu.launch(project(gpu, *vectors, EPS, parts, keep=keep, options=options))
+
+    def check_h(self) -> np.ndarray:
+        """Compare all forms of the kept h; returns the float one."""
+        h, q, scales = (array.read() for array in self.kept)
+        assert_close(h, reference.rms_norm(self.x, self.norm, EPS), 1e-6)
+        wanted, d = reference.quantize_activations(h)
+        np.testing.assert_array_equal(q, wanted)
+        np.testing.assert_array_equal(scales[..., 0], d)
+        sums = wanted.reshape(1, -1, 32).sum(axis=2).astype(np.float32)
+        np.testing.assert_array_equal(scales[..., 1], d * sums)
+        return np.asarray(h)
+
+    def check(self) -> None:
+        h = self.check_h()
+        for kind, weights, out in zip(self.kinds, self.blocks, self.outs, strict=True):
+            assert_close(out.read(), expected_product(kind, weights, h, int8=self.int8))
+
+
+# Rows that share a wave, and rows of several tiles the last of which is short; 416 is no power of 2.
+@pytest.mark.parametrize(
+    ("kinds", "cols"),
+    [(QUANTS + FLOATS, 256), (QUANTS + FLOATS, 4352), ((Kind.Q8_0, Kind.Q5_0, *FLOATS), 416)],
+    ids=["short", "long", "odd"],
+)
+def test_every_type_times_a_normalised_vector(
+    gpu: GPU, kinds: tuple[Kind, ...], cols: int
+) -> None:
+    Products(gpu, kinds, cols, Options()).check()
+
+
+def test_quantised_rows_times_floats(gpu: GPU) -> None:
+    Products(gpu, QUANTS, 512, Options(int8=False)).check()
+
+
+@pytest.mark.parametrize("kind", [Kind.Q5_K, Kind.BF16], ids=lambda kind: kind.name)
+def test_rows_times_a_vector_are_added(gpu: GPU, kind: Kind) -> None:
+    rng = np.random.default_rng(int(kind))
+    x, blocks = rng.normal(size=(1, 512)).astype(np.float32), blocks_of(rng, kind, 37, 512)
+    out = DeviceArray.empty(gpu, (37,))
+    matrix, vector = placed(gpu, kind, blocks), upload_rows(gpu, x)
+    gpu.launch(project_rows(gpu, vector, matrix, out.address, add=False))
+    first = out.read()
+    assert_close(first, expected_product(kind, blocks, x, int8=True))
+    gpu.launch(project_rows(gpu, vector, matrix, out.address))
+    np.testing.assert_array_equal(out.read(), first + first)
 
 
 def test_zeros_stay_zeros(gpu: GPU) -> None:

@@ -56,9 +56,11 @@ class Layer:
 
         kv = spec.n_kv_heads, spec.head_dim
         cached = np.float16 if kv_dtype == "f16" else np.float32
+        keys, values = floats(past, *kv).astype(cached), floats(past, *kv).astype(cached)
         return cls(
-            spec, kv_dtype, past, floats(past, *kv).astype(cached), floats(past, *kv).astype(cached),
-            floats(tokens, spec.n_heads, 2, spec.head_dim), floats(tokens, *kv), floats(tokens, *kv),
+            spec, kv_dtype, past, keys, values,
+            floats(tokens, spec.n_heads, 2, spec.head_dim),
+            floats(tokens, *kv), floats(tokens, *kv),
             1.5 + floats(spec.head_dim) / 4, 1.5 + floats(spec.head_dim) / 4,
         )  # fmt: skip
 
@@ -221,7 +223,9 @@ def test_rotation_of_a_late_position(gpu: GPU) -> None:
     state = gpu.arena.take(4 * 32 * (position + 1) + (1 << 16))
     tensors = (layer.q_norm, layer.k_norm, sequence.rope_turns(spec))
     weights = sequence.AttendWeights(*(Guarded.of(gpu, a).address for a in tensors), EPS)
-    inputs = sequence.AttendInputs(*(Guarded.of(gpu, a).address for a in (layer.q, layer.k, layer.v)))
+    inputs = sequence.AttendInputs(
+        *(Guarded.of(gpu, a).address for a in (layer.q, layer.k, layer.v))
+    )
     out = RowsOut.empty(gpu, 1, 32, False)
     step = step_block(gpu, position=position, tokens=1, state=state)
     call = sequence.AttendCall(weights, inputs, place, out.rows)

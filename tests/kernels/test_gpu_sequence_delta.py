@@ -82,7 +82,10 @@ class Bench:
         whole[self._layer_bytes : layout.recurrent_bytes] = 0
         self.state = Guarded.of(gpu, whole)
         self.weights = sequence.DeltaWeights(
-            *(Guarded.of(gpu, a).address for a in (layer.conv, layer.ssm_a, layer.dt_bias, layer.norm)),
+            *(
+                Guarded.of(gpu, a).address
+                for a in (layer.conv, layer.ssm_a, layer.dt_bias, layer.norm)
+            ),
             EPS,
         )
 
@@ -116,7 +119,9 @@ class Bench:
         whole, s, size = self.state.read(), self.layer.spec, self._layer_bytes
         assert (whole[:size] == 0xA5).all()
         assert (whole[2 * size :] == 0xA5).all()
-        floats = whole[self.place.memory :].view(np.float32)[: s.n_v_heads * s.value_dim * s.key_dim]
+        floats = whole[self.place.memory :].view(np.float32)[
+            : s.n_v_heads * s.value_dim * s.key_dim
+        ]
         return floats.reshape(s.n_v_heads, s.value_dim, s.key_dim).transpose(0, 2, 1)
 
     def bits(self) -> bytes:

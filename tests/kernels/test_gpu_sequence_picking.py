@@ -63,7 +63,15 @@ def test_embedding_of_another_type_is_refused(gpu: GPU) -> None:
 
 @pytest.mark.parametrize(
     ("experts", "top_k", "levels"),
-    [(6, 2, 0), (12, 3, 2), (96, 6, 5), (130, 32, 3), (512, 10, 0), (1024, 32, 40), (33, 33 - 1, 4)],
+    [
+        (6, 2, 0),
+        (12, 3, 2),
+        (96, 6, 5),
+        (130, 32, 3),
+        (512, 10, 0),
+        (1024, 32, 40),
+        (33, 33 - 1, 4),
+    ],
 )
 def test_top_k_is_by_score_then_by_lower_id(
     gpu: GPU, experts: int, top_k: int, levels: int

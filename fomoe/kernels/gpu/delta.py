@@ -11,7 +11,7 @@ from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.state import DeltaPlace, DeltaShape
 from fomoe.kernels.gpu.step import Rows
 
-_MOST_THREADS = 1024
+_MOST_THREADS = 512
 _CHUNK_THREADS = 256
 
 
@@ -29,7 +29,10 @@ class DeltaWeights(NamedTuple):
 
 
 class DeltaInputs(NamedTuple):
-    """Addresses of float32 projections: qkv [T, channels], z [T, n_v * dv], alpha, beta [T, n_v]."""
+    """Addresses of float32 projections.
+
+    qkv [T, channels], z [T, n_v * dv], alpha and beta [T, n_v].
+    """
 
     qkv: int
     z: int

@@ -89,14 +89,17 @@ def experts_in(
     shape = RowShape(GGMLType(layout.types[0]), layout.hidden, options.int8)
     plan = _plan(gpu, [shape], _pick_bytes(top_k) + shape.input_bytes, options)
     defines = _expert_defines(layout, top_k, plan, options)
-    defines["FM_EXPERTS"] = choose.n_experts if choose else 0
+    defines |= {
+        "FM_TYPE_IN": layout.types[0],
+        "FM_EXPERTS": choose.n_experts if choose else 0,
+    }
     wave = gpu.runtime.wave
     sets = top_k * -(-layout.width // shape.side(wave))
     groups = min(gpu.runtime.cores * plan.tuning.per_core, -(-sets // plan.tuning.waves))
     resident = (ctypes.c_uint64 * 4)(
         buffers.scores, choose.table if choose else 0, layout.offsets[1], layout.offsets[2]
     )
-    kernel = gpu.kernel("experts", "experts_in", defines)
+    kernel = gpu.kernel("experts_in", "experts_in", defines)
     args = [*buffers.h, picked, buffers.inner, resident]
     return Launch(kernel, groups, plan.tuning.waves * wave, plan.shared_bytes, args)
 
@@ -123,10 +126,11 @@ def experts_out(
     defines = _expert_defines(layout, top_k, plan, options)
     defines |= {
         "FM_ROWS": rows,
+        "FM_TYPE_DOWN": layout.types[2],
         "FM_SHARED_WIDTH": shared_down.cols,
         "FM_TYPE_SHARED": shared_down.type,
     }
-    kernel = gpu.kernel("experts", "experts_out", defines)
+    kernel = gpu.kernel("experts_out", "experts_out", defines)
     second = (ctypes.c_uint64 * 4)(buffers.gate, buffers.up, buffers.scale, shared_down.address)
     groups = -(-layout.hidden // rows)
     threads = plan.tuning.waves * wave
@@ -159,10 +163,6 @@ def _expert_defines(
         "FM_HIDDEN": layout.hidden,
         "FM_WIDTH": layout.width,
         "FM_K": top_k,
-        "FM_TYPE_IN": layout.types[0],
-        "FM_TYPE_DOWN": layout.types[2],
-        "FM_EXPERTS": 0,
-        "FM_ROWS": 0,
     }
 
 

@@ -31,7 +31,7 @@ class Table(Protocol):
 
     @property
     def type(self) -> int:
-        """ggml's number of its type."""
+        """Number of its type in ggml."""
 
     @property
     def cols(self) -> int:

@@ -30,17 +30,19 @@ FM_DEV void quads_at(const char* base, int at, unsigned* out) {
   FM_UNROLL for (int i = 0; i < N; ++i) unpack(*(const fm_u4*)(base + at + 16 * i), out + 4 * i);
 }
 
-// N words from a multiple of 2; reads up to 4 bytes beyond them.
-template <int N>
-FM_DEV void words_at(const char* base, int at, unsigned* out) {
-  const int shift = at % 4 * 8, start = at - at % 4;
-  unsigned low = word_at(base, start);
-  FM_UNROLL for (int i = 0; i < N; ++i) {
-    const unsigned high = word_at(base, start + 4 * i + 4);
-    out[i] = (unsigned)(((unsigned long long)high << 32 | low) >> shift);
-    low = high;
+// Words from a multiple of 2: `at` as whole words and the bits to shift by.
+struct Loose {
+  int start, shift;
+  FM_DEV Loose(int at) : start(at - at % 4), shift(at % 4 * 8) {}
+
+  // N words from `offset` behind it, a multiple of 4; reads up to 4 bytes beyond them.
+  template <int N>
+  FM_DEV void read(const char* base, int offset, unsigned* out) const {
+    const unsigned* const words = (const unsigned*)(base + start + offset);
+    FM_UNROLL for (int i = 0; i < N; ++i)
+      out[i] = (unsigned)(((unsigned long long)words[i + 1] << 32 | words[i]) >> shift);
   }
-}
+};
 
 FM_DEV int dot4(unsigned weights, unsigned x, int sum) { return fm_dp4a((int)weights, (int)x, sum); }
 
@@ -102,7 +104,7 @@ struct Format<Q8_0> : SmallBlocks<Format<Q8_0>, 34> {
   static constexpr float kUnit = 1.0f;
   FM_DEV static int dot32(const char* base, int at, const unsigned* x) {
     unsigned q[8];
-    words_at<8>(base, at, q);
+    Loose(at).read<8>(base, 0, q);
     int sum = 0;
     FM_UNROLL for (int i = 0; i < 8; ++i) sum = dot4(q[i], x[i], sum);
     return sum;
@@ -120,7 +122,7 @@ struct Format<Q5_0> : SmallBlocks<Format<Q5_0>, 22> {
   }
   FM_DEV static int dot32(const char* base, int at, const unsigned* x) {
     unsigned w[5];  // the fifth bits, 32 nibbles
-    words_at<5>(base, at, w);
+    Loose(at).read<5>(base, 0, w);
     int sum = 0;
     FM_UNROLL for (int i = 0; i < 4; ++i) {
       sum = dot4(byte8(w[i + 1] << 3, fifth(w[0] >> 4 * i)), x[i], sum);
@@ -141,11 +143,11 @@ struct Affine {
     scales = c < 2 ? s & 0x3f3f : (high & 0x0f0f) | (s >> 2 & 0x3030);
     mins = c < 2 ? m & 0x3f3f : (high >> 4 & 0x0f0f) | (m >> 2 & 0x3030);
   }
+  FM_DEV int scale(int i) const { return (int)(scales >> 8 * i & 0xff); }
+  FM_DEV float min(int i) const { return dmin * (float)(mins >> 8 * i & 0xff); }
   FM_DEV float of(int first, int second, const Int8Acts<4, 2>& x) const {
-    const int a = (int)(scales & 0xff) * first, b = (int)(scales >> 8 & 0xff) * second;
-    const float products = x.d[0] * (float)a + x.d[1] * (float)b;
-    const float offsets = x.sum[0] * (float)(mins & 0xff) + x.sum[1] * (float)(mins >> 8 & 0xff);
-    return d * products - dmin * offsets;
+    const float products = x.d[0] * (float)(scale(0) * first) + x.d[1] * (float)(scale(1) * second);
+    return d * products - (min(0) * x.sum[0] + min(1) * x.sum[1]);
   }
 };
 
@@ -228,9 +230,10 @@ struct Format<Q6_K> {
   FM_DEV static float dot(const char* base, int row, int piece, const Acts& x) {
     const int at = row + piece / 4 * kBytes, half = piece / 2 % 2, part = piece % 2;
     unsigned a[4], b[4], high[4];
-    words_at<4>(base, at + 64 * half + 16 * part, a);
-    words_at<4>(base, at + 64 * half + 16 * part + 32, b);
-    words_at<4>(base, at + 128 + 32 * half + 16 * part, high);
+    const Loose block(at);
+    block.read<4>(base, 64 * half + 16 * part, a);
+    block.read<4>(base, 64 * half + 16 * part + 32, b);
+    block.read<4>(base, 128 + 32 * half + 16 * part, high);
     int dots[4] = {0, 0, 0, 0};
     FM_UNROLL for (int i = 0; i < 4; ++i) {
       dots[0] = dot4(byte4(a[i] << 2, high[i] << 6), x.q[i], dots[0]);

@@ -11,8 +11,6 @@ typedef unsigned long long Key;  // greater: chosen earlier
 
 constexpr int kPart = 64;  // scores that are ranked against each other first
 
-constexpr FM_DEV int parts(int scores) { return (scores + kPart - 1) / kPart; }
-
 // Floats in their order as unsigned numbers (-0 is 0, every NaN has its place), then the lower id.
 FM_DEV Key key_of(float score, int id) {
   const float plain = score + 0.0f;
@@ -31,6 +29,7 @@ FM_DEV float score_of(Key key) {
 // Number of keys of [0, n) that come before `key`.
 FM_DEV int rank_of(Key key, const Key* keys, int n) {
   int rank = 0;
+#pragma unroll 8  // more would take the registers of the kernel around it
   for (int j = 0; j < n; ++j) rank += keys[j] > key ? 1 : 0;
   return rank;
 }
@@ -40,7 +39,7 @@ FM_DEV int rank_of(Key key, const Key* keys, int n) {
 // Shared memory of choose(); E scores, K chosen. A key of 0 stands for none.
 template <int E, int K>
 struct Choice {
-  static constexpr int kParts = choosing::parts(E);
+  static constexpr int kParts = (E + choosing::kPart - 1) / choosing::kPart;
   static constexpr int kBest = K < choosing::kPart ? K : choosing::kPart;
   choosing::Key keys[kParts * choosing::kPart];
   choosing::Key best[kParts * kBest];  // of each part, in order

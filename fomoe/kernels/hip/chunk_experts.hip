@@ -38,9 +38,9 @@ FM_KERNEL(THREADS) void experts_in(PairTiles pairs, const unsigned long long* ad
     TileJob job;
     int expert;
     if (!find_tile(pairs, job, expert)) return;
-    job.matrix[0] = at_address(addresses[expert]);
-    job.matrix[1] = at_address(addresses[EXPERTS + expert]);
-    job.first[0] = job.first[1] = blockIdx.x * kHalfRows;
+    job.matrix = at_address(addresses[expert]);
+    job.up = at_address(addresses[EXPERTS + expert]);
+    job.first = job.first_up = blockIdx.x * kHalfRows;
     job.token_of = pairs.token_of;
     store_swiglu(compute_tile(job, a, shared), job, out);
 }
@@ -51,9 +51,9 @@ FM_KERNEL(THREADS) void experts_out(PairTiles pairs, const unsigned long long* a
     TileJob job;
     int expert;
     if (!find_tile(pairs, job, expert)) return;
-    job.matrix[0] = job.matrix[1] = at_address(addresses[2 * EXPERTS + expert]);
-    job.first[0] = blockIdx.x * TILE_ROWS;
-    job.first[1] = job.first[0] + kHalfRows;
+    job.matrix = job.up = at_address(addresses[2 * EXPERTS + expert]);
+    job.first = blockIdx.x * TILE_ROWS;
+    job.first_up = job.first + kHalfRows;
     job.token_of = nullptr;
     store_rows(compute_tile(job, a, shared), job, out);
 }

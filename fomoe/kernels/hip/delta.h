@@ -97,12 +97,7 @@ FM_DEV DeltaGates delta_gates(const DeltaInputs& in, const DeltaWeights& w, int 
 }
 
 // A column of a memory is shared by kLanes lanes: lane l has the fours l, l + kLanes, ... of it.
-constexpr FM_DEV int lanes_of_column() {
-  int lanes = 8;
-  while (DK / 4 % lanes) lanes /= 2;
-  return lanes;
-}
-constexpr int kLanes = lanes_of_column();
+constexpr int kLanes = DK % 32 == 0 ? 8 : DK % 16 == 0 ? 4 : DK % 8 == 0 ? 2 : 1;
 constexpr int kHeld = DK / kLanes;  // floats of a column per lane
 
 FM_DEV void load_column(const float* p, float* held) {

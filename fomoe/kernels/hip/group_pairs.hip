@@ -54,14 +54,13 @@ FM_DEV unsigned sum_before(unsigned value, unsigned* sums) {
 }
 
 // Whether this group is the last of `groups` to come here; then it sees what the others wrote.
-FM_DEV bool comes_last(unsigned* finished, unsigned groups) {
-    FM_SHARED unsigned arrived;
+FM_DEV bool comes_last(unsigned* finished, unsigned groups, unsigned* arrived) {
     fm_fence();
     fm_barrier();
-    if (fm_thread() == 0) arrived = fm_atomic_add(finished, 1) + 1;
+    if (fm_thread() == 0) *arrived = fm_atomic_add(finished, 1) + 1;
     fm_barrier();
     fm_fence();
-    return arrived == groups;
+    return *arrived == groups;
 }
 
 FM_DEV unsigned sum_over_chunks(volatile unsigned* before, int expert, int chunks) {
@@ -70,8 +69,7 @@ FM_DEV unsigned sum_over_chunks(volatile unsigned* before, int expert, int chunk
     return sum;
 }
 
-FM_DEV void write_lists(const PairLists& lists, int chunks) {
-    FM_SHARED unsigned sums[THREADS];
+FM_DEV void write_lists(const PairLists& lists, int chunks, unsigned* sums) {
     const int expert = fm_thread();
     const bool is_expert = expert < EXPERTS;
     const unsigned pairs = is_expert ? sum_over_chunks(lists.before, expert, chunks) : 0;
@@ -92,14 +90,14 @@ FM_DEV void write_lists(const PairLists& lists, int chunks) {
 }
 
 FM_KERNEL(THREADS) void count_pairs(const fm_step* step, const int* ids, PairLists lists) {
-    FM_SHARED unsigned masks[2 * EXPERTS];
+    FM_SHARED unsigned masks[2 * EXPERTS], sums[THREADS], arrived;
     const int tokens = chunk_tokens(step), chunk = blockIdx.x;
     if (tokens <= 0) return;
     mark_tokens(ids + chunk * kChunk * TOP_K, tokens, masks);
     for (int e = fm_thread(); e < EXPERTS; e += THREADS)
         lists.before[chunk * EXPERTS + e] = count_bits(masks[2 * e]) + count_bits(masks[2 * e + 1]);
     const int chunks = (step->tokens + kChunk - 1) / kChunk;
-    if (comes_last(lists.finished, chunks)) write_lists(lists, chunks);
+    if (comes_last(lists.finished, chunks, &arrived)) write_lists(lists, chunks, sums);
 }
 
 FM_KERNEL(THREADS) void place_pairs(const fm_step* step, const int* ids, PairLists lists) {

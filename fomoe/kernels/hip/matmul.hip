@@ -14,6 +14,6 @@ FM_KERNEL(THREADS) void matmul(const fm_step* step, Bytes matrix, Activations a,
     const int token = blockIdx.y * TILE_TOKENS, tokens = at_most(step->tokens - token, TILE_TOKENS);
     if (tokens <= 0) return;
     const int row = blockIdx.x * TILE_ROWS;
-    const TileJob job = {{matrix, matrix}, {row, row + kHalfRows}, ROWS, nullptr, token, tokens};
+    const TileJob job = {matrix, matrix, row, row + kHalfRows, ROWS, nullptr, token, tokens};
     store_rows(compute_tile(job, a, shared), job, out);
 }

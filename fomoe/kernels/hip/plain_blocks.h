@@ -28,8 +28,7 @@ FM_DEV float block_value<Q5_0>(const char* base, int at, int i) {
 FM_DEV float affine_value(const char* base, int at, int i, int q) {
   const int group = i / 32;
   const Affine a(*(const fm_u4*)(base + at), group / 2);
-  const int shift = group % 2 * 8;
-  return a.d * (float)(a.scales >> shift & 255) * (float)q - a.dmin * (float)(a.mins >> shift & 255);
+  return a.d * (float)a.scale(group % 2) * (float)q - a.min(group % 2);
 }
 template <>
 FM_DEV float block_value<Q4_K>(const char* base, int at, int i) {

@@ -36,7 +36,7 @@ static const __device__ fm_grid_size gridDim{};
 #endif
 
 #define FM_KERNEL(max_threads) extern "C" __global__ __launch_bounds__(max_threads)
-#define FM_DEV static __device__ __forceinline__
+#define FM_DEV __device__ __forceinline__
 #define FM_SHARED static __shared__ __attribute__((aligned(16)))
 #define FM_DYN_SHARED(T, name)                                                  \
     extern __shared__ __attribute__((aligned(16))) unsigned char fm_dynamic[]; \
@@ -74,6 +74,17 @@ FM_DEV int fm_dp4a(int a, int b, int c) {
 #endif
 }
 #include "trig.h"
+
+// The bytes of a table of 16 that the low and the high nibbles of q's bytes choose.
+FM_DEV unsigned fm_level_bytes(unsigned nibbles, unsigned t0, unsigned t1, unsigned t2, unsigned t3) {
+    const unsigned place = nibbles & 0x07070707u, upper = (nibbles >> 3 & 0x01010101u) * 0xffu;
+    const unsigned a = __builtin_amdgcn_perm(t1, t0, place), b = __builtin_amdgcn_perm(t3, t2, place);
+    return (a & ~upper) | (b & upper);
+}
+FM_DEV void fm_levels(unsigned q, unsigned t0, unsigned t1, unsigned t2, unsigned t3, unsigned& low, unsigned& high) {
+    low = fm_level_bytes(q & 0x0f0f0f0fu, t0, t1, t2, t3);
+    high = fm_level_bytes(q >> 4 & 0x0f0f0f0fu, t0, t1, t2, t3);
+}
 
 // ---- memory
 typedef unsigned fm_vector4 __attribute__((ext_vector_type(4)));
@@ -144,6 +155,11 @@ FM_DEV T fm_wave_xor(T value, int mask) {
 template <class T>
 FM_DEV T fm_wave_read(T value, int lane) {
     return fm_bits<T>(fm_any_lane(fm_bits<int>(value), lane));
+}
+// Orders what the lanes of a wave wrote to shared memory, and what came there by fm_copy16.
+FM_DEV void fm_wave_sync() {
+    __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront", "local");
+    __builtin_amdgcn_wave_barrier();
 }
 FM_DEV float fm_wave_sum(float value) {
     FM_UNROLL

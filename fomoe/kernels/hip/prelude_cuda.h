@@ -7,7 +7,7 @@
 
 // ---- declarations
 #define FM_KERNEL(max_threads) extern "C" __global__ __launch_bounds__(max_threads)
-#define FM_DEV static __device__ __forceinline__
+#define FM_DEV __device__ __forceinline__
 #define FM_SHARED static __shared__ __align__(16)
 #define FM_DYN_SHARED(T, name)                                   \
     extern __shared__ __align__(16) unsigned char fm_dynamic[]; \
@@ -49,6 +49,17 @@ FM_DEV float fm_max(float a, float b) { return fmaxf(a, b); }
 FM_DEV float fm_min(float a, float b) { return fminf(a, b); }
 FM_DEV int fm_dp4a(int a, int b, int c) { return __dp4a(a, b, c); }
 #include "trig.h"
+
+// The bytes of a table of 16 that the low and the high nibbles of q's bytes choose. A selector's top
+// bit means something else to __byte_perm, so each half of the table is asked with the lower three.
+FM_DEV void fm_levels(unsigned q, unsigned t0, unsigned t1, unsigned t2, unsigned t3, unsigned& low, unsigned& high) {
+    const unsigned place = q & 0x77777777u, half = 0x32103210u | (q & 0x88888888u) >> 1;
+    const unsigned first = __byte_perm(__byte_perm(t0, t1, place), __byte_perm(t2, t3, place), half);
+    const unsigned second =
+        __byte_perm(__byte_perm(t0, t1, place >> 16), __byte_perm(t2, t3, place >> 16), half >> 16);
+    low = __byte_perm(first, second, 0x6420);
+    high = __byte_perm(first, second, 0x7531);
+}
 
 // ---- memory
 FM_DEV fm_u4 fm_load16(const void* p) { return *static_cast<const fm_u4*>(p); }
@@ -101,6 +112,8 @@ template <class T>
 FM_DEV T fm_wave_read(T value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
 }
+// Orders what the lanes of a wave wrote to shared memory, and what came there by fm_copy16.
+FM_DEV void fm_wave_sync() { __syncwarp(); }
 FM_DEV float fm_wave_sum(float value) {
     FM_UNROLL
     for (int mask = 1; mask < FM_WAVE; mask *= 2) value += fm_wave_xor(value, mask);

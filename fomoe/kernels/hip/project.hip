@@ -52,7 +52,7 @@ struct Normed {
   float* hx;         // where the normalised vector goes as well, or null
   unsigned* hq;
   fm_f2* hs;
-  const Part& part;
+  Part part;
   char* memory;
 
   // Each group writes the blocks of 32 values whose turn it is.
@@ -87,14 +87,14 @@ struct Normed {
 FM_KERNEL(FM_WAVES * FM_WAVE)
 void project(const float* x, const float* norm, float eps, float* hx, unsigned* hq, fm_f2* hs, Parts parts) {
   FM_DYN_SHARED(char, memory);
-  const Part& part = parts.part[part_of(parts, blockIdx.x)];
+  const Part part = parts.part[part_of(parts, blockIdx.x)];
   run_as(part.type, Normed{x, norm, eps, hx, hq, hs, part, memory});
 }
 
 template <bool kAdd>
 struct Taken {
-  const Rows& rows;
-  const Part& part;
+  Rows rows;
+  Part part;
   char* memory;
 
   template <class F>
@@ -112,6 +112,6 @@ struct Taken {
 FM_KERNEL(FM_WAVES * FM_WAVE)
 void project_rows(const float* x, const signed char* q, const fm_f2* s, Parts parts) {
   FM_DYN_SHARED(char, memory);
-  const Part& part = parts.part[part_of(parts, blockIdx.x)];
+  const Part part = parts.part[part_of(parts, blockIdx.x)];
   run_as(part.type, Taken<FM_ADD != 0>{Rows{x, q, s}, part, memory});
 }

@@ -6,22 +6,23 @@ template <class F, int kCols>
 struct MatrixStream {
   using T = RowTiles<F, kCols>;
   Ring ring;
-  const char* weights;
-  int rows, stride;   // rows of the matrix; from one set of rows of this wave to the next
-  int first;          // this wave's first row
-  int row, segment;   // of the next fetch
+  int rows, stride, first;  // of the matrix; from this wave's rows to its next; its first row
+  const char* from;         // the next tile: its address, row and segment
+  int row, segment;
 
   // The wave is number `wave` of `waves` that share the matrix.
   FM_DEV MatrixStream(Ring r, const void* matrix, int all_rows, int wave, int waves)
-      : ring(r), weights((const char*)matrix), rows(all_rows), stride(waves * T::kSide),
-        first(wave * T::kSide), row(wave * T::kSide), segment(0) {}
+      : ring(r), rows(all_rows), stride(waves * T::kSide), first(wave * T::kSide),
+        from((const char*)matrix + T::offset(first)), row(first), segment(0) {}
 
   FM_DEV void fetch() {
-    const int bytes = row < rows ? T::bytes(row, segment, rows) : 0;
-    ring.fetch<T::kTileBytes>(weights + T::offset(row, segment), bytes);
-    if (++segment < T::kSegments) return;
-    segment = 0;
-    row += stride;
+    ring.fetch<T>(from, row < rows ? T::bytes(row, segment, rows) : 0, T::margin(row, segment));
+    if (++segment < T::kSegments) {
+      from += T::kSegmentBytes;
+      return;
+    }
+    from += T::offset(stride) - (T::kSegments - 1) * T::kSegmentBytes;
+    row += stride, segment = 0;
   }
   FM_DEV void start() {
     FM_UNROLL for (int i = 1; i < FM_STAGES; ++i) fetch();
@@ -33,7 +34,7 @@ struct MatrixStream {
     FM_UNROLL for (int s = 0; s < T::kSegments; ++s) {
       const char* const tile = ring.next();
       fetch();
-      sum += x.dot(tile, (int)(T::offset(at, s) % 16), s);
+      sum += x.dot(tile, T::margin(at, s), s);
     }
     return row_sum<T::kLanes>(sum);
   }

@@ -13,6 +13,6 @@ FM_KERNEL(THREADS) void swiglu(const fm_step* step, Bytes gate, Bytes up, Activa
     const int token = blockIdx.y * TILE_TOKENS, tokens = at_most(step->tokens - token, TILE_TOKENS);
     if (tokens <= 0) return;
     const int row = blockIdx.x * kHalfRows;
-    const TileJob job = {{gate, up}, {row, row}, ROWS, nullptr, token, tokens};
+    const TileJob job = {gate, up, row, row, ROWS, nullptr, token, tokens};
     store_swiglu(compute_tile(job, a, shared), job, out);
 }

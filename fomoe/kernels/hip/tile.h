@@ -16,7 +16,7 @@ constexpr int kHalfRows = TILE_ROWS / 2;
 constexpr int kGroups = COLS / 32;  // of 32 values in a row
 constexpr int kOutStride = TILE_ROWS + 4;
 constexpr int kOutBytes = TILE_TOKENS * kOutStride * 4;
-static_assert(COLS % 32 == 0 && COLS % block_values(TYPE) == 0 && COLS % block_values(TYPE_UP) == 0, "whole blocks");
+static_assert(COLS % 32 == 0 && COLS % kBlockValues<TYPE> == 0 && COLS % kBlockValues<TYPE_UP> == 0, "whole blocks");
 
 // Rows of activations: int8 and (scale, scale * sum) per 32 of them, or float32.
 struct Activations {
@@ -26,8 +26,8 @@ struct Activations {
 };
 
 struct TileJob {
-    Bytes matrix[2];      // of the two halves
-    int first[2];         // the halves' first rows
+    Bytes matrix, up;     // of the two halves
+    int first, first_up;  // the halves' first rows
     int rows;             // of either matrix
     const int* token_of;  // the activations' row of each pair; null: the pair itself
     int pair, pairs;      // the tile's first pair, and how many: 1 .. TILE_TOKENS
@@ -38,10 +38,10 @@ FM_DEV int at_most(int value, int most) { return value < most ? value : most; }
 // Rows beyond the matrix are its last one: computed, never stored.
 template <int T>
 FM_DEV Bytes weight_row(const TileJob& job, int row) {
-    constexpr long long kRowBytes = COLS / block_values(T) * block_bytes(T);
-    const int half = row >= kHalfRows;
-    const int r = at_most(job.first[half] + row - half * kHalfRows, job.rows - 1);
-    return job.matrix[half] + r * kRowBytes;
+    constexpr long long kRowBytes = COLS / kBlockValues<T> * kBlockBytes<T>;
+    const bool is_up = row >= kHalfRows;
+    const int r = is_up ? job.first_up + row - kHalfRows : job.first + row;
+    return (is_up ? job.up : job.matrix) + at_most(r, job.rows - 1) * kRowBytes;
 }
 
 FM_DEV void find_rows(const TileJob& job, int* row_of) {

@@ -13,29 +13,26 @@ struct Values32 {
     fm_f2 scale;
 };
 
-constexpr bool has_minima(int type) { return type == kQ4_K || type == kQ5_K; }
-constexpr bool has_halves(int type) { return type == kQ6_K; }
-constexpr bool is_float(int type) { return type == kF32 || type == kF16 || type == kBF16; }
-constexpr int block_values(int type) { return is_float(type) ? 1 : type == kQ8_0 || type == kQ5_0 ? 32 : 256; }
-constexpr int block_bytes(int type) {
-    switch (type) {
-        case kF32: return 4;
-        case kF16: return 2;
-        case kBF16: return 2;
-        case kQ5_0: return 22;
-        case kQ8_0: return 34;
-        case kQ4_K: return 144;
-        case kQ5_K: return 176;
-        case kQ6_K: return 210;
-        case kIQ4_XS: return 136;
-    }
-    return 0;
-}
-// Every block of a row lies at a multiple of this, if the row does.
-constexpr int block_align(int type) {
-    const int bytes = block_bytes(type);
-    return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 2;
-}
+template <int T>
+constexpr bool kHasMinima = T == kQ4_K || T == kQ5_K;
+template <int T>
+constexpr bool kHasHalves = T == kQ6_K;
+template <int T>
+constexpr bool kIsFloat = T == kF32 || T == kF16 || T == kBF16;
+template <int T>
+constexpr int kBlockValues = kIsFloat<T> ? 1 : T == kQ8_0 || T == kQ5_0 ? 32 : 256;
+
+template <int T>
+constexpr int kBlockBytes = 0;
+template <> constexpr int kBlockBytes<kF32> = 4;
+template <> constexpr int kBlockBytes<kF16> = 2;
+template <> constexpr int kBlockBytes<kBF16> = 2;
+template <> constexpr int kBlockBytes<kQ5_0> = 22;
+template <> constexpr int kBlockBytes<kQ8_0> = 34;
+template <> constexpr int kBlockBytes<kQ4_K> = 144;
+template <> constexpr int kBlockBytes<kQ5_K> = 176;
+template <> constexpr int kBlockBytes<kQ6_K> = 210;
+template <> constexpr int kBlockBytes<kIQ4_XS> = 136;
 
 // ---- words at addresses of known alignment
 typedef const unsigned char* Bytes;
@@ -87,100 +84,82 @@ FM_DEV fm_f2 scale_and_minimum(const unsigned* head, int g) {
 
 // ---- group g of 32 values of the 256 (block types) that begin at `p`
 template <int T>
-struct Unpack;
+struct Kind {};
 
-template <>
-struct Unpack<kQ4_K> {
-    FM_DEV Values32 group(Bytes p, int g) {
-        unsigned head[4];
-        Values32 v;
-        load_words<16, 4>(p, head);
-        load_words<16, 8>(p + 16 + 32 * (g / 2), v.q);
-        const int shift = 4 * (g & 1);
-        FM_UNROLL
-        for (int i = 0; i < 8; i++) v.q[i] = v.q[i] >> shift & 0x0f0f0f0fu;
-        v.scale = scale_and_minimum(head, g);
-        return v;
-    }
-};
+FM_DEV Values32 unpack(Kind<kQ4_K>, Bytes p, int g) {
+    unsigned head[4];
+    Values32 v;
+    load_words<16, 4>(p, head);
+    load_words<16, 8>(p + 16 + 32 * (g / 2), v.q);
+    const int shift = 4 * (g & 1);
+    FM_UNROLL
+    for (int i = 0; i < 8; i++) v.q[i] = v.q[i] >> shift & 0x0f0f0f0fu;
+    v.scale = scale_and_minimum(head, g);
+    return v;
+}
 
-template <>
-struct Unpack<kQ5_K> {
-    FM_DEV Values32 group(Bytes p, int g) {
-        unsigned head[4], high[8];
-        Values32 v;
-        load_words<16, 4>(p, head);
-        load_words<16, 8>(p + 16, high);
-        load_words<16, 8>(p + 48 + 32 * (g / 2), v.q);
-        const int shift = 4 * (g & 1);
-        FM_UNROLL
-        for (int i = 0; i < 8; i++)
-            v.q[i] = (v.q[i] >> shift & 0x0f0f0f0fu) | (high[i] >> g & 0x01010101u) << 4;
-        v.scale = scale_and_minimum(head, g);
-        return v;
-    }
-};
+FM_DEV Values32 unpack(Kind<kQ5_K>, Bytes p, int g) {
+    unsigned head[4], high[8];
+    Values32 v;
+    load_words<16, 4>(p, head);
+    load_words<16, 8>(p + 16, high);
+    load_words<16, 8>(p + 48 + 32 * (g / 2), v.q);
+    const int shift = 4 * (g & 1);
+    FM_UNROLL
+    for (int i = 0; i < 8; i++)
+        v.q[i] = (v.q[i] >> shift & 0x0f0f0f0fu) | (high[i] >> g & 0x01010101u) << 4;
+    v.scale = scale_and_minimum(head, g);
+    return v;
+}
 
-template <>
-struct Unpack<kQ6_K> {
-    FM_DEV Values32 group(Bytes p, int g) {
-        const int half = g / 4, c = g & 3;
-        unsigned high[8];
-        Values32 v;
-        load_words<2, 8>(p + 64 * half + 32 * (c & 1), v.q);
-        load_words<2, 8>(p + 128 + 32 * half, high);
-        const int low_shift = 4 * (c / 2), high_shift = 2 * c;
-        FM_UNROLL
-        for (int i = 0; i < 8; i++) {
-            const unsigned top = (high[i] >> high_shift & 0x03030303u) << 4;
-            v.q[i] = less((v.q[i] >> low_shift & 0x0f0f0f0fu) | top, 32);
-        }
-        const unsigned scales = half_word(p + 192 + 2 * g);
-        const float d = half_at(p + 208);
-        v.scale = fm_f2{d * float((signed char)(scales & 0xff)), d * float((signed char)(scales >> 8))};
-        return v;
+FM_DEV Values32 unpack(Kind<kQ6_K>, Bytes p, int g) {
+    const int half = g / 4, c = g & 3;
+    unsigned high[8];
+    Values32 v;
+    load_words<2, 8>(p + 64 * half + 32 * (c & 1), v.q);
+    load_words<2, 8>(p + 128 + 32 * half, high);
+    const int low_shift = 4 * (c / 2), high_shift = 2 * c;
+    FM_UNROLL
+    for (int i = 0; i < 8; i++) {
+        const unsigned top = (high[i] >> high_shift & 0x03030303u) << 4;
+        v.q[i] = less((v.q[i] >> low_shift & 0x0f0f0f0fu) | top, 32);
     }
-};
+    const unsigned scales = half_word(p + 192 + 2 * g);
+    const float d = half_at(p + 208);
+    v.scale = fm_f2{d * float((signed char)(scales & 0xff)), d * float((signed char)(scales >> 8))};
+    return v;
+}
 
-template <>
-struct Unpack<kQ8_0> {
-    FM_DEV Values32 group(Bytes p, int g) {
-        Values32 v;
-        load_words<2, 8>(p + 34 * g + 2, v.q);
-        v.scale = fm_f2{half_at(p + 34 * g), 0.0f};
-        return v;
-    }
-};
+FM_DEV Values32 unpack(Kind<kQ8_0>, Bytes p, int g) {
+    Values32 v;
+    load_words<2, 8>(p + 34 * g + 2, v.q);
+    v.scale = fm_f2{half_at(p + 34 * g), 0.0f};
+    return v;
+}
 
-template <>
-struct Unpack<kQ5_0> {
-    FM_DEV Values32 group(Bytes p, int g) {
-        unsigned high, nibbles[4];
-        Values32 v;
-        load_words<2, 1>(p + 22 * g + 2, &high);
-        load_words<2, 4>(p + 22 * g + 6, nibbles);
-        FM_UNROLL
-        for (int i = 0; i < 4; i++) {
-            v.q[i] = less((nibbles[i] & 0x0f0f0f0fu) | fifth_bits(high >> 4 * i), 16);
-            v.q[i + 4] = less((nibbles[i] >> 4 & 0x0f0f0f0fu) | fifth_bits(high >> (4 * i + 16)), 16);
-        }
-        v.scale = fm_f2{half_at(p + 22 * g), 0.0f};
-        return v;
+FM_DEV Values32 unpack(Kind<kQ5_0>, Bytes p, int g) {
+    unsigned high, nibbles[4];
+    Values32 v;
+    load_words<2, 1>(p + 22 * g + 2, &high);
+    load_words<2, 4>(p + 22 * g + 6, nibbles);
+    FM_UNROLL
+    for (int i = 0; i < 4; i++) {
+        v.q[i] = less((nibbles[i] & 0x0f0f0f0fu) | fifth_bits(high >> 4 * i), 16);
+        v.q[i + 4] = less((nibbles[i] >> 4 & 0x0f0f0f0fu) | fifth_bits(high >> (4 * i + 16)), 16);
     }
-};
+    v.scale = fm_f2{half_at(p + 22 * g), 0.0f};
+    return v;
+}
 
-template <>
-struct Unpack<kIQ4_XS> {
-    FM_DEV Values32 group(Bytes p, int g) {
-        unsigned head[2], nibbles[4];
-        Values32 v;
-        load_words<8, 2>(p, head);
-        load_words<8, 4>(p + 8 + 16 * g, nibbles);
-        FM_UNROLL
-        for (int i = 0; i < 4; i++)  // the 16 int8 levels: kvalues_iq4nl of ggml-common.h
-            fm_levels(nibbles[i], 0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u, v.q[i], v.q[i + 4]);
-        const int scale = int(head[1] >> 4 * g & 15) | int(head[0] >> (16 + 2 * g) & 3) << 4;
-        v.scale = fm_f2{fm_h2f(head[0] & 0xffff) * float(scale - 32), 0.0f};
-        return v;
-    }
-};
+FM_DEV Values32 unpack(Kind<kIQ4_XS>, Bytes p, int g) {
+    unsigned head[2], nibbles[4];
+    Values32 v;
+    load_words<8, 2>(p, head);
+    load_words<8, 4>(p + 8 + 16 * g, nibbles);
+    FM_UNROLL
+    for (int i = 0; i < 4; i++)  // the 16 int8 levels: kvalues_iq4nl of ggml-common.h
+        fm_levels(nibbles[i], 0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u, v.q[i], v.q[i + 4]);
+    const int scale = int(head[1] >> 4 * g & 15) | int(head[0] >> (16 + 2 * g) & 3) << 4;
+    v.scale = fm_f2{fm_h2f(head[0] & 0xffff) * float(scale - 32), 0.0f};
+    return v;
+}

@@ -17,14 +17,14 @@ template <int T>
 FM_DEV fm_f4 restored(const Values32& v, int four) {
     float value[4];
     const bool upper = four >= 4;
-    const float scale = has_halves(T) && upper ? v.scale.y : v.scale.x;
+    const float scale = kHasHalves<T> && upper ? v.scale.y : v.scale.x;
     unsigned word = 0;
     FM_UNROLL
     for (int i = 0; i < 8; i++) word = i == four ? v.q[i] : word;
     FM_UNROLL
     for (int i = 0; i < 4; i++) {
         const float q = float((signed char)(word >> (8 * i) & 255));
-        value[i] = has_minima(T) ? fm_fma(scale, q, v.scale.y) : scale * q;
+        value[i] = kHasMinima<T> ? fm_fma(scale, q, v.scale.y) : scale * q;
     }
     return fm_f4{value[0], value[1], value[2], value[3]};
 }
@@ -34,16 +34,16 @@ template <int T>
 FM_DEV fm_f4 four_weights(Bytes row, int group, int four) {
     if constexpr (T == kF32) {
         return reinterpret_cast<const fm_f4*>(row)[8 * group + four];
-    } else if constexpr (is_float(T)) {
+    } else if constexpr (kIsFloat<T>) {
         const fm_u2 two = reinterpret_cast<const fm_u2*>(row)[8 * group + four];
         if constexpr (T == kF16)
             return fm_f4{fm_h2f(two.x & 0xffff), fm_h2f(two.x >> 16), fm_h2f(two.y & 0xffff), fm_h2f(two.y >> 16)};
         else
             return fm_f4{fm_bf2f(two.x & 0xffff), fm_bf2f(two.x >> 16), fm_bf2f(two.y & 0xffff), fm_bf2f(two.y >> 16)};
-    } else if constexpr (block_values(T) == 32) {
-        return restored<T>(Unpack<T>::group(row, group), four);
+    } else if constexpr (kBlockValues<T> == 32) {
+        return restored<T>(unpack(Kind<T>(), row, group), four);
     } else {
-        return restored<T>(Unpack<T>::group(row + group / 8 * block_bytes(T), group % 8), four);
+        return restored<T>(unpack(Kind<T>(), row + group / 8 * kBlockBytes<T>, group % 8), four);
     }
 }
 
@@ -129,7 +129,9 @@ FM_DEV float* compute_tile(const TileJob& job, const Activations& a, unsigned ch
         add_columns(weights, tokens, sums);
         fm_barrier();
     }
+    FM_UNROLL
     for (int t = 0; t < MICRO; t++)
+        FM_UNROLL
         for (int r = 0; r < MICRO; r++) weights[(thread_token() + t) * kOutStride + thread_row() + r] = sums.at[t][r];
     fm_barrier();
     return weights;

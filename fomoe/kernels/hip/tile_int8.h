@@ -12,19 +12,16 @@ constexpr int kWaves = THREADS / FM_WAVE;
 constexpr int kPartGroups = PART / 32;
 static_assert(TILE_ROWS % 32 == 0 && TILE_TOKENS % 16 == 0 && 256 % PART == 0 && PART % 32 == 0, "a tile's shape");
 
-// ---- which tiles of 16 x 16 a wave computes: the most square share
-constexpr int waves_along_tokens() {
-    int best = 0, least = 1 << 30;
-    for (int along = 1; along <= kWaves; along *= 2) {
-        const int down = kWaves / along;
-        if (TILE_ROWS / 16 % down || TILE_TOKENS / 16 % along) continue;
-        const int edge = TILE_ROWS / 16 / down + TILE_TOKENS / 16 / along;
-        if (edge < least) best = along, least = edge;
-    }
-    return best;
-}
-constexpr int kTokenWaves = waves_along_tokens();
-static_assert(kTokenWaves > 0, "too many waves for the tile");
+// ---- which tiles of 16 x 16 a wave computes: the most square share. With ALONG waves side by side
+// along the tokens, the edges of a share are kEdges tiles.
+template <int ALONG, int DOWN = kWaves / ALONG>
+constexpr int kEdges = TILE_ROWS / 16 % DOWN || TILE_TOKENS / 16 % ALONG ? 1 << 20 : TILE_ROWS / 16 / DOWN + TILE_TOKENS / 16 / ALONG;
+template <int MOST>
+constexpr int kBest = kEdges<MOST> < kEdges<kBest<MOST / 2>> ? MOST : kBest<MOST / 2>;
+template <>
+constexpr int kBest<1> = 1;
+constexpr int kTokenWaves = kBest<kWaves>;
+static_assert(kEdges<kTokenWaves> < 1 << 20, "waves that share the tile evenly");
 constexpr int kRowWaves = kWaves / kTokenWaves;
 constexpr int kRowTiles = TILE_ROWS / 16 / kRowWaves, kTokenTiles = TILE_TOKENS / 16 / kTokenWaves;
 static_assert(TYPE == TYPE_UP || kRowWaves % 2 == 0, "a wave's rows are of one type");
@@ -32,8 +29,8 @@ static_assert(TYPE == TYPE_UP || kRowWaves % 2 == 0, "a wave's rows are of one t
 // ---- raw blocks in shared memory: the 16-byte words that hold a row's blocks of a step
 template <int T>
 struct Raw {
-    static constexpr int kRowBytes = COLS / block_values(T) * block_bytes(T);
-    static constexpr int kStepBytes = kStep / block_values(T) * block_bytes(T);
+    static constexpr int kRowBytes = COLS / kBlockValues<T> * kBlockBytes<T>;
+    static constexpr int kStepBytes = kStep / kBlockValues<T> * kBlockBytes<T>;
     static constexpr bool kAligned = kRowBytes % 16 == 0 && kStepBytes % 16 == 0;
     static constexpr int kWords = kAligned ? kStepBytes / 16 : (kStepBytes + 14 + 15) / 16;
 };
@@ -123,6 +120,7 @@ FM_DEV void copy_step(const TileJob& job, const Activations& a, const int* row_o
 // ---- raw blocks to int8
 template <int T>
 FM_DEV void unpack_rows(const TileJob& job, const Stage& from, const Unpacked& to, int group0, int begin, int end) {
+#pragma unroll 2
     for (int i = begin * kPartGroups + fm_thread(); i < end * kPartGroups; i += THREADS) {
         const int row = i / kPartGroups, group = i % kPartGroups;
         if (COLS % kStep != 0 && group0 + group >= kGroups) continue;
@@ -131,7 +129,7 @@ FM_DEV void unpack_rows(const TileJob& job, const Stage& from, const Unpacked& t
             const Bytes first = weight_row<T>(job, row) + group0 / 8 * Raw<T>::kStepBytes;
             blocks += unsigned(reinterpret_cast<unsigned long long>(first)) & 15;
         }
-        const Values32 v = Unpack<T>::group(blocks, group0 % 8 + group);
+        const Values32 v = unpack(Kind<T>(), blocks, group0 % 8 + group);
         fm_u4* const q = reinterpret_cast<fm_u4*>(to.q + row * kWeightStride + 32 * group);
         q[0] = fm_u4{v.q[0], v.q[1], v.q[2], v.q[3]};
         q[1] = fm_u4{v.q[4], v.q[5], v.q[6], v.q[7]};
@@ -169,24 +167,27 @@ FM_DEV fm_tile_c tile_base() {
 FM_DEV float tile_value(const fm_tile_c& c, int i) { return fm_bits<float>(c[i]) - kFloatBase; }
 
 // Adds the products of one group of 32 columns: w of a 16 x 32 tile's rows, x of its tokens.
+template <int HALF>
+FM_DEV void add_half(float* sums, const fm_tile_a& a, const fm_tile_b& b, const fm_f2* w, const fm_f2* x) {
+    fm_tile_c c = tile_base();
+    fm_tile_mma_half<HALF>(c, a, b);
+    FM_UNROLL
+    for (int i = 0; i < FM_TILE_REGS; i++)
+        sums[i] = fm_fma((HALF ? w[i].y : w[i].x) * x[i].x, tile_value(c, i), sums[i]);
+}
+
 template <int T>
 FM_DEV void add_tile(float* sums, const fm_tile_a& a, const fm_tile_b& b, const fm_f2* w, const fm_f2* x) {
-    if constexpr (has_halves(T)) {
-        fm_tile_c low = tile_base(), high = tile_base();
-        fm_tile_mma_half<0>(low, a, b);
-        fm_tile_mma_half<1>(high, a, b);
-        FM_UNROLL
-        for (int i = 0; i < FM_TILE_REGS; i++) {
-            sums[i] = fm_fma(w[i].x * x[i].x, tile_value(low, i), sums[i]);
-            sums[i] = fm_fma(w[i].y * x[i].x, tile_value(high, i), sums[i]);
-        }
+    if constexpr (kHasHalves<T>) {
+        add_half<0>(sums, a, b, w, x);
+        add_half<1>(sums, a, b, w, x);
     } else {
         fm_tile_c c = tile_base();
         fm_tile_mma(c, a, b);
         FM_UNROLL
         for (int i = 0; i < FM_TILE_REGS; i++) {
             sums[i] = fm_fma(w[i].x * x[i].x, tile_value(c, i), sums[i]);
-            if constexpr (has_minima(T)) sums[i] = fm_fma(w[i].y, x[i].y, sums[i]);
+            if constexpr (kHasMinima<T>) sums[i] = fm_fma(w[i].y, x[i].y, sums[i]);
         }
     }
 }
@@ -216,14 +217,17 @@ FM_DEV void add_group(const Stage& x, const Unpacked& w, int group, int step_gro
 
 template <int T>
 FM_DEV void add_part(const Stage& x, const Unpacked& w, int group0, Sums& sums) {
-    FM_UNROLL
+#pragma unroll 1  // more of them at once take more registers than there are
     for (int group = 0; group < kPartGroups; group++)
         if (COLS % kStep == 0 || group0 + group < kGroups) add_group<T>(x, w, group, group0 % 8 + group, sums);
 }
 
 FM_DEV void store_sums(const Sums& sums, float* out) {
+    FM_UNROLL
     for (int r = 0; r < kRowTiles; r++)
+        FM_UNROLL
         for (int t = 0; t < kTokenTiles; t++)
+            FM_UNROLL
             for (int i = 0; i < FM_TILE_REGS; i++)
                 out[(wave_token() + 16 * t + fm_tile_col(i)) * kOutStride + wave_row() + 16 * r + fm_tile_row(i)] =
                     sums.at[r][t][i];

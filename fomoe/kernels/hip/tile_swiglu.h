@@ -41,7 +41,7 @@ struct SwigluRows {
 FM_DEV void store_swiglu(float* tile, const TileJob& job, const SwigluRows& out) {
     constexpr int kAcross = kHalfRows / 32;
     for (int i = fm_thread(); i < TILE_TOKENS * kAcross; i += THREADS) {
-        const int token = i / kAcross, row = i % kAcross * 32, first = job.first[0] + row;
+        const int token = i / kAcross, row = i % kAcross * 32, first = job.first + row;
         if (token >= job.pairs || first >= job.rows) continue;
         float* const gate = tile + token * kOutStride + row;
         const float most = swiglu_32(gate, gate + kHalfRows);

@@ -42,12 +42,18 @@ struct RowTiles {
   static_assert(kCols % F::kPiece == 0 && kCols % F::kBlock == 0, "a row is whole pieces");
   static_assert(kTileBytes + 32 <= FM_STAGE_BYTES, "a tile and its margins fit into a stage");
 
-  // Where segment `segment` of the rows from `row` on lies in the matrix, and its bytes.
-  FM_DEV static long long offset(int row, int segment) {
-    return (long long)row * kRowBytes + segment * kStep * kStepBytes;
+  static constexpr int kSegmentBytes = kStep * kStepBytes;  // from one segment to the next
+  // Whether all tiles begin at multiples of 16.
+  static constexpr bool kAligned = kSide * kRowBytes % 16 == 0 && (kSegments == 1 || kSegmentBytes % 16 == 0);
+
+  // Where the rows from `row` on lie in the matrix; the bytes of a segment of them, and by how much
+  // it misses a multiple of 16.
+  FM_DEV static long long offset(int row) { return (long long)row * kRowBytes; }
+  FM_DEV static int margin(int row, int segment) {
+    return kAligned ? 0 : (row * (kRowBytes % 16) + segment * kSegmentBytes) % 16;
   }
   FM_DEV static int bytes(int row, int segment, int rows) {
-    if (kSegments > 1) return at_most(kTileBytes, kRowBytes - segment * kTileBytes);
+    if (kSegments > 1) return at_most(kTileBytes, kRowBytes - segment * kSegmentBytes);
     return kSide == 1 ? kTileBytes : at_most(kSide, rows - row) * kRowBytes;
   }
 };
@@ -55,24 +61,28 @@ struct RowTiles {
 // One wave's ring. `fetch` and `next` are called in turns, kStages - 1 fetches ahead.
 struct Ring {
   char* base;
-  int fill, drain;
+  int fill, drain;  // where the next tile goes, and where the oldest lies
 
   FM_DEV Ring(char* memory) : fill(0), drain(0) {
     base = memory + threadIdx.x / FM_WAVE * (FM_STAGES * FM_STAGE_BYTES);
   }
-  FM_DEV static int after(int stage) { return stage + 1 == FM_STAGES ? 0 : stage + 1; }
+  FM_DEV static int after(int stage) {
+    return stage == (FM_STAGES - 1) * FM_STAGE_BYTES ? 0 : stage + FM_STAGE_BYTES;
+  }
 
   // Starts the way of `bytes` from `from`; 0 keeps the count where there is no tile any more.
-  template <int kMostBytes>
-  FM_DEV void fetch(const char* from, int bytes) {
-    const int margin = (int)((unsigned long long)from % 16);
-    const char* const start = from - margin;
-    char* const to = base + fill * FM_STAGE_BYTES;
-    const int end = bytes ? margin + bytes : 0;
-    FM_UNROLL for (int i = 0; i < kMostBytes + 15; i += 16 * FM_WAVE) {
-      const int at = i + 16 * fm_lane();
-      if (at < end) fm_copy16(to + at, start + at);
-    }
+  // A tile begins `margin` bytes behind a multiple of 16.
+  template <class T>
+  FM_DEV void fetch(const char* from, int bytes, int margin) {
+    constexpr int kMost = T::kTileBytes + (T::kAligned ? 0 : 15);
+    const char* const start = from - margin + 16 * fm_lane();
+    char* const to = base + fill + 16 * fm_lane();
+    const int end = bytes ? margin + bytes - 16 * fm_lane() : 0;
+    FM_UNROLL for (int i = 0; i < kMost; i += 16 * FM_WAVE)
+      if (i < end) fm_copy16(to + i, start + i);
+    close();
+  }
+  FM_DEV void close() {
     fm_copy_commit();
     fill = after(fill);
   }
@@ -80,7 +90,7 @@ struct Ring {
   FM_DEV const char* next() {
     fm_copy_wait<FM_STAGES - 2>();
     fm_wave_sync();
-    const char* const tile = base + drain * FM_STAGE_BYTES;
+    const char* const tile = base + drain;
     drain = after(drain);
     return tile;
   }
@@ -107,7 +117,7 @@ struct Held {
   // The lane's share of segment `segment` of its row, which is in `tile`.
   FM_DEV float dot(const char* tile, int margin, int segment) const {
     const int lane = fm_lane() % T::kLanes;
-    const int row = margin + fm_lane() / T::kLanes * T::kRowBytes - segment * T::kStep * T::kStepBytes;
+    const int row = margin + fm_lane() / T::kLanes * T::kRowBytes - segment * T::kSegmentBytes;
     float sum = 0.0f;
     FM_UNROLL for (int s = 0; s < T::kStep; ++s) {
       const int j = segment * T::kStep + s, piece = j * T::kLanes + lane;

@@ -27,7 +27,21 @@ class Check:
     folder: Path = FOLDER
 
 
+_DELTA = {"N_K": 16, "N_V": 64, "DK": 128, "DV": 128, "CONV": 4}
+_ATTEND = {"HEADS": 32, "KV_HEADS": 2, "HEAD_DIM": 256, "ROPE_DIMS": 64, "THREADS": 256}
+
 CHECKS = (
+    Check("delay"),
     Check("names", dots=True, tiles=True, folder=OWN),
     Check("probe", {"SCALE": 2}, folder=OWN),
+    Check("choose", {"EXPERTS": 512, "TOP_K": 10, "THREADS": 256}),
+    *(Check("embed", {"TYPE": kind, "COLS": 4096}) for kind in (0, 1, 6, 8, 12, 13, 14, 23, 30)),
+    Check("pick", {"THREADS": 256}),
+    Check("delta", {**_DELTA, "PARTS": 1, "THREADS": 512}),
+    Check("delta", {**_DELTA, "PARTS": 2, "THREADS": 512}),
+    Check("delta_chunk", {**_DELTA, "THREADS": 256}),
+    Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 4, "SPLITS": 16}),
+    Check("attend", {**_ATTEND, "KV_F32": 1, "ROWS": 8, "SPLITS": 33}),
+    Check("attend_chunk", {**_ATTEND, "KV_F32": 0, "ROWS": 16, "TOKENS": 1}),
+    Check("attend_chunk", {**_ATTEND, "HEADS": 16, "KV_F32": 1, "ROWS": 16, "TOKENS": 2}),
 )

@@ -1,120 +1,10 @@
-// The K routed experts of one token, and the sum of theirs with the shared expert's.
+// Down of the K routed experts of one token, and their sum with the shared expert and the residual.
 //
-// Experts lie in slots as GGUF blocks; `picks` says where (fomoe/kernels/gpu/step.py). Defines:
-// those of tiles.h, FM_HIDDEN, FM_WIDTH, FM_K, FM_TYPE_IN (gate and up), FM_TYPE_DOWN;
-// FM_EXPERTS > 0: experts_in chooses the picks itself. For experts_out FM_SHARED_WIDTH,
-// FM_TYPE_SHARED and FM_ROWS that a group writes.
-#include "choose.h"
-#include "stream.h"
+// A group writes FM_ROWS rows of all: its waves take the experts' rows in turns, and their products
+// are added up in the end, so that the order of the sum is always the same.
+// Defines: those of experts.h, FM_TYPE_DOWN, FM_SHARED_WIDTH, FM_TYPE_SHARED, FM_ROWS.
+#include "experts.h"
 
-struct Picks {
-  unsigned long long address[3][FM_K];  // gate, up, down
-  float weight[FM_K];
-  int id[FM_K];
-};
-
-FM_DEV float silu(float x) { return x / (1.0f + fm_exp(-x)); }
-
-// ---- gate and up
-using In = Product<FM_TYPE_IN>;
-using InTiles = RowTiles<In, FM_HIDDEN>;
-
-// A wave's way through gate and up rows: a set of gate rows, the same of up, the next set.
-struct PairStream {
-  static constexpr int kSets = ceil_div(FM_WIDTH, InTiles::kSide);  // of one expert
-  Ring ring;
-  const Picks& picks;
-  int set, matrix, segment;  // of the next fetch
-
-  FM_DEV PairStream(Ring r, const Picks& p) : ring(r), picks(p), set(first()), matrix(0), segment(0) {}
-  FM_DEV static int first() { return (int)(blockIdx.x * FM_WAVES + threadIdx.x / FM_WAVE); }
-  FM_DEV static int stride() { return (int)gridDim.x * FM_WAVES; }
-
-  FM_DEV void fetch() {
-    const char* from = nullptr;
-    int bytes = 0;
-    if (set < FM_K * kSets) {
-      const int row = set % kSets * InTiles::kSide;
-      from = (const char*)picks.address[matrix][set / kSets] + InTiles::offset(row, segment);
-      bytes = InTiles::bytes(row, segment, FM_WIDTH);
-    }
-    ring.fetch<InTiles::kTileBytes>(from, bytes);
-    if (++segment < InTiles::kSegments) return;
-    segment = 0, matrix = !matrix;
-    if (!matrix) set += stride();
-  }
-  FM_DEV void start() {
-    FM_UNROLL for (int i = 1; i < FM_STAGES; ++i) fetch();
-  }
-  FM_DEV float product(const Held<In, FM_HIDDEN>& x, int row) {
-    float sum = 0.0f;
-    FM_UNROLL for (int s = 0; s < InTiles::kSegments; ++s) {
-      const char* const tile = ring.next();
-      fetch();
-      sum += x.dot(tile, (int)(InTiles::offset(row, s) % 16), s);
-    }
-    return row_sum<InTiles::kLanes>(sum);
-  }
-};
-
-// What experts_in chooses from: scores [E], base addresses of slots [E], places in a slot.
-struct Resident {
-  const float* scores;
-  const unsigned long long* table;
-  unsigned long long up, down;
-};
-
-// Chooses into `mine` (shared memory); `memory` is free for the work of it.
-FM_DEV void choose_picks(const Resident& from, Picks& mine, char* memory) {
-#if FM_EXPERTS
-  using Work = Choice<FM_EXPERTS, FM_K>;
-  static_assert(sizeof(Work) <= FM_WAVES * FM_STAGES * FM_STAGE_BYTES, "room to choose");
-  choose<FM_EXPERTS, FM_K>(from.scores, *(Work*)memory, mine.id, mine.weight);
-  if (threadIdx.x < FM_K) {
-    const unsigned long long slot = from.table[mine.id[threadIdx.x]];
-    mine.address[0][threadIdx.x] = slot;
-    mine.address[1][threadIdx.x] = slot + from.up;
-    mine.address[2][threadIdx.x] = slot + from.down;
-  }
-#endif
-}
-
-FM_DEV void copy_picks(Picks& to, const Picks& from) {
-  constexpr int kWords = sizeof(Picks) / 4;
-  for (int i = threadIdx.x; i < kWords; i += kThreads) ((unsigned*)&to)[i] = ((const unsigned*)&from)[i];
-}
-
-FM_DEV constexpr int whole16(int bytes) { return ceil_div(bytes, 16) * 16; }
-constexpr int kPickBytes = whole16(sizeof(Picks));
-
-// inner [K, width] = silu(gate h) * (up h).
-FM_KERNEL(FM_WAVES * FM_WAVE)
-void experts_in(const float* x, const signed char* q, const fm_f2* s, Picks* picks, float* inner, Resident from) {
-  FM_DYN_SHARED(char, memory);
-  Picks& mine = *(Picks*)memory;
-  using Size = InputSize<In, FM_HIDDEN>;
-  const Input input = Size::in(memory + kPickBytes);
-  char* const rings = memory + kPickBytes + Size::kBytes;
-  if (FM_EXPERTS) choose_picks(from, mine, rings);
-  else copy_picks(mine, *picks);
-  fm_barrier();
-  if (FM_EXPERTS && blockIdx.x == 0) copy_picks(*picks, mine);
-
-  PairStream stream(Ring(rings), mine);
-  stream.start();
-  take_row<In, FM_HIDDEN>(input, Rows{x, q, s});
-  fm_barrier();
-  const Held<In, FM_HIDDEN> held(input);
-  for (int set = stream.first(); set < FM_K * stream.kSets; set += stream.stride()) {
-    const int row = set % stream.kSets * InTiles::kSide, mine_row = row + fm_lane() / InTiles::kLanes;
-    const float gate = stream.product(held, row), up = stream.product(held, row);
-    if (fm_lane() % InTiles::kLanes == 0 && mine_row < FM_WIDTH)
-      inner[set / stream.kSets * FM_WIDTH + mine_row] = silu(gate) * up;
-  }
-}
-
-// ---- down
-#if FM_ROWS
 using Down = Product<FM_TYPE_DOWN>;
 using SharedDown = Product<FM_TYPE_SHARED>;
 using DownTiles = RowTiles<Down, FM_WIDTH>;
@@ -125,7 +15,6 @@ struct DownStream {
   static constexpr int kSets = ceil_div(FM_ROWS, DownTiles::kSide);
   static constexpr int kSharedSets = ceil_div(FM_ROWS, SharedTiles::kSide);
   static constexpr int kRouted = FM_K * kSets, kTasks = kRouted + kSharedSets;
-  static constexpr int kMostBytes = at_least(DownTiles::kTileBytes, SharedTiles::kTileBytes);
   Ring ring;
   const Picks& picks;
   const char* shared;
@@ -137,15 +26,15 @@ struct DownStream {
   template <class T>
   FM_DEV void fetch_of(const char* weights, int set) {
     const int row = blockIdx.x * FM_ROWS + set * T::kSide;
-    ring.fetch<kMostBytes>(weights + T::offset(row, segment),
-                           row < FM_HIDDEN ? T::bytes(row, segment, FM_HIDDEN) : 0);
+    ring.fetch<T>(weights + T::offset(row) + segment * T::kSegmentBytes,
+                  row < FM_HIDDEN ? T::bytes(row, segment, FM_HIDDEN) : 0, T::margin(row, segment));
     if (++segment < T::kSegments) return;
     segment = 0, task += FM_WAVES;
   }
   FM_DEV void fetch() {
     if (task < kRouted) fetch_of<DownTiles>((const char*)picks.address[2][task / kSets], task % kSets);
     else if (task < kTasks) fetch_of<SharedTiles>(shared, task - kRouted);
-    else ring.fetch<16>(nullptr, 0);
+    else ring.close();
   }
   FM_DEV void start() {
     FM_UNROLL for (int i = 1; i < FM_STAGES; ++i) fetch();
@@ -161,7 +50,7 @@ struct DownStream {
     FM_UNROLL for (int s = 0; s < T::kSegments; ++s) {
       const char* const tile = ring.next();
       fetch();
-      sum += held.dot(tile, (int)(T::offset(row, s) % 16), s);
+      sum += held.dot(tile, T::margin(row, s), s);
     }
     sum = row_sum<T::kLanes>(sum);
     if (fm_lane() % T::kLanes == 0 && mine < FM_ROWS) out[mine] = sum;
@@ -241,4 +130,3 @@ void experts_out(const Picks* picks, const float* inner, SharedExpert shared, fl
     to = (sum + out[FM_K * FM_ROWS + i] * scale) + to;
   }
 }
-#endif
