@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from kernels.gpu_arrays import DeviceArray
-from support.emulated_gpu import emulated_gpu
+from gpu_arrays import Guarded, RowsOut, error, gpu_under_test
 from support.random_blocks import random_matrix
 
 from fomoe.errors import DeviceError
@@ -31,10 +30,9 @@ EPS = 1e-6
 F32 = np.ndarray
 
 
-@pytest.fixture(scope="module", params=[(32, 11), (64, 13)], ids=["wave32", "wave64"])
+@pytest.fixture(scope="module", params=[32, 64], ids=["wave32", "wave64"])
 def gpu(request: pytest.FixtureRequest) -> Iterator[GPU]:
-    wave, seed = request.param
-    with emulated_gpu(wave, seed) as opened:
+    with gpu_under_test(request.param) as opened:
         yield opened
 
 
@@ -98,18 +96,17 @@ class Layer:
                 gpu.upload(slot + offset, part)
             self.table[i] = slot
         sizes = {"scores": shape.experts, "gate": shape.shared, "up": shape.shared, "scale": 1}
-        self.outs = {name: DeviceArray.empty(gpu, (n,)) for name, n in sizes.items()}
-        self.inner = DeviceArray.empty(gpu, (shape.top_k, shape.width))
-        forms = ((1, shape.hidden), "f4"), ((1, shape.hidden), "i1"), ((1, shape.hidden // 32, 2), "f4")
-        self.h = [DeviceArray.empty(gpu, *form) for form in forms]
+        self.outs = {name: Guarded.empty(gpu, (n,), np.float32) for name, n in sizes.items()}
+        self.inner = Guarded.empty(gpu, (shape.top_k, shape.width), np.float32)
+        self.h = RowsOut.empty(gpu, 1, shape.hidden, int8=True)
         self.buffers = MoEBuffers(
-            Rows(*(a.address for a in self.h)),
+            self.h.rows,
             *(self.outs[name].address for name in ("scores", "gate", "up", "scale")),
             self.inner.address,
         )
 
     def run_scores(self) -> None:
-        x, norm = (DeviceArray(self.gpu, a).address for a in (self.x, self.norm))
+        x, norm = (Guarded.of(self.gpu, a).address for a in (self.x, self.norm))
         launch = scores(
             self.gpu, x, (norm, EPS), self.router_matrix, self.matrices, self.buffers,
             options=self.options,
@@ -159,10 +156,6 @@ def top_of(values: F32, k: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, (mass / mass.sum()).astype(np.float32)
 
 
-def close(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
-    assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
-
-
 # float32 sums of products of int8; a value of `inner` that float32 rounds to the other side of a
 # half changes an int8 by one, 1/127 of the largest of its 32, in one of `width` terms.
 SUM, ROUNDED = 3e-6, 2e-3
@@ -180,30 +173,30 @@ FLOAT = Shape(256, 64, 96, 8, 2, Kind.IQ4_XS, Kind.F16, Kind.Q5_0)
 def test_a_layer(gpu: GPU, shape: Shape, int8: bool) -> None:
     layer = Layer(gpu, shape, Options(int8=int8))
     layer.run_scores()
-    h = np.asarray(layer.h[0].read())
-    close(h, reference.rms_norm(layer.x, layer.norm, EPS), 1e-6)
-    close(layer.outs["scores"].read(), h[0] @ layer.router.T.astype(np.float64), SUM)
-    close(layer.outs["scale"].read(), h[0] @ layer.scale.T.astype(np.float64), SUM)
+    h = np.asarray(layer.h.x.read())
+    assert error(h, reference.rms_norm(layer.x, layer.norm, EPS)) < 1e-6
+    assert error(layer.outs["scores"].read(), h[0] @ layer.router.T.astype(np.float64)) < SUM
+    assert error(layer.outs["scale"].read(), h[0] @ layer.scale.T.astype(np.float64)) < SUM
     for name, blocks in zip(("gate", "up"), layer.shared, strict=False):
-        close(layer.outs[name].read(), layer.product(Kind.Q8_0, blocks, h), SUM)
+        assert error(layer.outs[name].read(), layer.product(Kind.Q8_0, blocks, h)) < SUM
 
     ids, weights = top_of(layer.outs["scores"].read(), shape.top_k)
-    picked = DeviceArray(gpu, layer.picks_of(ids, weights))
+    picked = Guarded.of(gpu, layer.picks_of(ids, weights))
     k = shape.top_k
     gpu.launch(experts_in(gpu, layer.layout, k, picked.address, layer.buffers, options=layer.options))
     inner = layer.inner.read()
-    close(inner, layer.expected_inner(ids, h), 1e-5)
+    assert error(inner, layer.expected_inner(ids, h)) < 1e-5
 
-    x = DeviceArray(gpu, layer.x)
+    x = Guarded.of(gpu, layer.x)
     launch = experts_out(
         gpu, layer.layout, (k, picked.address), layer.shared_down, layer.buffers, x.address,
         options=layer.options,
     )  # fmt: skip
     gpu.launch(launch)
-    close(x.read()[0], layer.expected_out(ids, weights, inner), ROUNDED if int8 else SUM)
+    assert error(x.read()[0], layer.expected_out(ids, weights, inner)) < ROUNDED if int8 else SUM
 
-    chosen = DeviceArray.empty(gpu, (1,), picks(k))
-    table = DeviceArray(gpu, layer.table)
+    chosen = Guarded.empty(gpu, (1,), picks(k))
+    table = Guarded.of(gpu, layer.table)
     choose = Choose(table.address, shape.experts)
     launch = experts_in(
         gpu, layer.layout, k, chosen.address, layer.buffers, choose=choose, options=layer.options
@@ -223,9 +216,9 @@ def test_routed_sum_is_a_chain_of_fma_in_ascending_id(gpu: GPU) -> None:
     ids = np.array([1, 4, 7], np.int32)
     single = []
     for weights in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (2.0**20, 1, -(2.0**20))):
-        picked = DeviceArray(gpu, layer.picks_of(ids, np.array(weights, np.float32)))
+        picked = Guarded.of(gpu, layer.picks_of(ids, np.array(weights, np.float32)))
         gpu.launch(experts_in(gpu, layer.layout, 3, picked.address, layer.buffers))
-        x = DeviceArray(gpu, np.zeros_like(layer.x))
+        x = Guarded.of(gpu, np.zeros_like(layer.x))
         args = (3, picked.address), layer.shared_down, layer.buffers, x.address
         gpu.upload(layer.outs["scale"].address, np.array([-np.inf], np.float32))
         gpu.launch(experts_out(gpu, layer.layout, *args))

@@ -30,7 +30,27 @@ class Check:
 _DELTA = {"N_K": 16, "N_V": 64, "DK": 128, "DV": 128, "CONV": 4}
 _ATTEND = {"HEADS": 32, "KV_HEADS": 2, "HEAD_DIM": 256, "ROPE_DIMS": 64, "THREADS": 256}
 
+# As project() and its like make them for the shapes of the 397B model, types by type.
+_WAVES = {"FM_WAVES": 8, "FM_STAGES": 2, "FM_TILE": 2304, "FM_HELD": 96, "FM_INT8": 1}
+_PROJECT = {**_WAVES, "FM_ADD": 0, "FM_PARTS": 4}
+_EXPERTS = {**_WAVES, "FM_HIDDEN": 4096, "FM_WIDTH": 1024, "FM_K": 10, "FM_STAGE_BYTES": 3392}
+_OUT = {**_EXPERTS, "FM_SHARED_WIDTH": 1024, "FM_TYPE_SHARED": 8, "FM_ROWS": 64}
+_QUANTS = (6, 8, 12, 13, 14, 23)
+
+
+def _project(types: tuple[int, ...], cols: int) -> dict[str, int]:
+    mask, inputs = sum(1 << t for t in types), cols * 4
+    sizes = {"FM_COLS": cols, "FM_INPUT_BYTES": inputs, "FM_STAGE_BYTES": 4352}
+    return {**_PROJECT, **sizes, "FM_TYPES": mask}
+
+
 CHECKS = (
+    *(Check("project", _project((t,), 4096), dots=True) for t in _QUANTS),
+    Check("project", _project((8, 12, 14), 8192), dots=True),
+    Check("project", _project((0, 1, 30), 4096)),
+    Check("project", {**_project(_QUANTS, 2048), "FM_INT8": 0}),
+    *(Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True) for t in (12, 14)),
+    *(Check("experts_out", {**_OUT, "FM_TYPE_DOWN": t}, dots=True) for t in (12, 13, 14)),
     Check("delay"),
     Check("names", dots=True, tiles=True, folder=OWN),
     Check("probe", {"SCALE": 2}, folder=OWN),
