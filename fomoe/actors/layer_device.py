@@ -63,6 +63,9 @@ class LayerModel(Protocol):
     def back(self, layer: int, ids: I32, weights: F32) -> None:
         """Run the experts int32 [T, k] and close the layer; one token's ids ascend."""
 
+    def own_back(self, layer: int) -> None:
+        """Run the router's own choice, with the bits of a whole pass, and close the layer."""
+
     def prefill(self, tokens: I32, position: int, state: int) -> I32:
         """Run a whole pass by the router's own choice; returns it, int32 [L, T, k], any order."""
 
@@ -155,7 +158,10 @@ class LayerServer:
     def _run(self, do: Do, layer: int) -> None:
         model, mine, tokens = self._model, self._mine, self._tokens
         if do & Do.BACK:
-            model.back(layer, mine.ids[:tokens], mine.weights[:tokens])
+            if do & Do.CHOOSE:
+                model.own_back(layer)
+            else:
+                model.back(layer, mine.ids[:tokens], mine.weights[:tokens])
             layer += 1
         if do & Do.FRONT:
             model.front(layer)

@@ -77,7 +77,8 @@ class Do(IntFlag):
     FRONT = 32  # begin `layer`, after BACK the one behind it, and answer with its scores
     GIVE = 64  # put the residual stream into the arena, the step's id into its word, ring `peer`
     LOGITS = 128  # answer with the logits of the arena's first `rows` row numbers
-    COPY_STATE = 256  # make state `state` what state `peer` is after `position` tokens
+    CHOOSE = 256  # with BACK: what the router chose on the device, not what the arena has
+    COPY_STATE = 512  # make state `state` what state `peer` is after `position` tokens
 
 
 class Priority(IntEnum):

@@ -83,8 +83,11 @@ class LayerHost(Protocol):
         `decider.out` has the choice; `prices` float32 [1] stands in for the rule's own.
         """
 
-    def begin(self, layer: int, route: Route, *, decoding: bool) -> None:
-        """Begin the back with a route that was made elsewhere."""
+    def begin(self, layer: int, route: Route, *, decoding: bool, exact: bool) -> None:
+        """Begin the back with a route that was made elsewhere; `exact`: it is the router's own.
+
+        Devices may then weigh by their own softmax, whose bits are those of a whole pass.
+        """
 
     def read_later(self, layer: int, experts: I32) -> None:
         """Load experts that were wanted and did not run, behind all demand; never waits."""
@@ -181,7 +184,9 @@ class DeviceForward:
             self.brain.take(layer, sequence, decider.out)
         else:
             route = self.brain.route(layer, scores, batch, (sequence,))
-            host.begin(layer, route, decoding=sequence.decoding)
+            touched = sequence.decoding and sequence.touched > 0.0
+            exact = not touched and (decider is None or not sequence.decoding)
+            host.begin(layer, route, decoding=sequence.decoding, exact=exact)
             for later in self.brain.later:
                 host.read_later(layer, later)
 
@@ -227,7 +232,7 @@ class DeviceForward:
             watch.lap(Lap.AWAIT)
             route = route_exact(scores, top_k)
             chosen[layer] = route.ids[0]
-            host.begin(layer, route, decoding=True)
+            host.begin(layer, route, decoding=True, exact=True)
             watch.lap(Lap.BRAIN)
         host.finish()
         watch.lap(Lap.AWAIT)

@@ -172,14 +172,15 @@ class CpuLayers:
         self.embed()
         for layer in range(self.spec.n_layers):
             self.front(layer)
-            route = route_exact(self._scores, k)
-            order = np.argsort(route.ids, axis=1)
-            chosen[layer] = route.ids
-            self.back(
-                layer, np.take_along_axis(route.ids, order, 1),
-                np.take_along_axis(route.weights, order, 1),
-            )  # fmt: skip
+            chosen[layer] = self.own_back(layer)
         return chosen
+
+    def own_back(self, layer):
+        route = route_exact(self._scores, self.spec.moe.top_k)
+        order = np.argsort(route.ids, axis=1)
+        ids, weights = (np.take_along_axis(a, order, 1) for a in (route.ids, route.weights))
+        self.back(layer, ids, weights)
+        return ids
 
     def logits(self, rows):
         assert self.options.head

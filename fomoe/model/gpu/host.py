@@ -212,6 +212,13 @@ class GPUModel:
             self._mail.weights.send(0, nbytes)
         self._passes.back(layer, self._tokens).run()
 
+    def own_back(self, layer: int) -> None:
+        """Run the router's own choice, with the bits of a whole pass, and close the layer.
+
+        All that it chooses must be resident, and published.
+        """
+        self._passes.own_back(layer, self._tokens).run()
+
     # Whole passes
 
     def decode(self, token: int, position: int, state: int = 0) -> None:
