@@ -250,8 +250,6 @@ class DeviceLayers:
             self.counters.compute_s += computed_ns / 1e9
             self.counters.stall_s += waited_ns / 1e9
 
-
-
     def _blame(self, link: LayerLink) -> None:
         """Raise what made a device give a step up: the one before it has failed or died."""
         for other in self.links:

@@ -119,8 +119,7 @@ class CpuLayers:
         self._device = open_device("cpu", threads=1, int8=options.int8)
         self._shapes = [expert_shape(table, spec, i) for i in range(spec.n_layers)]
         self._states = [
-            SequenceState(spec, options.ctx_size, options.kv_dtype)
-            for _ in range(options.n_states)
+            SequenceState(spec, options.ctx_size, options.kv_dtype) for _ in range(options.n_states)
         ]
         self.closed = False
         self.calls = []
