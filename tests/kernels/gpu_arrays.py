@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Arrays in an emulated GPU's memory, with sentinels around those that kernels write."""
-=======
 """Arrays in a GPU's memory, with sentinels around those that kernels write."""
->>>>>>> gpu-prompt
 
 from __future__ import annotations
 
@@ -16,11 +12,7 @@ import numpy.typing as npt
 import pytest
 from support.emulated_gpu import emulated_gpu
 
-<<<<<<< HEAD
-from fomoe.kernels.gpu.gpu import GPU
-=======
 from fomoe.kernels.gpu.gpu import GPU, open_gpu
->>>>>>> gpu-prompt
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.step import STEP, Rows
 

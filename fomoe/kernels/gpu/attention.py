@@ -88,6 +88,11 @@ def attend(
         DeviceError: sizes that the kernel does not take.
     """
     rows, splits = plan or attend_plan(spec, call.place.ctx, gpu.runtime.cores)
+    shared = spec.n_heads // spec.n_kv_heads
+    check(
+        (shared % rows == 0, f"{rows} of {shared} query heads of a kv head a group: not a divisor"),
+        (1 <= splits <= _MOST_SPLITS, f"{splits} splits: from 1 to {_MOST_SPLITS}"),
+    )
     defines = {**_sizes(spec, call.place), "ROWS": rows, "SPLITS": splits}
     function = gpu.kernel("attend", "attend", defines)
     subsets = spec.n_heads // rows

@@ -36,13 +36,7 @@ struct PairStream {
     FM_UNROLL for (int i = 1; i < FM_STAGES; ++i) fetch();
   }
   FM_DEV float product(const Held<In, FM_HIDDEN>& x, int row) {
-    float sum = 0.0f;
-    FM_UNROLL for (int s = 0; s < InTiles::kSegments; ++s) {
-      const char* const tile = ring.next();
-      fetch();
-      sum += x.dot(tile, InTiles::margin(row, s), s);
-    }
-    return row_sum<InTiles::kLanes>(sum);
+    return row_product<In, FM_HIDDEN>(x, row, ring, *this);
   }
 };
 

@@ -42,6 +42,7 @@ static const __device__ fm_grid_size gridDim{};
     extern __shared__ __attribute__((aligned(16))) unsigned char fm_dynamic[]; \
     T* name = reinterpret_cast<T*>(fm_dynamic)
 #define FM_UNROLL _Pragma("unroll")
+#define FM_NO_UNROLL _Pragma("unroll 1")
 
 struct alignas(16) fm_u4 { unsigned x, y, z, w; };
 struct alignas(16) fm_i4 { int x, y, z, w; };

@@ -43,6 +43,7 @@ unsigned sizes(void (*)(A...), unsigned* out) {
 #define FM_SHARED alignas(16) __attribute__((section("fm_shared"))) static
 #define FM_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(fm_engine->dynamic)
 #define FM_UNROLL _Pragma("GCC unroll 16")
+#define FM_NO_UNROLL _Pragma("GCC unroll 1")
 #define threadIdx (fm_engine->thread)
 #define blockIdx (fm_engine->group)
 #define blockDim (fm_engine->threads)

@@ -13,6 +13,7 @@
     extern __shared__ __align__(16) unsigned char fm_dynamic[]; \
     T* name = reinterpret_cast<T*>(fm_dynamic)
 #define FM_UNROLL _Pragma("unroll")
+#define FM_NO_UNROLL _Pragma("unroll 1")
 
 typedef uint4 fm_u4;
 typedef int4 fm_i4;

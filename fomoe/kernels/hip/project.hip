@@ -16,9 +16,11 @@ struct Parts {
   Part part[FM_PARTS];
 };
 
-FM_DEV int part_of(const Parts& parts, int group) {
-  int found = 0;
-  FM_UNROLL for (int i = 1; i < FM_PARTS; ++i) found = group >= parts.part[i].first ? i : found;
+// The matrix of a group. Parts are named by constants: an index would put them into memory.
+FM_DEV Part part_of(const Parts& parts, int group) {
+  Part found = parts.part[0];
+  FM_UNROLL for (int i = 1; i < FM_PARTS; ++i)
+    if (group >= parts.part[i].first) found = parts.part[i];
   return found;
 }
 
@@ -87,7 +89,7 @@ struct Normed {
 FM_KERNEL(FM_WAVES * FM_WAVE)
 void project(const float* x, const float* norm, float eps, float* hx, unsigned* hq, fm_f2* hs, Parts parts) {
   FM_DYN_SHARED(char, memory);
-  const Part part = parts.part[part_of(parts, blockIdx.x)];
+  const Part part = part_of(parts, blockIdx.x);
   run_as(part.type, Normed{x, norm, eps, hx, hq, hs, part, memory});
 }
 
@@ -112,6 +114,6 @@ struct Taken {
 FM_KERNEL(FM_WAVES * FM_WAVE)
 void project_rows(const float* x, const signed char* q, const fm_f2* s, Parts parts) {
   FM_DYN_SHARED(char, memory);
-  const Part part = parts.part[part_of(parts, blockIdx.x)];
+  const Part part = part_of(parts, blockIdx.x);
   run_as(part.type, Taken<FM_ADD != 0>{Rows{x, q, s}, part, memory});
 }

@@ -9,8 +9,9 @@ from fomoe.kernels.gpu.attention import AttendCall, AttendInputs, AttendWeights,
 from fomoe.kernels.gpu.delta import DeltaCall, DeltaInputs, DeltaWeights, delta
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.moe import Choose, SharedMatrices
-from fomoe.kernels.gpu.products import Options, project, project_rows
+from fomoe.kernels.gpu.products import Options, Part, project, project_rows
 from fomoe.kernels.gpu.state import DeltaPlace, KVPlace
+from fomoe.kernels.gpu.step import Rows
 from fomoe.model.gpu.program import Step
 from fomoe.model.gpu.slots import ExpertSlots
 from fomoe.model.gpu.weights import AttentionMatrices, DeltaMatrices, LayerMatrices
@@ -58,33 +59,33 @@ def attend_call(desk: Desk, weights: AttentionMatrices, place: KVPlace) -> Atten
     )
 
 
-def decode_front(desk: Desk, weights: LayerMatrices, place: DeltaPlace | KVPlace) -> list[Step]:
-    """Return four launches: projections, mixer, its output, scores and the shared expert's half."""
-    gpu, spec, work, options = desk.gpu, desk.spec, desk.work, Options(int8=desk.int8)
-    mixer, dense = weights.mixer, weights.moe
+def _mixer(
+    desk: Desk, mixer: AttentionMatrices | DeltaMatrices, place: DeltaPlace | KVPlace
+) -> tuple[list[Part], Step, Rows]:
+    """Return the mixer's projections, its launch, and the rows that it leaves."""
+    gpu, spec = desk.gpu, desk.spec
     if isinstance(mixer, DeltaMatrices):
         assert isinstance(place, DeltaPlace)
-        call = delta_call(desk, mixer, place)
-        matrices = mixer.qkv, mixer.z, mixer.alpha, mixer.beta
-        mixed = Step("delta", delta(gpu, desk.step, spec.delta, call))
-    else:
-        assert isinstance(place, KVPlace)
-        call = attend_call(desk, mixer, place)
-        matrices = mixer.q, mixer.k, mixer.v
-        mixed = Step("attend", attend(gpu, desk.step, spec.attention, call))
-    parts = list(zip(matrices, call.inputs, strict=True))
+        delta_of = delta_call(desk, mixer, place)
+        mixed = Step("delta", delta(gpu, desk.step, spec.delta, delta_of))
+        return list(zip(mixer.inputs, delta_of.inputs, strict=True)), mixed, delta_of.out
+    assert isinstance(place, KVPlace)
+    attend_of = attend_call(desk, mixer, place)
+    mixed = Step("attend", attend(gpu, desk.step, spec.attention, attend_of))
+    return list(zip(mixer.inputs, attend_of.inputs, strict=True)), mixed, attend_of.out
+
+
+def decode_front(desk: Desk, weights: LayerMatrices, place: DeltaPlace | KVPlace) -> list[Step]:
+    """Return four launches: projections, mixer, its output, scores and the shared expert's half."""
+    gpu, work, eps, options = desk.gpu, desk.work, desk.spec.eps, Options(int8=desk.int8)
+    mixer, dense = weights.mixer, weights.moe
+    parts, mixed, rows = _mixer(desk, mixer, place)
     shared = SharedMatrices(dense.gate, dense.up, dense.scale)
-    into = project(gpu, work.x, mixer.norm, spec.eps, parts, options=options)
-    out = project_rows(gpu, call.out, mixer.output, work.x, options=options)
-    scores = moe.scores(
-        gpu, work.x, (dense.norm, spec.eps), dense.router, shared, work.moe, options=options
-    )
-    return [
-        Step("mixer in", into),
-        mixed,
-        Step("mixer out", out),
-        Step("scores", scores),
-    ]
+    into = project(gpu, work.x, mixer.norm, eps, parts, options=options)
+    out = project_rows(gpu, rows, mixer.output, work.x, options=options)
+    norm = dense.norm, eps
+    scores = moe.scores(gpu, work.x, norm, dense.router, shared, work.moe, options=options)
+    return [Step("mixer in", into), mixed, Step("mixer out", out), Step("scores", scores)]
 
 
 def decode_back(

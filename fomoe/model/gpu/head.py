@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -24,22 +25,40 @@ from fomoe.model.layers import HEAD_ROWS
 _F32 = 4
 
 
+@dataclass(frozen=True, slots=True)
+class HeadMail:
+    """What the head brings to the host, and its own step block.
+
+    Attributes:
+        result: LARGEST [1].
+        logits: float32 [HEAD_ROWS, V].
+        step: STEP [1], of which `tokens` counts.
+    """
+
+    result: Mirror
+    logits: Mirror
+    step: Mirror
+
+    @classmethod
+    def of(cls, desk: Desk) -> HeadMail:
+        """Take the memory on both sides."""
+        logits = Mirror(desk.gpu, (HEAD_ROWS, desk.spec.vocab), np.float32, desk.work.logits)
+        return cls(Mirror(desk.gpu, (1,), LARGEST), logits, Mirror(desk.gpu, (1,), STEP))
+
+
 class Head:
     """Logits of rows of the residual stream; one row as a decode step computes it."""
 
-    def __init__(self, desk: Desk, ends: EndMatrices) -> None:
+    def __init__(self, desk: Desk, ends: EndMatrices, mail: HeadMail) -> None:
         self._desk = desk
         self._ends = ends
-        spec = desk.spec
-        self._result = Mirror(desk.gpu, (1,), LARGEST)
-        self._logits = Mirror(desk.gpu, (HEAD_ROWS, spec.vocab), np.float32, desk.work.logits)
-        self._step = Mirror(desk.gpu, (1,), STEP)
+        self._mail = mail
         self._one = self._steps(desk.work.head_x)
-        self._many: list[Step] = []
+        self._many = self._rows_steps() if desk.tokens > 1 else []
 
     def token_steps(self) -> list[Step]:
         """Return the steps of a decode step: logits of the first row, the largest, its copy."""
-        return [*self._steps(self._desk.work.x), Step("copy", self._result.fetch)]
+        return [*self._steps(self._desk.work.x), Step("copy", self._mail.result.fetch)]
 
     def _steps(self, x: int) -> list[Step]:
         desk, ends = self._desk, self._ends
@@ -47,7 +66,7 @@ class Head:
         assert ends.head is not None
         options = Options(int8=desk.int8)
         product = project(gpu, x, ends.norm, spec.eps, [(ends.head, logits)], options=options)
-        peak = largest(gpu, logits, spec.vocab, self._result.address)
+        peak = largest(gpu, logits, spec.vocab, self._mail.result.address)
         return [Step("head", product), Step("largest", peak)]
 
     def run(self, rows: Sequence[int]) -> None:
@@ -65,18 +84,17 @@ class Head:
                 work.head_x + i * nbytes, work.x + int(row) * nbytes, nbytes, gpu.stream
             )
         if len(rows) > 1:
-            self._step.host["tokens"] = len(rows)
-            self._step.send()
-            self._many = self._many or self._rows_steps()
+            self._mail.step.host["tokens"] = len(rows)
+            self._mail.step.send()
         for step in self._many if len(rows) > 1 else self._one:
             step.queue(gpu)
         if len(rows) == 1:
-            self._result.fetch()
+            self._mail.result.fetch()
 
     def _rows_steps(self) -> list[Step]:
         desk, ends, work = self._desk, self._ends, self._desk.work
         assert ends.head is not None
-        chunk = Chunk(self._step.address, HEAD_ROWS, desk.int8)
+        chunk = Chunk(self._mail.step.address, HEAD_ROWS, desk.int8)
         rows = form(work.head_h, ends.head.type, int8=desk.int8)
         norm = Norm(ends.norm, desk.spec.hidden, desk.spec.eps)
         return [
@@ -86,14 +104,14 @@ class Head:
 
     def fetch(self, rows: int) -> F32:
         """Queue the copy of the first rows' logits; returns where they come to, float32 [n, V]."""
-        self._logits.fetch(0, rows * _F32 * self._desk.spec.vocab)
-        logits: F32 = self._logits.host[:rows]
+        self._mail.logits.fetch(0, rows * _F32 * self._desk.spec.vocab)
+        logits: F32 = self._mail.logits.host[:rows]
         return logits
 
     @property
     def result(self) -> npt.NDArray[np.void]:
         """What `largest` found, a LARGEST; to be read when its copy has come."""
-        found: npt.NDArray[np.void] = self._result.host[0]
+        found: npt.NDArray[np.void] = self._mail.result.host[0]
         return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +13,14 @@ from fomoe.gguf.extents import ExpertTable, tensor_name
 from fomoe.gguf.reader import GGUFFile
 from fomoe.kernels.gpu.attention import rope_turns
 from fomoe.kernels.gpu.gpu import GPU
+from fomoe.kernels.gpu.rehearsal import Rehearsal
 from fomoe.kernels.gpu.runtime import Runtime
 from fomoe.kernels.gpu.step import STEP
 from fomoe.model.buffers import F32
 from fomoe.model.gpu.decode import Desk
-from fomoe.model.gpu.head import Head
+from fomoe.model.gpu.head import HeadMail
 from fomoe.model.gpu.options import HostOptions
-from fomoe.model.gpu.passes import Mail, Parts, Passes
+from fomoe.model.gpu.passes import Held, Mail, build
 from fomoe.model.gpu.planning import planned_bytes, resident_bytes
 from fomoe.model.gpu.program import time_steps
 from fomoe.model.gpu.slots import U8, ExpertSlots
@@ -88,9 +89,13 @@ class GPUModel:
         desk = Desk(gpu, spec, options.int8, options.max_tokens, work, step.address, turns_at)
         self._work = work
         self._mail = Mail.of(desk, step, options)
-        self._head = Head(desk, ends) if options.head else None
-        parts = Parts(layers, ends, self.states, self.slots, self._head)
-        self._passes = Passes(desk, self._mail, parts, graphs=options.graphs)
+        held = Held(layers, ends, self.states, self.slots)
+        head_mail = HeadMail.of(desk) if options.head else None
+        rehearsal = Rehearsal(gpu)
+        build(replace(desk, gpu=rehearsal), self._mail, held, head_mail, graphs=False)
+        gpu.prepare(rehearsal.jobs)
+        self._passes = build(desk, self._mail, held, head_mail, graphs=options.graphs)
+        self._head = self._passes.head
         self._begun, self._scored = Signal(gpu, options.wait_s), Signal(gpu, options.wait_s)
         self._ended = Signal(gpu, options.wait_s)
         self._tokens = 1

@@ -11,7 +11,7 @@ from fomoe.kernels.gpu.prompt import Chunk
 from fomoe.kernels.gpu.prompt_experts import Experts, pair_buffers
 from fomoe.kernels.gpu.step import picks
 from fomoe.model.gpu.decode import Desk, decode_back, decode_front
-from fomoe.model.gpu.head import Head, embed_steps
+from fomoe.model.gpu.head import Head, HeadMail, embed_steps
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.program import Program, Step
 from fomoe.model.gpu.prompt import Bucket, prompt_back, prompt_choose, prompt_front
@@ -71,25 +71,37 @@ def bucket_sizes(max_tokens: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Held:
     """What a device holds, as the builders of passes want it."""
 
     layers: dict[int, LayerMatrices]
     ends: EndMatrices
     states: States
     slots: ExpertSlots
-    head: Head | None
+
+
+def build(
+    desk: Desk, mail: Mail, held: Held, head_mail: HeadMail | None, *, graphs: bool
+) -> Passes:
+    """Return the passes of a device with every program made."""
+    head = None if head_mail is None else Head(desk, held.ends, head_mail)
+    passes = Passes(desk, mail, held, head, graphs=graphs)
+    passes.make_all()
+    return passes
 
 
 class Passes:
     """Programs by layer and number of tokens; made when they are first asked for."""
 
-    def __init__(self, desk: Desk, mail: Mail, parts: Parts, *, graphs: bool) -> None:
+    def __init__(
+        self, desk: Desk, mail: Mail, held: Held, head: Head | None, *, graphs: bool
+    ) -> None:
+        self.head = head
         self._desk = desk
         self._mail = mail
-        self._parts = parts
+        self._held = held
         self._graphs = graphs
-        self._one, self._many = embed_steps(desk, parts.ends, mail.tokens.address)
+        self._one, self._many = embed_steps(desk, held.ends, mail.tokens.address)
         self._buckets = [self._bucket(tokens) for tokens in bucket_sizes(desk.tokens)]
         self._fronts: dict[tuple[int, int], list[Step]] = {}
         self._programs: dict[tuple[str, int, int], Program] = {}
@@ -98,12 +110,29 @@ class Passes:
         desk, moe = self._desk, self._desk.spec.moe
         chunk = Chunk(desk.step, tokens, desk.int8)
         pairs = {}
-        for layer in self._parts.layers:
-            layout = self._parts.slots.layout(layer)
+        for layer in self._held.layers:
+            layout = self._held.slots.layout(layer)
             if layout.types not in pairs:
                 experts = Experts(layout, moe.n_experts, moe.top_k)
                 pairs[layout.types] = pair_buffers(desk.gpu, chunk, experts)
         return Bucket(chunk, pairs)
+
+    def make_all(self) -> None:
+        """Make every program that passes of this device can want."""
+        for size in [1, *(bucket.tokens for bucket in self._buckets)]:
+            self.embed(size)
+            for layer in self._held.layers:
+                self.front(layer, size)
+                self.back(layer, size)
+                self.own_back(layer, size)
+            if self._is_whole:
+                self.whole(size)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether a pass begins and ends on this device."""
+        whole = len(self._held.layers) == self._desk.spec.n_layers
+        return whole and self.head is not None and bool(self._one)
 
     def embed(self, tokens: int) -> Program:
         """The embedding of a pass's tokens."""
@@ -156,7 +185,7 @@ class Passes:
         return self._program("whole", 0, size, lambda: self._whole(size))
 
     def _whole(self, size: int) -> list[Step]:
-        layers, mail = self._parts.layers, self._mail
+        layers, mail = self._held.layers, self._mail
         if size > 1:
             steps = list(self._many)
             for layer in layers:
@@ -166,14 +195,13 @@ class Passes:
         steps = [Step("copy", mail.step.send), *self._one]
         for layer in layers:
             steps += [*self._front(layer, 1), *self._decode_back(layer, choose=True)]
-        head = self._parts.head
-        assert head is not None
-        return [*steps, *head.token_steps(), Step("copy", mail.picks.fetch)]
+        assert self.head is not None
+        return [*steps, *self.head.token_steps(), Step("copy", mail.picks.fetch)]
 
     def _front(self, layer: int, size: int) -> list[Step]:
         """Steps that a layer's front and whole passes share: their builders take memory."""
         if (layer, size) not in self._fronts:
-            weights, place = self._parts.layers[layer], self._parts.states.place(layer)
+            weights, place = self._held.layers[layer], self._held.states.place(layer)
             if size == 1:
                 made = decode_front(self._desk, weights, place)
             else:
@@ -184,23 +212,23 @@ class Passes:
     def _decode_back(self, layer: int, *, choose: bool) -> list[Step]:
         picked = self._mail.picks
         address = picked.address + self._row(layer) * picked.host.itemsize
-        parts = self._parts
+        held = self._held
         return decode_back(
-            self._desk, parts.layers[layer], parts.slots, layer, address, choose=choose
+            self._desk, held.layers[layer], held.slots, layer, address, choose=choose
         )
 
     def _prompt_back(self, layer: int, size: int) -> list[Step]:
-        parts, bucket = self._parts, self._buckets_of(size)
+        held, bucket = self._held, self._buckets_of(size)
         return prompt_back(
-            self._desk, bucket, parts.layers[layer], parts.slots, layer, self._ids(layer)
+            self._desk, bucket, held.layers[layer], held.slots, layer, self._ids(layer)
         )
 
     def _ids(self, layer: int) -> int:
         ids = self._mail.ids
-        return ids.address + self._row(layer) * ids.host[0].nbytes
+        return ids.address + self._row(layer) * int(ids.host[0].nbytes)
 
     def _row(self, layer: int) -> int:
-        return list(self._parts.layers).index(layer)
+        return list(self._held.layers).index(layer)
 
     def _size(self, tokens: int) -> int:
         """Return 1, or the size of the smallest bucket that holds so many tokens."""

@@ -18,7 +18,7 @@ from fomoe.kernels.gpu.step import Rows
 from fomoe.model.gpu.decode import Desk, attend_call, delta_call
 from fomoe.model.gpu.program import Step
 from fomoe.model.gpu.slots import ExpertSlots
-from fomoe.model.gpu.weights import DeltaMatrices, LayerMatrices
+from fomoe.model.gpu.weights import AttentionMatrices, DeltaMatrices, LayerMatrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +37,42 @@ class Bucket:
         return self.chunk.tokens
 
 
+def _mixer(
+    desk: Desk,
+    mixer: AttentionMatrices | DeltaMatrices,
+    place: DeltaPlace | KVPlace,
+    chunk: tuple[int, int],
+) -> tuple[tuple[int, ...], list[Step], Rows]:
+    """Return where the mixer's projections go, its launches, and the rows that it leaves."""
+    gpu, spec = desk.gpu, desk.spec
+    if isinstance(mixer, DeltaMatrices):
+        assert isinstance(place, DeltaPlace)
+        delta_of = delta_call(desk, mixer, place)
+        launches = delta_chunk(gpu, desk.step, spec.delta, delta_of, chunk)
+        return tuple(delta_of.inputs), _named("delta", launches), delta_of.out
+    assert isinstance(place, KVPlace)
+    attend_of = attend_call(desk, mixer, place)
+    launches = attend_chunk(gpu, desk.step, spec.attention, attend_of, chunk)
+    return tuple(attend_of.inputs), _named("attend", launches), attend_of.out
+
+
 def prompt_front(
     desk: Desk, bucket: Bucket, weights: LayerMatrices, place: DeltaPlace | KVPlace
 ) -> list[Step]:
     """Return the launches up to the router's scores [T, E]."""
-    gpu, spec, work, chunk = desk.gpu, desk.spec, desk.work, bucket.chunk
+    gpu, work, chunk = desk.gpu, desk.work, bucket.chunk
     mixer, dense = weights.mixer, weights.moe
-    scratch = bucket.tokens, work.scratch
-    if isinstance(mixer, DeltaMatrices):
-        assert isinstance(place, DeltaPlace)
-        call = delta_call(desk, mixer, place)
-        matrices = mixer.qkv, mixer.z, mixer.alpha, mixer.beta
-        mixed = _named("delta", delta_chunk(gpu, desk.step, spec.delta, call, scratch))
-    else:
-        assert isinstance(place, KVPlace)
-        call = attend_call(desk, mixer, place)
-        matrices = mixer.q, mixer.k, mixer.v
-        mixed = _named("attend", attend_chunk(gpu, desk.step, spec.attention, call, scratch))
+    outs, mixed, rows = _mixer(desk, mixer, place, (bucket.tokens, work.scratch))
     into = [
         prompt.matmul(gpu, chunk, work.moe.h, matrix, out)
-        for matrix, out in zip(matrices, call.inputs, strict=True)
+        for matrix, out in zip(mixer.inputs, outs, strict=True)
     ]
     router = prompt.matmul(gpu, chunk, work.moe.h, dense.router, work.moe.scores)
     return [
         Step("norm", _norm(desk, chunk, mixer.norm)),
         *_named("mixer in", into),
         *mixed,
-        Step("mixer out", prompt.matmul(gpu, chunk, call.out, mixer.output, work.x, add=True)),
+        Step("mixer out", prompt.matmul(gpu, chunk, rows, mixer.output, work.x, add=True)),
         Step("norm", _norm(desk, chunk, dense.norm)),
         Step("router", router),
     ]

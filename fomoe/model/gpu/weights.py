@@ -31,6 +31,11 @@ class AttentionMatrices:
     k_norm: int
     output: Matrix
 
+    @property
+    def inputs(self) -> tuple[Matrix, ...]:
+        """The projections of the layer's input."""
+        return self.q, self.k, self.v
+
 
 @dataclass(frozen=True, slots=True)
 class DeltaMatrices:
@@ -46,6 +51,11 @@ class DeltaMatrices:
     dt_bias: int
     out_norm: int
     output: Matrix
+
+    @property
+    def inputs(self) -> tuple[Matrix, ...]:
+        """The projections of the layer's input."""
+        return self.qkv, self.z, self.alpha, self.beta
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +125,8 @@ def _placed(gpu: GPU, weights: object, kind: type[Placed]) -> Placed:
         values[field.name] = (
             _matrix(gpu, value) if isinstance(value, Linear) else _vector(gpu, value)
         )
-    return kind(**values)
+    placed: Placed = kind(**values)
+    return placed
 
 
 def _matrix(gpu: GPU, linear: Linear) -> Matrix:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fomoe.kernels.gpu.sources import FOLDER
+from fomoe.kernels.gpu.sources import FOLDER, source_of
 
+AMD = {"gfx1100": 32, "gfx1200": 32, "gfx1201": 32, "gfx942": 64}  # lanes of a wave
 OWN = Path(__file__).parent / "units"
 
 
@@ -49,7 +50,10 @@ CHECKS = (
     Check("project", _project((8, 12, 14), 8192), dots=True),
     Check("project", _project((0, 1, 30), 4096)),
     Check("project", {**_project(_QUANTS, 2048), "FM_INT8": 0}),
-    *(Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True) for t in (12, 14)),
+    *(
+        Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True)
+        for t in (12, 14)
+    ),
     *(Check("experts_out", {**_OUT, "FM_TYPE_DOWN": t}, dots=True) for t in (12, 13, 14)),
     Check("delay"),
     Check("names", dots=True, tiles=True, folder=OWN),
@@ -65,3 +69,8 @@ CHECKS = (
     Check("attend_chunk", {**_ATTEND, "KV_F32": 0, "ROWS": 16, "TOKENS": 1}),
     Check("attend_chunk", {**_ATTEND, "HEADS": 16, "KV_F32": 1, "ROWS": 16, "TOKENS": 2}),
 )
+
+
+def source(check: Check, target: str, wave: int) -> str:
+    """Return what a compiler gets."""
+    return source_of(check.unit, {**check.defines, "FM_WAVE": wave}, target, check.folder)

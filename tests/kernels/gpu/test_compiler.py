@@ -1,10 +1,11 @@
 """Compiler, cache, arena and names of devices: what goes wrong is said in full."""
 
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 from kernels.gpu.checked_units import OWN
 from support.emulated_gpu import emulated_gpu, install_standin
@@ -103,8 +104,23 @@ class TestDevices:
 
     @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has an NVIDIA driver")
     def test_no_nvidia_driver(self):
-        with pytest.raises(DeviceError, match=r"libcuda\.so\.1 cannot be loaded"):
-            open_runtime("cuda:0")
+        # In a process of its own: this one may have the stand-in's driver.
+        program = "from fomoe.kernels.gpu.gpu import open_runtime; open_runtime('cuda:0')"
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        )
+        assert (
+            "DeviceError: cuda:0: NVIDIA's driver library libcuda.so.1 cannot be loaded"
+            in done.stderr
+        )
+
+    def test_no_rocm(self):
+        program = "from fomoe.kernels.gpu.gpu import open_runtime; open_runtime('hip:0')"
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+            env={**os.environ, "ROCM_PATH": "/nowhere"},
+        )  # fmt: skip
+        assert "DeviceError: hip:0: AMD's HIP runtime cannot be loaded" in done.stderr
 
     def test_no_bindings_for_nvidia(self, monkeypatch):
         monkeypatch.delitem(sys.modules, "fomoe.kernels.gpu.cuda", raising=False)
@@ -125,20 +141,3 @@ class TestMemory:
                 arena.take(233)
             arena.close()
             assert gpu.runtime.memory()[0] == free + 1000
-
-    def test_more_than_there_is(self):
-        with (
-            emulated_gpu(arena_bytes=0, units=OWN) as gpu,
-            pytest.raises(
-                DeviceError, match=r"no 17,179,869,184 bytes in one piece; 8,589,934,592 of"
-            ),
-        ):
-            gpu.runtime.alloc(16 << 30)
-
-    def test_host_memory_that_is_pinned_where_it_lies(self):
-        host = np.arange(4096, dtype=np.uint8)
-        with emulated_gpu(arena_bytes=4096, units=OWN) as gpu:
-            address, place = gpu.runtime.register(host), gpu.arena.take(4096)
-            gpu.runtime.copy(place, address, 4096, gpu.stream)
-            np.testing.assert_array_equal(gpu.download(place, np.uint8, 4096), host)
-            gpu.runtime.unregister(host)
