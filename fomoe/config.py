@@ -291,10 +291,6 @@ class EngineConfig:
             f"attention is {wrong!r} on {', '.join(self.devices)}; this version runs it on the "
             "GPUs where there are any, and else in the driver: leave it at auto",
         )
-        require(
-            not self.hosts_layers or self.kv_dtype == "f16",
-            f"kv_dtype is {self.kv_dtype!r}; a GPU keeps keys and values as f16",
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that msgpack can carry; `from_dict` makes an equal object."""
