@@ -72,6 +72,9 @@ class LayerModel(Protocol):
     def logits(self, rows: I32) -> F32:
         """Return logits float32 [n, V] of rows of the last pass."""
 
+    def largest(self, row: int) -> tuple[int, float, float]:
+        """Return id and value of a row's greatest logit (ties: the lower id), and its log sum."""
+
     def reset(self, state: int) -> None:
         """Empty a state."""
 
@@ -143,6 +146,8 @@ class LayerServer:
             self._fabric.ring(self._devices[peer].name)
         if do & Do.LOGITS:
             np.copyto(self._mine.logits[:rows], model.logits(self._mine.rows[:rows]))
+        if do & Do.LARGEST:
+            self._mine.best[0], self._mine.best_logit[0], _ = model.largest(int(self._mine.rows[0]))
         self._answer(step, do, rows, time.perf_counter_ns() - started - waited, waited)
 
     def _begin(self, do: Do, tokens: int, position: int, state: int) -> None:
@@ -199,6 +204,8 @@ class LayerServer:
             counts |= {"word": 1, "hidden": tokens * self._mine.hidden.shape[1]}
         if do & Do.LOGITS:
             counts["logits"] = rows * self._mine.logits.shape[1]
+        if do & Do.LARGEST:
+            counts |= {"best": 1, "best_logit": 1}
         payload = DONE.pack(step, 0, 0, compute_ns, wait_ns)
         regions = own.layout.regions(own.arena, **counts)
         self._to_driver.send(Tag.DONE, payload, regions, _SEND_BOUND_S)

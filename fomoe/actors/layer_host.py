@@ -60,12 +60,13 @@ class DeviceLayers:
         self.placed = placed
         self.counters = placed.counters
         self.expert_bytes = placed.expert_bytes
-        self._home = [links[d] for d in placed.topology.layer_device]
+        self._home: list[LayerLink] = [links[d] for d in placed.topology.layer_device]
         self._buffer = bytearray(fabric.spec.slot_bytes)
         self._step_id = 0
         self._passes = 0
         self._pass = Pass(np.zeros(1, np.int32), 0, 0, overlap=True)
-        self._has_logits = False
+        self._with_token = Do.LOGITS  # what a token's pass ends with: what the last one's was for
+        self._has = Do(0)  # of the pass's last row
 
     @property
     def runs_whole(self) -> bool:
@@ -123,24 +124,40 @@ class DeviceLayers:
         """Run all layers with the router's own choice; returns it, int32 [L, T, k]."""
         self._open(step)
         link, tokens = self.links[0], len(step.tokens)
-        flags = Do.WHOLE
-        if tokens == 1:
-            flags |= Do.LOGITS
-            self._has_logits = True
-        self._send(link, flags, 0)
+        self._send(link, Do.WHOLE | self._end_of_token(), 0)
         self._await(link)
         self.placed.count_hits(link.views.chosen_of(tokens).size, decoding=decoding)
         return link.views.chosen_of(tokens)
 
     def logits(self, rows: npt.NDArray[np.intp]) -> F32:
         """Return the logits [n, V] of some rows of the last pass, until the next call."""
-        link = self._home[-1]
-        if not self._has_logits:
-            link.views.rows[: len(rows)] = rows
-            self._send(link, Do.LOGITS, 0, rows=len(rows))
-            self._await(link)
+        self._with_token = Do.LOGITS
+        link = self._ask_head(Do.LOGITS, rows)
         logits: F32 = link.views.logits[: len(rows)]
         return logits
+
+    def largest(self, row: int) -> tuple[int, float]:
+        """Return id and value of the greatest logit of a row of the last pass."""
+        self._with_token = Do.LARGEST
+        views = self._ask_head(Do.LARGEST, np.array([row])).views
+        return int(views.best[0]), float(views.best_logit[0])
+
+    def _ask_head(self, what: Do, rows: npt.NDArray[np.intp]) -> LayerLink:
+        """Return the device with the head once its arena has what is wanted."""
+        link = self._home[-1]
+        if not self._has & what:
+            link.views.rows[: len(rows)] = rows
+            self._send(link, what, 0, rows=len(rows))
+            self._await(link)
+        return link
+
+    def _end_of_token(self) -> Do:
+        """Return what to ask for with a token's last layer; it spares a message."""
+        if len(self._pass.tokens) > 1:
+            return Do(0)
+        self._home[-1].views.rows[0] = 0
+        self._has = self._with_token
+        return self._has
 
     def copy_state(self, to: int, origin: int, length: int) -> None:
         """Make state `to` what state `origin` is after `length` tokens."""
@@ -151,7 +168,7 @@ class DeviceLayers:
     def _open(self, step: Pass) -> None:
         self._pass = step
         self._passes += 1
-        self._has_logits = False
+        self._has = Do(0)
         first = self._home[0]
         first.views.tokens[: len(step.tokens)] = step.tokens
 
@@ -159,7 +176,7 @@ class DeviceLayers:
         """Send the back of `layer`, and the front of the next as far as nobody must be asked."""
         here, overlap = self._home[layer], self._pass.overlap
         if layer + 1 == len(self._home):
-            self._close(here, layer, back)
+            self._send(here, back | self._end_of_token(), layer)
             return
         there = self._home[layer + 1]
         if there is here:
@@ -176,14 +193,6 @@ class DeviceLayers:
             self._await(here)
         self._send(there, Do.TAKE | Do.FRONT, layer + 1, peer=here.number, awaited=word)
 
-    def _close(self, link: LayerLink, layer: int, back: Do) -> None:
-        """Send the last layer's back; a token's logits come with it."""
-        if len(self._pass.tokens) == 1 and self._pass.overlap:
-            self._has_logits = True
-            self._send(link, back | Do.LOGITS, layer)
-        else:
-            self._send(link, back, layer)
-
     def _send(
         self, link: LayerLink, flags: Do, layer: int, *, peer: int = 0, awaited: int = 0,
         rows: int = 1,
@@ -192,8 +201,6 @@ class DeviceLayers:
         if link.begun != self._passes:
             link.begun = self._passes
             flags |= Do.BEGIN
-        if flags & Do.LOGITS and self._has_logits:
-            link.views.rows[0] = 0
         payload = self._next(
             int(flags), layer, awaited, (len(step.tokens), step.position, step.state, peer, rows)
         )

@@ -33,6 +33,8 @@ class LayerViews:
         ids: int32 [T, k]; of a token in ascending order, of a prompt's best rank first.
         weights: float32 [T, k], in the order of `ids`.
         chosen: int32 [L, T, k], laid out for the T of the pass.
+        best: int32 [1], the id of the greatest logit of a row.
+        best_logit: float32 [1].
         logits: float32 [HEAD_ROWS, V]; no rows where the device has no head.
     """
 
@@ -44,6 +46,8 @@ class LayerViews:
     ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     chosen: npt.NDArray[np.int32]
+    best: npt.NDArray[np.int32]
+    best_logit: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32]
 
     def chosen_of(self, tokens: int) -> npt.NDArray[np.int32]:
@@ -67,6 +71,8 @@ class LayerArena:
             ("ids", np.int32, (max_tokens, top_k)),
             ("weights", np.float32, (max_tokens, top_k)),
             ("chosen", np.int32, (spec.n_layers, max_tokens, top_k)),
+            ("best", np.int32, (1,)),
+            ("best_logit", np.float32, (1,)),
             ("logits", np.float32, (HEAD_ROWS if head else 0, spec.vocab)),
         )
         self._places: dict[str, tuple[int, npt.DTypeLike, tuple[int, ...]]] = {}

@@ -69,16 +69,17 @@ class Tag(IntEnum):
 class Do(IntFlag):
     """What a LAYERS message asks for; a device does it in this order."""
 
-    BEGIN = 1  # a pass begins: `tokens` tokens from `position` on, of state `state`
-    WHOLE = 2  # and is run through all layers by the router's own choice, which is the answer
-    EMBED = 4  # the residual stream is the embedding of the arena's tokens
-    TAKE = 8  # or what lies in the arena of device `peer`, once its word has reached `awaited`
-    BACK = 16  # run the chosen experts of `layer` and close it
-    FRONT = 32  # begin `layer`, after BACK the one behind it, and answer with its scores
-    GIVE = 64  # put the residual stream into the arena, the step's id into its word, ring `peer`
-    LOGITS = 128  # answer with the logits of the arena's first `rows` row numbers
-    CHOOSE = 256  # with BACK: what the router chose on the device, not what the arena has
-    COPY_STATE = 512  # make state `state` what state `peer` is after `position` tokens
+    COPY_STATE = 1  # make state `state` what state `peer` is after `position` tokens
+    BEGIN = 2  # a pass begins: `tokens` tokens from `position` on, of state `state`
+    WHOLE = 4  # and is run through all layers by the router's own choice, which is the answer
+    EMBED = 8  # the residual stream is the embedding of the arena's tokens
+    TAKE = 16  # or what lies in the arena of device `peer`, once its word has reached `awaited`
+    BACK = 32  # run the experts that the arena has and close `layer`
+    CHOOSE = 64  # with BACK: those that the router chose on the device
+    FRONT = 128  # begin `layer`, after BACK the one behind it, and answer with its scores
+    GIVE = 256  # put the residual stream into the arena, the step's id into its word, ring `peer`
+    LOGITS = 512  # answer with the logits of the arena's first `rows` row numbers
+    LARGEST = 1024  # answer with the greatest logit of the first of them, and whose it is
 
 
 class Priority(IntEnum):

@@ -101,6 +101,9 @@ class LayerHost(Protocol):
     def logits(self, rows: npt.NDArray[np.intp]) -> F32:
         """Return the logits [n, V] of some rows of the last pass, until the next call."""
 
+    def largest(self, row: int) -> tuple[int, float]:
+        """Return id and value of the greatest logit of a row of the last pass."""
+
     def copy_state(self, to: int, origin: int, length: int) -> None:
         """Make state `to` what state `origin` is after `length` tokens."""
 
@@ -206,6 +209,13 @@ class DeviceForward:
         logits = self.host.logits(rows)
         self.watch.lap(Lap.AWAIT)
         return logits
+
+    def largest(self, row: int) -> tuple[int, float]:
+        """Return id and value of the greatest logit of a row of the last pass."""
+        self.watch.start()
+        found = self.host.largest(row)
+        self.watch.lap(Lap.AWAIT)
+        return found
 
     @property
     def has_twin(self) -> bool:

@@ -118,6 +118,12 @@ class Forward:
         self.watch.lap(Lap.DENSE)
         return logits
 
+    def largest(self, row: int) -> tuple[int, float]:
+        """Return id and value of the greatest logit of a row of the last pass."""
+        logits = self.logits(np.array([row]))[0]
+        best = int(np.argmax(logits))
+        return best, float(logits[best])
+
     @property
     def has_twin(self) -> bool:
         """There is room for a second state, taken when it is wanted."""

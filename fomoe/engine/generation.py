@@ -23,7 +23,7 @@ from fomoe.engine.requests import (
     PromptProgress,
     TokenEvent,
 )
-from fomoe.engine.sampler import log_probabilities, sample
+from fomoe.engine.sampler import log_probabilities, refuse_broken, sample, takes_largest
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.shadow import Shadow, divergence
 from fomoe.errors import ConfigError, RequestError
@@ -110,10 +110,13 @@ class Generation:
         if self._next is None:
             return self._prefill()
         token, self._next = self._next, None
-        return self._choose(self._decode(token))
+        return self._choose(0, self._decode(token))
 
-    def _decode(self, token: int) -> F32:
-        """Run a decode step under the contract, and its exact twin where that is due."""
+    def _decode(self, token: int) -> F32 | None:
+        """Run a decode step under the contract, and its exact twin where that is due.
+
+        Returns its logits; None where the greatest of them will do.
+        """
         sequence, contract, meter = self._sequence, self._contract, self._meter
         shadowed, price = contract.is_shadowed, contract.price
         if shadowed:
@@ -122,11 +125,12 @@ class Generation:
         sequence.decoding = True
         sequence.prices = None if price is None else np.array([price], np.float32)
         self._run([token])
-        logits: F32 = self._forward.logits(_LAST)[0]
+        wanted = shadowed or not self._takes_largest
+        logits: F32 | None = self._forward.logits(_LAST)[0] if wanted else None
         if contract.quality.is_exact:
             return logits
         missing, loss = sequence.reads, None
-        if shadowed and self._shadow is not None:
+        if logits is not None and self._shadow is not None and shadowed:
             logits = logits.copy()  # the twin's come into the same buffer
             with meter.shadow():
                 exact, more = self._shadow.repeat(token)
@@ -224,8 +228,7 @@ class Generation:
         self._meter.prompt_done(len(request.prompt))
         if request.max_tokens == 0:
             return [*events, self._finish("length")]
-        last = np.array([len(part) - 1])
-        return events + self._choose(self._forward.logits(last)[0])
+        return events + self._choose(len(part) - 1, None)
 
     def _score_prompt(self, start: int, count: int) -> None:
         """Collect the log probability of each prompt token that follows a row of this chunk."""
@@ -240,14 +243,32 @@ class Generation:
                     self._echo.append(own)
                     self._echo_top.append(top)
 
-    def _choose(self, logits: F32) -> list[Event]:
+    @property
+    def _takes_largest(self) -> bool:
+        """Whether of the next token's logits nothing but the greatest is wanted."""
+        request = self.request
+        hushed = self._generated < request.min_tokens and bool(request.stop_ids)
+        told = request.logprobs >= 0 or request.logits
+        return takes_largest(request.sampling) and not hushed and not told
+
+    def _choose(self, row: int, logits: F32 | None) -> list[Event]:
+        """Choose the token behind a row of the last pass, whose logits may be known already."""
         request = self.request
         position = len(self._sequence.tokens)
-        raw = logits.astype("<f4").tobytes() if request.logits else b""
-        if self._generated < request.min_tokens and request.stop_ids:
-            logits = logits.copy()
-            logits[list(request.stop_ids)] = -np.inf
-        token = sample(logits, request.sampling, position, self._prompt_counts, self._output_counts)
+        raw = b""
+        own: float | None = None
+        top: list[tuple[int, float]] = []
+        if logits is None and self._takes_largest:
+            token, greatest = self._forward.largest(row)
+            refuse_broken(greatest, position)
+        else:
+            if logits is None:
+                logits = self._forward.logits(np.array([row]))[0]
+            raw = logits.astype("<f4").tobytes() if request.logits else b""
+            logits = self._hush(logits)
+            token = sample(
+                logits, request.sampling, position, self._prompt_counts, self._output_counts
+            )
         if self._generated < len(request.forced):
             token = request.forced[self._generated]
         if token in request.stop_ids:
@@ -255,9 +276,7 @@ class Generation:
         self._generated += 1
         self._output_counts[token] += 1
         self._meter.token()
-        own: float | None = None
-        top: list[tuple[int, float]] = []
-        if request.logprobs >= 0:
+        if logits is not None and request.logprobs >= 0:
             own, top = log_probabilities(logits, token, request.logprobs)
         events: list[Event] = [
             TokenEvent(
@@ -274,6 +293,13 @@ class Generation:
             return [*events, self._finish("length")]
         self._next = token
         return events
+
+    def _hush(self, logits: F32) -> F32:
+        """Take the chance from tokens that would end an answer that is too short."""
+        if self._generated < self.request.min_tokens and self.request.stop_ids:
+            logits = logits.copy()
+            logits[list(self.request.stop_ids)] = -np.inf
+        return logits
 
     def _finish(
         self, reason: FinishReason, *, stop_id: int | None = None, error: str | None = None

@@ -71,6 +71,12 @@ class LayerLoop(Protocol):
     def logits(self, rows: npt.NDArray[np.intp]) -> F32:
         """Return the logits [n, V] of some rows of the last pass, until the next call."""
 
+    def largest(self, row: int) -> tuple[int, float]:
+        """Return id and value of the greatest logit of a row of the last pass.
+
+        Ties go to the lower id. It may cost less than `logits`.
+        """
+
     @property
     def has_twin(self) -> bool:
         """Whether there is room for a second state."""

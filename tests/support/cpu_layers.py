@@ -185,6 +185,11 @@ class CpuLayers:
         assert self.options.head
         return self._model.logits(self._x, rows.astype(np.intp))
 
+    def largest(self, row):
+        logits = self.logits(np.array([row]))[0]
+        best = int(np.argmax(logits))
+        return best, float(logits[best]), 0.0
+
     def reset(self, state):
         self._states[state].reset()
 

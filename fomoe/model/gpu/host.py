@@ -276,10 +276,12 @@ class GPUModel:
         self._ended.wait("logits")
         return logits
 
-    def largest(self) -> tuple[int, float, float]:
-        """Return id, logit and log sum of the row whose logits were computed last; waits."""
+    def largest(self, row: int = 0) -> tuple[int, float, float]:
+        """Return id, logit and log sum of the greatest logit of a row of the pass; waits."""
         if self._head is None:
             raise DeviceError("this device hosts no head; ask the one with the last layer")
+        if not self._has_logits:
+            self._head.run([row])
         self._ended.mark()
         self._ended.wait("the largest logit")
         result = self._head.result
