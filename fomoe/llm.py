@@ -11,11 +11,8 @@ from functools import cached_property
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from fomoe.actors.cluster import Cluster, niceness_hint
 from fomoe.actors.names import DRIVER, STORAGE
 from fomoe.actors.processes import ProcessLauncher
 from fomoe.actors.supervisor import Supervisor
@@ -37,9 +34,13 @@ from fomoe.gguf.reader import open_gguf
 from fomoe.kernels.gpu.probe import free_memory
 from fomoe.model.archs import read_spec
 from fomoe.model.buffers import F32
-from fomoe.model.chat import ChatTemplate
 from fomoe.model.tokenizer import Tokenizer
 from fomoe.quality import car_quality, parse_quality, profile_beside, read_sensitivities
+from fomoe.storage.segment import available_bytes
+
+if TYPE_CHECKING:
+    from fomoe.actors.cluster import Cluster
+    from fomoe.model.chat import ChatTemplate
 
 _NUMBERS = itertools.count()
 _LAUNCHERS = ("ray", "processes")
@@ -104,7 +105,7 @@ class LLM:
         self.file = open_gguf(config.model)
         self.spec = read_spec(self.file)
         table = ExpertTable.from_gguf(self.file, self.spec.n_layers)
-        free = psutil.virtual_memory().available
+        free = available_bytes()
         # Actors have working directories of their own.
         trace = None if config.trace is None else config.trace.absolute()
         profile = None if config.profile is None else config.profile.absolute()
@@ -113,7 +114,7 @@ class LLM:
             read_profile(profile, self.spec.n_layers, self.spec.moe.n_experts)
         self.config = resolve(config, table, self.spec, free, _free_vram(config))
         self.tokenizer = Tokenizer.from_gguf(self.file.metadata)
-        self.cluster = Cluster(address) if launcher == "ray" else ProcessLauncher()
+        self.cluster = _open_cluster(address) if launcher == "ray" else ProcessLauncher()
         try:
             self._engine: Supervisor | None = Supervisor(
                 lambda: self.cluster.launch(self.file, self.spec, self.config, name, on_progress)
@@ -132,6 +133,8 @@ class LLM:
     @cached_property
     def chat(self) -> ChatTemplate:
         """The model's chat template; rendered in a process of its own, which `close` ends."""
+        from fomoe.model.chat import ChatTemplate  # and jinja2, which answers without it spare
+
         return ChatTemplate.from_gguf(
             self.file.metadata, self.tokenizer, ctx_size=self.config.ctx_size
         )
@@ -141,10 +144,15 @@ class LLM:
         return self.engine.plan.text()
 
     def cluster_text(self) -> str:
-        """Return lines for people: how to look at the actors on the Ray cluster."""
-        nice = int(self.engine.running.handles[DRIVER].call("nice").result(_CALL_S))
-        hint = niceness_hint(nice)
-        return "\n".join(self.cluster.hints() + ([] if hint is None else [hint]))
+        """Return lines for people: how to look at the actors on the Ray cluster, if on one."""
+        lines = self.cluster.hints()
+        if not isinstance(self.cluster, ProcessLauncher):
+            from fomoe.actors.cluster import niceness_hint
+
+            nice = int(self.engine.running.handles[DRIVER].call("nice").result(_CALL_S))
+            hint = niceness_hint(nice)
+            lines += [] if hint is None else [hint]
+        return "\n".join(lines)
 
     def read_stats(self) -> dict[str, float]:
         """Return what storage has read so far, added up over the nodes.
@@ -271,6 +279,13 @@ def _routing(routing: RoutingConfig, quality: str | None, model: Path) -> Routin
     if profile is None:
         return routing
     return replace(routing, sensitivities=read_sensitivities(profile))
+
+
+def _open_cluster(address: str | None) -> Cluster:
+    """Imported here: what runs without Ray needs nothing that Ray brings along."""
+    from fomoe.actors.cluster import Cluster
+
+    return Cluster(address)
 
 
 def _free_vram(config: EngineConfig) -> tuple[int, ...]:

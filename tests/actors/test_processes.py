@@ -111,7 +111,7 @@ def test_neither_ray_nor_servers_are_imported():
     code = (
         "import sys\n"
         "for name in ('ray', 'fastapi', 'uvicorn', 'typer', 'gguf', 'rich', 'prometheus_client',"
-        " 'pydantic', 'hip', 'cuda'): sys.modules[name] = None\n"
+        " 'pydantic', 'psutil', 'jinja2', 'hip', 'cuda'): sys.modules[name] = None\n"
         "import fomoe.llm, fomoe.actors.layers, fomoe.actors.driver, fomoe.actors.storage\n"
         "print('imported')\n"
     )
