@@ -17,8 +17,8 @@ from fomoe.actors.names import DRIVER, STORAGE
 from fomoe.actors.processes import ProcessLauncher
 from fomoe.actors.supervisor import Supervisor
 from fomoe.config import Budgets, EngineConfig, RoutingConfig, default_model, parse_bytes
-from fomoe.devices import local_name
 from fomoe.engine.fill import read_profile
+from fomoe.engine.hosting import free_vram
 from fomoe.engine.plan import resolve
 from fomoe.engine.requests import (
     Finished,
@@ -31,7 +31,6 @@ from fomoe.engine.requests import (
 from fomoe.errors import ConfigError, EngineError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
-from fomoe.kernels.gpu.probe import free_memory
 from fomoe.model.archs import read_spec
 from fomoe.model.buffers import F32
 from fomoe.model.tokenizer import Tokenizer
@@ -112,7 +111,7 @@ class LLM:
         config = replace(config, model=config.model.resolve(), trace=trace, profile=profile)
         if profile is not None:  # what is wrong with it is told before anything starts
             read_profile(profile, self.spec.n_layers, self.spec.moe.n_experts)
-        self.config = resolve(config, table, self.spec, free, _free_vram(config))
+        self.config = resolve(config, table, self.spec, free, free_vram(config))
         self.tokenizer = Tokenizer.from_gguf(self.file.metadata)
         self.cluster = _open_cluster(address) if launcher == "ray" else ProcessLauncher()
         try:
@@ -286,26 +285,6 @@ def _open_cluster(address: str | None) -> Cluster:
     from fomoe.actors.cluster import Cluster
 
     return Cluster(address)
-
-
-def _free_vram(config: EngineConfig) -> tuple[int, ...]:
-    """Return the free memory of each GPU, found out before anything starts; none of `cpu`.
-
-    Raises:
-        DeviceError: a device of this machine, or its driver, is not there.
-        ConfigError: a GPU of another node has no budget.
-    """
-    if not config.hosts_layers:
-        return ()
-    here = [name for name in config.devices if local_name(name) == name]
-    free = dict(zip(here, free_memory(here), strict=True)) if here else {}
-    if len(here) == len(config.devices):
-        return tuple(free[name] for name in config.devices)
-    if config.budgets.vram_bytes is None:
-        raise ConfigError(
-            "the memory of a GPU of another node is not known here; give --vram-budget"
-        )
-    return ()
 
 
 def _contract(quality: str | None, car: float | None) -> str | None:

@@ -1,12 +1,15 @@
-"""Which layers each device hosts, and what that leaves for experts; pure functions."""
+"""Which layers each device hosts, what they need of its memory, and how experts get there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from fomoe.config import EngineConfig
+from fomoe.devices import local_name
+from fomoe.errors import ConfigError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
+from fomoe.kernels.gpu.probe import free_memory
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.spec import ModelSpec
 
@@ -54,6 +57,26 @@ def planned_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
     from fomoe.model.gpu import planning  # kernels' builders, which CPU machines can spare
 
     return planning.planned_bytes(file, spec, options)
+
+
+def free_vram(config: EngineConfig) -> tuple[int, ...]:
+    """Return the free memory of each GPU, found out before anything starts; none of `cpu`.
+
+    Raises:
+        DeviceError: a device of this machine, or its driver, is not there.
+        ConfigError: a GPU of another node has no budget.
+    """
+    if not config.hosts_layers:
+        return ()
+    here = [name for name in config.devices if local_name(name) == name]
+    free = dict(zip(here, free_memory(here), strict=True)) if here else {}
+    if len(here) == len(config.devices):
+        return tuple(free[name] for name in config.devices)
+    if config.budgets.vram_bytes is None:
+        raise ConfigError(
+            "the memory of a GPU of another node is not known here; give --vram-budget"
+        )
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
