@@ -23,34 +23,16 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1]))  # where `synthetic` lies
 
-from gpu.filling import Hosted, host_file, host_recipe
+from bandwidth import copy_bandwidth
+from filling import Hosted, host_file, host_recipe
 from synthetic.model_file import Recipe
 from synthetic.shapes import SHAPES
 
-from fomoe.kernels.gpu.gpu import GPU, open_gpu
-
 REFERENCE = (("397b-a17b", 4), ("35b-a3b", 12))
-COPY_BYTES = 1 << 30
 ROUNDS = 5
-
-
-def copy_bandwidth(gpu: GPU) -> float:
-    """Bytes a second, read and written, of a plain copy inside the device's memory."""
-    runtime, stream = gpu.runtime, gpu.stream
-    source, to = runtime.alloc(COPY_BYTES), runtime.alloc(COPY_BYTES)
-    first, last = runtime.event(timing=True), runtime.event(timing=True)
-    best = 0.0
-    for _ in range(ROUNDS):
-        runtime.record(first, stream)
-        runtime.copy(to, source, COPY_BYTES, stream)
-        runtime.record(last, stream)
-        runtime.synchronize(stream)
-        best = max(best, 2 * COPY_BYTES / (1e-3 * runtime.elapsed_ms(first, last)))
-    runtime.free(source)
-    runtime.free(to)
-    return best
+ENDS = ("copy", "embed", "head", "largest")  # launches beside the layers'
 
 
 def decode_times(hosted: Hosted, first: int, count: int) -> list[float]:
@@ -89,31 +71,47 @@ def growth(hosted: Hosted, first: int, count: int) -> int:
     return free - hosted.gpu.runtime.memory()[0]
 
 
-def waterfall(hosted: Hosted, position: int) -> dict[str, float]:
-    """Microseconds per launch of each name, over the layers of a token."""
+def waterfall(hosted: Hosted, position: int) -> tuple[dict[str, float], float]:
+    """Microseconds per launch of each name, and all of the layers', of a token."""
     sums: dict[str, list[float]] = defaultdict(list)
     for name, micros in hosted.model.time_launches(hosted.text(position), position):
         sums[name].append(micros)
-    return {name: round(statistics.mean(all_of), 2) for name, all_of in sums.items()}
+    layers = sum(sum(sums[name]) for name in sums if name not in ENDS)
+    return {name: round(statistics.mean(all_of), 2) for name, all_of in sums.items()}, layers
+
+
+def decoding(hosted: Hosted, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    """Figures of single tokens; shares are of the copy bandwidth."""
+    hosted.prefill(args.context)
+    decode_times(hosted, args.context, 16)
+    times = decode_times(hosted, args.context, args.tokens)
+    token_s = statistics.median(times)
+    device_s = 1e-3 * hosted.model.time_token(hosted.text(args.context), args.context)
+    launches, layers_us = waterfall(hosted, args.context)
+    both = hosted.layer_bytes + hosted.head_bytes
+    n = hosted.spec.n_layers
+    return {
+        "launches per layer": sorted(set(hosted.model.launches().values())),
+        "ms per token": round(1e3 * token_s, 4),
+        "ms per token, mean": round(1e3 * statistics.mean(times), 4),
+        "ms per token on the device": round(1e3 * device_s, 4),
+        "MB per layer": round(hosted.layer_bytes / n / 1e6, 1),
+        "MB of the head": round(hosted.head_bytes / 1e6, 1),
+        "us per layer": round(layers_us / n, 1),
+        "share, token": round(both / token_s / bandwidth, 3),
+        "share, token on the device": round(both / device_s / bandwidth, 3),
+        "share, layers": round(hosted.layer_bytes / (1e-6 * layers_us) / bandwidth, 3),
+        "us per launch": launches,
+    }
 
 
 def measure(hosted: Hosted, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """All figures of one model."""
     prompts = {count: prompt_time(hosted, count) for count in args.prompts}
-    hosted.prefill(args.context)
-    decode_times(hosted, args.context, 16)
-    times = decode_times(hosted, args.context, args.tokens)
-    token_s = statistics.median(times)
-    read = hosted.bytes_per_token
     return {
         "model": hosted.name,
         "layers": hosted.spec.n_layers,
-        "launches per layer": hosted.model.launches_per_layer,
-        "ms per token": round(1e3 * token_s, 4),
-        "ms per token, mean": round(1e3 * statistics.mean(times), 4),
-        "bytes per token": read,
-        "share of copy bandwidth": round(read / token_s / bandwidth, 4),
-        "us per launch": waterfall(hosted, args.context),
+        **decoding(hosted, args, bandwidth),
         "prompt tokens per s": {n: round(n / s) for n, s in prompts.items()},
         "bytes grown": growth(hosted, args.context, args.steady),
     }
@@ -131,19 +129,19 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--steady", type=int, default=2000)
+    parser.add_argument("--copy-bytes", type=int, default=1 << 30)
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    cases: list[Any] = [args.model] if args.model else [
-        Recipe(shape=SHAPES[name], layers=layers)
-        for name, layers in ([(args.shape, args.layers)] if args.shape else REFERENCE)
-    ]
+    shapes = [(args.shape, args.layers)] if args.shape else REFERENCE
+    recipes = [Recipe(shape=SHAPES[name], layers=layers) for name, layers in shapes]
+    cases: list[Any] = [args.model] if args.model else recipes
     results: dict[str, Any] = {"models": []}
     for case in cases:
         start = time.monotonic()
         hosting = host_file if isinstance(case, Path) else host_recipe
         with hosting(args.device, case, args.chunk, graphs=not args.no_graphs) as hosted:
-            bandwidth = copy_bandwidth(hosted.gpu)
+            bandwidth = copy_bandwidth(hosted.gpu, args.copy_bytes)
             one = measure(hosted, args, bandwidth)
         results |= {"device": hosted.gpu.runtime.name, "target": hosted.gpu.runtime.target}
         results["copy GB/s"] = round(bandwidth / 1e9, 1)

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gpu.memory_file import MemoryFile, spec_of
+from memory_file import MemoryFile, spec_of
 from synthetic.model_file import Recipe
 
 from fomoe.gguf.extents import ExpertTable, tensor_name
 from fomoe.gguf.reader import GGUFFile, open_gguf
 from fomoe.kernels.gpu.gpu import GPU, open_gpu
 from fomoe.model.archs import read_spec
-from fomoe.model.gpu import GPUModel, HostOptions, planned_bytes, resident_bytes
+from fomoe.model.gpu.host import GPUModel, planned_bytes, resident_bytes
+from fomoe.model.gpu.options import HostOptions
 from fomoe.model.spec import ModelSpec
 
 CTX = 4096
@@ -31,7 +32,8 @@ class Hosted:
     spec: ModelSpec
     name: str
     ids: int
-    bytes_per_token: int
+    layer_bytes: int
+    head_bytes: int
 
     def text(self, position: int) -> int:
         """The token at a position of the benchmark's text."""
@@ -63,7 +65,7 @@ def host_file(device: str, path: Path, chunk: int, *, graphs: bool) -> Iterator[
     file = open_gguf(path)
     spec = read_spec(file)
     with _hosted(device, file, spec, chunk, min(8189, spec.vocab), graphs=graphs) as hosted:
-        hosted.model.load_experts(file)
+        hosted.model.load_experts()
         yield hosted
 
 
@@ -78,33 +80,34 @@ def _hosted(
     gpu = open_gpu(device, needed + ARENA_SPARE)
     try:
         model = GPUModel(gpu, file, spec, options)
-        model.add_all_slots(file)
+        model.add_all_slots()
         name = f"{spec.name} ({file.path.name})"
-        yield Hosted(gpu, model, spec, name, ids, token_bytes(file, spec))
+        yield Hosted(gpu, model, spec, name, ids, *token_bytes(file, spec))
     finally:
-        gpu.runtime.close()
+        gpu.close()
 
 
-def token_bytes(file: GGUFFile, spec: ModelSpec) -> int:
-    """Bytes of weights and of recurrent state that a token reads and writes; not keys and values.
+def token_bytes(file: GGUFFile, spec: ModelSpec) -> tuple[int, int]:
+    """Bytes that a token reads and writes in its layers, and in the head.
 
-    An embedding is one row of its matrix, which is not counted.
+    Weights, and the recurrent state both ways; no keys, values or activations. An embedding is one
+    row of its matrix, which is not counted.
     """
     head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
-    total = file.tensors[head].nbytes
+    total = 0
     for name, info in file.tensors.items():
         if name.startswith("blk.") and int(name.split(".")[1]) < spec.n_layers:
             share = spec.moe.top_k / spec.moe.n_experts if "_exps." in name else 1.0
             total += round(info.nbytes * share)
     state = spec.delta.n_v_heads * spec.delta.key_dim * spec.delta.value_dim * 4
-    return total + 2 * state * spec.layers.count("delta")
+    return total + 2 * state * spec.layers.count("delta"), file.tensors[head].nbytes
 
 
 def _fill(hosted: Hosted, file: MemoryFile) -> None:
     """Copy blocks of the pools into every slot on the device; no two experts are alike."""
     gpu, slots, spec = hosted.gpu, hosted.model.slots, hosted.spec
     table = ExpertTable.from_gguf(file, spec.n_layers)  # type: ignore[arg-type]
-    used = [0] * len(slots.classes)
+    used = [0] * len(table.classes)
     for layer in range(spec.n_layers):
         size_class = slots.class_of(layer)
         offsets = slots.layout(layer).offsets

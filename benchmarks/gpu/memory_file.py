@@ -49,8 +49,10 @@ class MemoryFile:
         if isinstance(made, Repeated):
             pool, start, nbytes = made.parts
             turns = -(-(start + nbytes) // len(pool))
-            data = np.concatenate([pool] * turns)[start : start + nbytes] if turns > 1 else (
-                pool[start : start + nbytes]
+            data = (
+                np.concatenate([pool] * turns)[start : start + nbytes]
+                if turns > 1
+                else (pool[start : start + nbytes])
             )
         else:
             data = np.ascontiguousarray(made).reshape(-1).view(np.uint8)
@@ -61,7 +63,7 @@ class MemoryFile:
         return self.read(name).reshape(-1).view(np.float32).reshape(self.tensors[name].shape)
 
     def blocks(self, name: str) -> tuple[U8, int]:
-        """The pool of a tensor's blocks, uint8 [n], and the byte of it that the tensor begins at."""
+        """The pool of a tensor's blocks, uint8 [n], and where in it the tensor begins."""
         pool, start, _ = self._pending[name].make().parts
         return pool, start
 

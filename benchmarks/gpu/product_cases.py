@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +88,7 @@ class MatrixCase:
         self._h = upload_rows(gpu, x)
         self._y = gpu.arena.take(rows * 4)
 
-    def launches(self, tuning: Tuning | None) -> list[Launch]:
+    def launches(self, tuning: Tuning) -> list[Launch]:
         """What is timed: four products."""
         options = Options(tuning=tuning)
         one = project_rows(self._gpu, self._h, self._matrix, self._y, add=False, options=options)
@@ -191,7 +191,7 @@ class ExpertsCase:
         shared = 0 if self.part == "in" else self._shared.nbytes
         return self._layers * (self._sizes.top_k * parts[self.part] + shared)
 
-    def launches(self, tuning: Tuning | None) -> list[Launch]:
+    def launches(self, tuning: Tuning) -> list[Launch]:
         """What is timed: all layers."""
         options, made = Options(tuning=tuning), []
         for picked, shared in zip(self._picks, self._shared_downs, strict=True):
@@ -206,16 +206,28 @@ class ExpertsCase:
 
     def check(self) -> float:
         """Return the error of the last layer's launches: of `inner`, of x, or the greater one."""
-        inner, _ = self._types
-        first, h = (self._layers - 1) * self._sizes.top_k, seen_by(inner, self._vectors["h"])
-        gate_up = [[values_of(inner, part) @ h for part in pool[:2]] for pool in self._pool]
+        first = (self._layers - 1) * self._sizes.top_k
         order = [(first + e) % 2 for e in range(self._sizes.top_k)]
-        expected = np.array([_silu(gate_up[i][0]) * gate_up[i][1] for i in order])
+        expected = self._inners[order]
         found = self._gpu.download(self._inner, np.float32, expected.shape)
         errors = {"in": difference(found, expected)}
         if self.part != "in":
             errors["out"] = self._out_error(found, order)
         return max(errors.values()) if self.part == "both" else errors[self.part]
+
+    @cached_property
+    def _inners(self) -> F64:
+        """What each expert of the pool makes of h."""
+        inner, _ = self._types
+        h = seen_by(inner, self._vectors["h"])
+        gate_up = [[values_of(inner, part) @ h for part in pool[:2]] for pool in self._pool]
+        return np.array([_silu(gate) * up for gate, up in gate_up])
+
+    @cached_property
+    def _downs(self) -> list[F64]:
+        """Values of down of each expert of the pool, then of the shared expert."""
+        _, down = self._types
+        return [values_of(down, part) for part in (*(p[2] for p in self._pool), self._shared)]
 
     def _out_error(self, inner: F32, order: list[int]) -> float:
         gpu, vectors, (_, down) = self._gpu, self._vectors, self._types
@@ -223,11 +235,10 @@ class ExpertsCase:
         gpu.launch(self._last[-1])
         found = gpu.download(self._x, np.float32, self._sizes.hidden)
         total = np.zeros(self._sizes.hidden)
-        values = [values_of(down, pool[2]) for pool in self._pool]
         for i, weight, row in zip(order, self._weights, inner, strict=True):
-            total += float(weight) * (values[i] @ seen_by(down, row))
+            total += float(weight) * (self._downs[i] @ seen_by(down, row))
         mid = (_silu(vectors["gate"].astype(np.float64)) * vectors["up"]).astype(np.float32)
-        shared = values_of(down, self._shared) @ seen_by(down, mid)
+        shared = self._downs[-1] @ seen_by(down, mid)
         scale = 1 / (1 + np.exp(-float(vectors["scale"][0])))
         return difference(found, total + shared * scale + vectors["x"])
 
@@ -236,14 +247,13 @@ def _silu(x: F64) -> F64:
     return x / (1 + np.exp(-x))
 
 
-def tunings(
-    stages: Sequence[int] = (3, 4, 6), tiles: Sequence[int] = (1152, 2304, 3456)
-) -> list[Tuning]:
+def tunings(own: Tuning) -> list[Tuning]:
     """Candidates for a device whose copies into shared memory run by themselves."""
-    groups = ((16, 1), (8, 2), (8, 3), (16, 2))
-    return [
-        Tuning(waves, per_core, stage, tile)
+    groups = ((8, 1), (16, 1), (8, 2), (8, 3), (4, 4))
+    made = [
+        replace(own, waves=waves, per_core=per_core, stages=stages, tile=tile)
         for waves, per_core in groups
-        for stage in stages
-        for tile in tiles
+        for stages in (2, 3, 4, 6)
+        for tile in (1152, 2304, 3456)
     ]
+    return [*made, replace(own, held=0), replace(own, early=False)]

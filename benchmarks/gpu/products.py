@@ -15,7 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,9 @@ def measure(
     repeats = 4 if isinstance(case, MatrixCase) else 1
     ms = graph_ms(gpu, launches, rounds) / repeats
     error = case.check()
-    used = tuning or tuning_of(gpu.runtime)
     return {
         "case": case.name,
-        "tuning": asdict(used),
+        "tuning": asdict(tuning),
         "us": ms * 1e3,
         "us_per_launch": ms * 1e3 * repeats / len(launches),
         "share": case.nbytes / (ms * 1e-3) / copy,
@@ -88,7 +87,7 @@ def variants(gpu: GPU, case: Case) -> list[Tuning]:
 
     gpu.kernel = note  # type: ignore[method-assign, assignment]
     try:
-        for tuning in tunings():
+        for tuning in tunings(tuning_of(gpu.runtime)):
             before = len(jobs)
             try:
                 fit = all(fits(gpu, launch, tuning) for launch in case.launches(tuning))
@@ -120,13 +119,19 @@ def cases(
     return made
 
 
+def late(tuning: Tuning) -> list[Tuning]:
+    """The same without early starts, to see what they bring."""
+    return [replace(tuning, early=False)] if tuning.early else []
+
+
 def run_case(gpu: GPU, case: Case, copy: float, rounds: int, *, tune: bool) -> list[dict[str, Any]]:
     """Measure a case, for experts in parts as well; prints a line each, the best one first."""
     rows: list[dict[str, Any]] = []
     for part in ("both", "in", "out") if isinstance(case, ExpertsCase) else ("",):
         if isinstance(case, ExpertsCase):
             case.part = part
-        candidates: list[Tuning | None] = [*variants(gpu, case)] if tune else [None]
+        own = tuning_of(gpu.runtime)
+        candidates = variants(gpu, case) if tune else [own, *late(own)]
         found = [measure(gpu, case, tuning, copy, rounds) for tuning in candidates]
         found.sort(key=lambda row: row["us"])
         for row in found[: 8 if tune else None]:
@@ -143,6 +148,7 @@ def line_of(row: dict[str, Any]) -> str:
     """A row of the table."""
     t = row["tuning"]
     how = f"{t['waves']:2} x {t['per_core']} waves {t['stages']} x {t['tile']} held {t['held']}"
+    how += " early" if t["early"] else ""
     return (
         f"{row['case']:48} {how}: {row['us']:8.1f} us, {row['us_per_launch']:6.1f} a launch, "
         f"share {row['share']:.3f}, error {row['error']:.1e}"

@@ -173,7 +173,7 @@ def attend(bench: Bench, shape: Shape) -> None:
         call = bench.attend_call(spec, 1, layout.layers[0])
         steps = [bench.step(s, position=length - 1) for s in states(bench, layout.nbytes)]
         moved = 2 * 2 * spec.n_kv_heads * spec.head_dim * length
-        usual = attend_plan(spec, with_room, bench.gpu.runtime.cores)
+        usual = attend_plan(spec, layout.layers[0], bench.gpu.runtime.cores)
         cores, heads = bench.gpu.runtime.cores, spec.n_heads
         shared = heads // spec.n_kv_heads
         others = [

@@ -17,7 +17,6 @@ from fomoe.kernels.gpu import prompt_experts
 from fomoe.kernels.gpu.matrices import ExpertLayout
 from fomoe.kernels.gpu.prompt import Chunk
 from fomoe.kernels.gpu.prompt_tiles import Tile
-from fomoe.kernels.gpu.step import Rows
 
 TILE = Tile(64, 16, 128)
 
@@ -60,7 +59,9 @@ def group(gpu, memory, shape, ids, most, int8=True, tile=TILE):
         gpu.launch(launch)
     starts = gpu.download(pairs.lists.starts, np.int32, shape.count + 1)
     token_of = gpu.download(pairs.lists.token_of, np.int32, ids.size)
-    return Grouped(pairs, chunk, starts, token_of, gpu.download(pairs.lists.place, np.int32, ids.shape))
+    return Grouped(
+        pairs, chunk, starts, token_of, gpu.download(pairs.lists.place, np.int32, ids.shape)
+    )
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 4, 1), (70, 37, 5), (193, 96, 8)])
@@ -82,7 +83,9 @@ def test_pairs_are_sorted_by_expert_then_token(gpu, tokens, experts, top_k):
         ]
         count = int(gpu.download(found.pairs.lists.tile_count, np.uint32, 1)[0])
         assert count == len(tiles) <= found.pairs.most_tiles
-        np.testing.assert_array_equal(gpu.download(found.pairs.lists.tiles, np.uint32, (count, 2)), tiles)
+        np.testing.assert_array_equal(
+            gpu.download(found.pairs.lists.tiles, np.uint32, (count, 2)), tiles
+        )
 
 
 def test_grouping_twice_with_the_same_memory_gives_the_same(gpu):

@@ -25,7 +25,7 @@ def hosted(
     spec = read_spec(file)
     given = HostOptions(
         **{"layers": layers or tuple(range(spec.n_layers)), "ctx_size": 64, "int8": False}
-        | {"max_tokens": 1} | options
+        | {"max_tokens": 1, "kv_dtype": "f32"} | options
     )  # fmt: skip
     needed = planned_bytes(file, spec, given) + resident_bytes(file, spec, given)
     with emulated_gpu(wave, arena_bytes=needed) as gpu:

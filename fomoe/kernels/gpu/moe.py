@@ -95,13 +95,14 @@ def experts_in(
     }
     wave = gpu.runtime.wave
     sets = top_k * -(-layout.width // shape.side(wave))
-    groups = min(gpu.runtime.cores * plan.tuning.per_core, -(-sets // plan.tuning.waves))
+    groups = min(gpu.runtime.cores * plan.tuning.per_core, sets)
     resident = (ctypes.c_uint64 * 4)(
         buffers.scores, choose.table if choose else 0, layout.offsets[1], layout.offsets[2]
     )
     kernel = gpu.kernel("experts_in", "experts_in", defines)
     args = [*buffers.h, picked, buffers.inner, resident]
-    return Launch(kernel, groups, plan.tuning.waves * wave, plan.shared_bytes, args)
+    threads, early = plan.tuning.waves * wave, plan.tuning.early
+    return Launch(kernel, groups, threads, plan.shared_bytes, args, early)
 
 
 def experts_out(
@@ -133,9 +134,9 @@ def experts_out(
     kernel = gpu.kernel("experts_out", "experts_out", defines)
     second = (ctypes.c_uint64 * 4)(buffers.gate, buffers.up, buffers.scale, shared_down.address)
     groups = -(-layout.hidden // rows)
-    threads = plan.tuning.waves * wave
+    threads, early = plan.tuning.waves * wave, plan.tuning.early
     args = [picks_address, buffers.inner, second, x]
-    return Launch(kernel, groups, threads, plan.shared_bytes, args)
+    return Launch(kernel, groups, threads, plan.shared_bytes, args, early)
 
 
 @dataclass(frozen=True, slots=True)

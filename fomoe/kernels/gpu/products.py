@@ -110,7 +110,7 @@ def _plan(gpu: GPU, parts: Sequence[Part], options: Options, defines: dict[str, 
         **defines,
     }
     most = [
-        -(-matrix.rows // (shape.side(wave) * tuning.waves))
+        -(-matrix.rows // shape.side(wave))
         for (matrix, _), shape in zip(parts, shapes, strict=True)
     ]
     groups = share_groups(
@@ -143,4 +143,5 @@ def _launch(gpu: GPU, name: str, plan: _Plan, args: list[object]) -> Launch:
         first += groups
     kernel = gpu.kernel("project", name, plan.defines)
     threads = plan.tuning.waves * gpu.runtime.wave
-    return Launch(kernel, first, threads, plan.shared_bytes, [*args, table])
+    early = plan.tuning.early
+    return Launch(kernel, first, threads, plan.shared_bytes, [*args, table], early)

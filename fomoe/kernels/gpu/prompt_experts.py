@@ -36,7 +36,7 @@ class PairLists(NamedTuple):
 
     `before` uint32 [chunks, E] and `finished` uint32 are scratch; `tile_count` uint32; `tiles`
     uint32 [most_tiles, 2] are (expert, first pair); `starts` int32 [E + 1] are each expert's first
-    pair; `token_of` int32 [T * K] is each pair's token; `place` int32 [T, K] where a token's pair is.
+    pair; `token_of` int32 [T * K] each pair's token; `place` int32 [T, K] where a token's pair is.
     """
 
     before: int
@@ -137,7 +137,7 @@ def experts_chunk(
 
     tile = pairs.tile_in
     defines = product_defines(gate_up, layout.width, layout.hidden, is_int8, tile)
-    function = gpu.kernel("chunk_experts", "experts_in", defines | {"EXPERTS": experts.count})
+    function = gpu.kernel("chunk_in", "experts_in", defines | {"EXPERTS": experts.count})
     results = structure(rows.hidden.q, rows.hidden.s, rows.hidden.x)
     args = [tiles, addresses, structure(h.q, h.s, h.x), results]
     grid = (ceil_div(layout.width, tile.rows // 2), pairs.most_tiles)
@@ -145,7 +145,7 @@ def experts_chunk(
 
     tile = pairs.tile_out
     defines = product_defines(down, layout.hidden, layout.width, is_int8, tile)
-    function = gpu.kernel("chunk_experts", "experts_out", defines | {"EXPERTS": experts.count})
+    function = gpu.kernel("chunk_out", "experts_out", defines | {"EXPERTS": experts.count})
     args = [tiles, addresses, results, rows.out]
     grid = (ceil_div(layout.hidden, tile.rows), pairs.most_tiles)
     return into, Launch(function, grid, tile.threads, defines["SHARED_BYTES"], args)

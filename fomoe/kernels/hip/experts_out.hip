@@ -96,6 +96,8 @@ void experts_out(const Picks* picks, const float* inner, SharedExpert shared, fl
   const Inners inners{memory + kPickBytes + kOutBytes};
   Spread<FM_K * FM_WIDTH> routed;
   Spread<FM_SHARED_WIDTH> gate, up;
+  fm_release_next();
+  fm_wait_before();
   copy_picks(mine, *picks);
   routed.read(inner), gate.read(shared.gate), up.read(shared.up);
   fm_barrier();

@@ -106,6 +106,10 @@ FM_DEV unsigned fm_atomic_add(unsigned* p, unsigned value) {
 }
 FM_DEV unsigned long long fm_clock() { return __builtin_readsteadycounter(); }  // at 100 MHz
 
+// ---- launches: one begins when the one before has ended
+FM_DEV void fm_wait_before() {}
+FM_DEV void fm_release_next() {}
+
 // ---- groups and waves
 // Orders shared memory alone: the caches of global memory stay as they are, unlike with
 // __syncthreads().
@@ -258,3 +262,4 @@ FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& 
     fm_tile_mma(c, fm_lane() / 32 == HALF ? a : nothing, b);
 }
 #endif
+#include "half_amd.h"

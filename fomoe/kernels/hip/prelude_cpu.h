@@ -118,6 +118,11 @@ FM_DEV unsigned fm_atomic_add(unsigned* p, unsigned value) {
 }
 FM_DEV unsigned long long fm_clock() { return __builtin_ia32_rdtsc(); }
 
+// ---- launches: fm_release_next lets the next one of the stream start beside this one, as far as it
+// gets before its fm_wait_before, which waits until the one before has ended. Launch.early asks for it.
+FM_DEV void fm_wait_before() {}
+FM_DEV void fm_release_next() {}
+
 // ---- groups and waves
 FM_DEV void fm_barrier() { fm_engine->barrier(); }
 FM_DEV int fm_lane() { return int(fm_engine->lane); }
@@ -202,3 +207,4 @@ template <int HALF>
 FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     fm_tile_mma_range(c, a, b, 16 * HALF, 16 * HALF + 16);
 }
+#include "half_cpu.h"

@@ -97,6 +97,16 @@ FM_DEV unsigned long long fm_clock() {  // nanoseconds
     return now;
 }
 
+// ---- launches: fm_release_next lets the next one of the stream start beside this one, as far as it
+// gets before its fm_wait_before, which waits until the one before has ended. Launch.early asks for it.
+#if __CUDA_ARCH__ >= 900
+FM_DEV void fm_wait_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+FM_DEV void fm_release_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+FM_DEV void fm_wait_before() {}
+FM_DEV void fm_release_next() {}
+#endif
+
 // ---- groups and waves
 FM_DEV void fm_barrier() { __syncthreads(); }
 FM_DEV int fm_thread() { return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)); }
@@ -191,9 +201,13 @@ FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     fm_tile_half(c.reg, a, b.part[0], b.part[1]);
     fm_tile_half(c.reg + 4, a, b.part[2], b.part[3]);
 }
+<<<<<<< HEAD
 // The same over the 16 of k from 16 * HALF on.
 template <int HALF>
 FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     fm_tile_half_k16(c.reg, a.part[2 * HALF], a.part[2 * HALF + 1], b.part[HALF]);
     fm_tile_half_k16(c.reg + 4, a.part[2 * HALF], a.part[2 * HALF + 1], b.part[2 + HALF]);
 }
+=======
+#include "half_cuda.h"
+>>>>>>> gpu-sequence

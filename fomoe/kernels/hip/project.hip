@@ -43,7 +43,8 @@ FM_DEV void run_as(int type, const Body& body) {
 template <class F>
 FM_DEV MatrixStream<F, FM_COLS> stream_of(const Part& part, char* memory) {
   static_assert(InputSize<F, FM_COLS>::kBytes <= FM_INPUT_BYTES, "room for the vector");
-  const int wave = ((int)blockIdx.x - part.first) * FM_WAVES + (int)threadIdx.x / FM_WAVE;
+  // Neighbouring rows go to different groups, so that no core has all of what is left over.
+  const int wave = (int)threadIdx.x / FM_WAVE * part.groups + (int)blockIdx.x - part.first;
   const Ring ring(memory + kScratchBytes + FM_INPUT_BYTES);
   return MatrixStream<F, FM_COLS>(ring, part.weights, part.rows, wave, part.groups * FM_WAVES);
 }
@@ -68,9 +69,12 @@ struct Normed {
   template <class F>
   FM_DEV void run() const {
     Spread<FM_COLS> v, weight;
-    v.read(x), weight.read(norm);
+    weight.read(norm);
     auto stream = stream_of<F>(part, memory);
     stream.start();
+    fm_release_next();
+    fm_wait_before();
+    v.read(x);
     normalise(v, weight, eps, (float*)memory);
     const Input input = InputSize<F, FM_COLS>::in(memory + kScratchBytes);
     FM_UNROLL for (int j = 0; j < Spread<FM_COLS>::kEach; ++j) {
@@ -103,6 +107,8 @@ struct Taken {
   FM_DEV void run() const {
     auto stream = stream_of<F>(part, memory);
     stream.start();
+    fm_release_next();
+    fm_wait_before();
     const Input input = InputSize<F, FM_COLS>::in(memory + kScratchBytes);
     take_row<F, FM_COLS>(input, rows);
     fm_barrier();

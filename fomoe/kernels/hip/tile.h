@@ -35,7 +35,7 @@ struct TileJob {
 
 FM_DEV int at_most(int value, int most) { return value < most ? value : most; }
 
-// Rows beyond the matrix are its last one: computed, never stored.
+// Where the weights of a row of the tile begin; beyond the matrix it is its last row.
 template <int T>
 FM_DEV Bytes weight_row(const TileJob& job, int row) {
     constexpr long long kRowBytes = COLS / kBlockValues<T> * kBlockBytes<T>;

@@ -71,33 +71,62 @@ FM_DEV int* row_of_in(unsigned char* shared) {
     return reinterpret_cast<int*>(shared + kSharedBytes - kRowOfBytes);
 }
 
-// ---- copies
+// ---- copies; a loop of a known number of turns becomes straight code
+template <int WORK>
+constexpr int kTurns = (WORK + THREADS - 1) / THREADS;
+// Whether a thread has a share in turn `i / THREADS`.
+template <int WORK>
+FM_DEV bool has_share(int i) {
+    return WORK % THREADS == 0 || i < WORK;
+}
+
+FM_DEV unsigned beyond_16(Bytes p) { return unsigned(reinterpret_cast<unsigned long long>(p)) & 15; }
+
+// One half of the tile's rows: kLanes threads take a row's words, so that a thread's rows lie a
+// fixed distance apart. Rows beyond the matrix stay what they were: computed, never stored.
 template <int T>
-FM_DEV void copy_weights(const TileJob& job, const Stage& to, int step, int begin, int end) {
-    for (int i = begin * Raw<T>::kWords + fm_thread(); i < end * Raw<T>::kWords; i += THREADS) {
-        const int row = i / Raw<T>::kWords, word = i % Raw<T>::kWords;
-        const Bytes start = weight_row<T>(job, row), stop = start + Raw<T>::kRowBytes;
-        const Bytes first = start + step * Raw<T>::kStepBytes;
-        const unsigned before = Raw<T>::kAligned ? 0 : unsigned(reinterpret_cast<unsigned long long>(first)) & 15;
-        const Bytes from = first - before + 16 * word;
-        if (from < stop) fm_copy16(to.raw + row * kRawStride + 16 * word, from);
+FM_DEV void copy_weights(Bytes matrix, int first, int rows, unsigned char* to, int step) {
+    constexpr int kWords = Raw<T>::kWords, kLanes = kWords <= 8 ? 8 : kWords <= 16 ? 16 : 32;
+    constexpr int kAtOnce = THREADS / kLanes;
+    const int word = fm_thread() % kLanes, row = fm_thread() / kLanes;
+    const Bytes start = matrix + (long long)(first + row) * Raw<T>::kRowBytes;
+    const Bytes blocks = start + step * Raw<T>::kStepBytes;
+    FM_UNROLL
+    for (int turn = 0; turn < kTurns<kHalfRows * kLanes>; turn++) {
+        const int at = turn * kAtOnce;
+        const bool is_inside = (kHalfRows % kAtOnce == 0 || row + at < kHalfRows) && first + row + at < rows;
+        if (word >= kWords || !is_inside) continue;
+        Bytes from = blocks + (long long)at * Raw<T>::kRowBytes;
+        if constexpr (!Raw<T>::kAligned) from -= beyond_16(from);
+        from += 16 * word;
+        if constexpr (!Raw<T>::kAligned || COLS % kStep != 0)
+            if (from >= start + (long long)(at + 1) * Raw<T>::kRowBytes) continue;
+        fm_copy16(to + (row + at) * kRawStride + 16 * word, from);
     }
 }
 
-FM_DEV void copy_tokens(const Activations& a, const int* row_of, const Stage& to, int step) {
-    for (int i = fm_thread(); i < TILE_TOKENS * 16; i += THREADS) {
-        const int token = i / 16, column = step * kStep + i % 16 * 16;
-        if (COLS % kStep == 0 || column < COLS)
+FM_DEV void copy_quants(const Activations& a, const int* row_of, const Stage& to, int step) {
+    constexpr int kWork = TILE_TOKENS * 16;
+    FM_UNROLL
+    for (int turn = 0; turn < kTurns<kWork>; turn++) {
+        const int i = fm_thread() + turn * THREADS, token = i / 16, column = step * kStep + i % 16 * 16;
+        if (has_share<kWork>(i) && (COLS % kStep == 0 || column < COLS))
             fm_copy16(to.q + token * kTokenStride + i % 16 * 16, a.q + (long long)row_of[token] * COLS + column);
     }
-    for (int i = fm_thread(); i < TILE_TOKENS * 4; i += THREADS) {
-        const int token = i / 4, pair = i % 4, group = step * 8 + pair * 2;
+}
+
+FM_DEV void copy_scales(const Activations& a, const int* row_of, const Stage& to, int step) {
+    constexpr int kWork = TILE_TOKENS * 4;
+    FM_UNROLL
+    for (int turn = 0; turn < kTurns<kWork>; turn++) {
+        const int i = fm_thread() + turn * THREADS, token = i / 4, group = step * 8 + i % 4 * 2;
+        if (!has_share<kWork>(i) || (COLS % kStep != 0 && group >= kGroups)) continue;
         const fm_f2* const from = a.s + (long long)row_of[token] * kGroups + group;
-        fm_f2* const at = to.s + token * kTokenScaleStride + pair * 2;
+        fm_f2* const at = to.s + token * kTokenScaleStride + i % 4 * 2;
         if constexpr (kGroups % 2 == 0) {
-            if (group < kGroups) fm_copy16(at, from);
+            fm_copy16(at, from);
         } else {
-            if (group < kGroups) at[0] = from[0];
+            at[0] = from[0];
             if (group + 1 < kGroups) at[1] = from[1];
         }
     }
@@ -106,28 +135,25 @@ FM_DEV void copy_tokens(const Activations& a, const int* row_of, const Stage& to
 FM_DEV void copy_step(const TileJob& job, const Activations& a, const int* row_of, unsigned char* shared, int step) {
     if (step < kSteps) {
         const Stage to = stage_of(shared, step);
-        if constexpr (TYPE == TYPE_UP) {
-            copy_weights<TYPE>(job, to, step, 0, TILE_ROWS);
-        } else {
-            copy_weights<TYPE>(job, to, step, 0, kHalfRows);
-            copy_weights<TYPE_UP>(job, to, step, kHalfRows, TILE_ROWS);
-        }
-        copy_tokens(a, row_of, to, step);
+        copy_weights<TYPE>(job.matrix, job.first, job.rows, to.raw, step);
+        copy_weights<TYPE_UP>(job.up, job.first_up, job.rows, to.raw + kHalfRows * kRawStride, step);
+        copy_quants(a, row_of, to, step);
+        copy_scales(a, row_of, to, step);
     }
     fm_copy_commit();  // of nothing after the last step, so that waits count alike
 }
 
 // ---- raw blocks to int8
-template <int T>
-FM_DEV void unpack_rows(const TileJob& job, const Stage& from, const Unpacked& to, int group0, int begin, int end) {
+template <int T, int BEGIN, int END>
+FM_DEV void unpack_rows(const TileJob& job, const Stage& from, const Unpacked& to, int group0) {
+    constexpr int kWork = (END - BEGIN) * kPartGroups;
 #pragma unroll 2
-    for (int i = begin * kPartGroups + fm_thread(); i < end * kPartGroups; i += THREADS) {
-        const int row = i / kPartGroups, group = i % kPartGroups;
-        if (COLS % kStep != 0 && group0 + group >= kGroups) continue;
+    for (int turn = 0; turn < kTurns<kWork>; turn++) {
+        const int i = fm_thread() + turn * THREADS, row = BEGIN + i / kPartGroups, group = i % kPartGroups;
+        if (!has_share<kWork>(i) || (COLS % kStep != 0 && group0 + group >= kGroups)) continue;
         Bytes blocks = from.raw + row * kRawStride;
         if constexpr (!Raw<T>::kAligned) {
-            const Bytes first = weight_row<T>(job, row) + group0 / 8 * Raw<T>::kStepBytes;
-            blocks += unsigned(reinterpret_cast<unsigned long long>(first)) & 15;
+            blocks += beyond_16(weight_row<T>(job, row) + group0 / 8 * Raw<T>::kStepBytes);
         }
         const Values32 v = unpack(Kind<T>(), blocks, group0 % 8 + group);
         fm_u4* const q = reinterpret_cast<fm_u4*>(to.q + row * kWeightStride + 32 * group);
@@ -139,10 +165,10 @@ FM_DEV void unpack_rows(const TileJob& job, const Stage& from, const Unpacked& t
 
 FM_DEV void unpack_part(const TileJob& job, const Stage& from, const Unpacked& to, int group0) {
     if constexpr (TYPE == TYPE_UP) {
-        unpack_rows<TYPE>(job, from, to, group0, 0, TILE_ROWS);
+        unpack_rows<TYPE, 0, TILE_ROWS>(job, from, to, group0);
     } else {
-        unpack_rows<TYPE>(job, from, to, group0, 0, kHalfRows);
-        unpack_rows<TYPE_UP>(job, from, to, group0, kHalfRows, TILE_ROWS);
+        unpack_rows<TYPE, 0, kHalfRows>(job, from, to, group0);
+        unpack_rows<TYPE_UP, kHalfRows, TILE_ROWS>(job, from, to, group0);
     }
 }
 

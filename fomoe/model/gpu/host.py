@@ -276,11 +276,14 @@ class GPUModel:
         self._ended.wait("logits")
         return logits
 
-    def largest(self, row: int = 0) -> tuple[int, float, float]:
-        """Return id, logit and log sum of the greatest logit of a row of the pass; waits."""
+    def largest(self, row: int | None = None) -> tuple[int, float, float]:
+        """Return id, logit and log sum of a row of the pass; waits.
+
+        None is the one row whose logits were asked for last.
+        """
         if self._head is None:
             raise DeviceError("this device hosts no head; ask the one with the last layer")
-        if not self._has_logits:
+        if row is not None and not self._has_logits:
             self._head.run([row])
         self._ended.mark()
         self._ended.wait("the largest logit")
@@ -308,6 +311,19 @@ class GPUModel:
 
         times = time_steps(self.gpu, whole.steps, ahead)
         return [(step.name, time) for step, time in zip(whole.steps, times, strict=True)]
+
+    def time_token(self, token: int, position: int, state: int = 0, *, count: int = 20) -> float:
+        """Return the milliseconds of a decode step where the device never waits for the host."""
+        whole, runtime, stream = self._passes.whole(1), self.runtime, self.gpu.stream
+        self._write_step(np.array([token], np.int32), position, state)
+        first, last = runtime.event(timing=True), runtime.event(timing=True)
+        whole.run()
+        runtime.record(first, stream)
+        for _ in range(count):
+            whole.run()
+        runtime.record(last, stream)
+        runtime.synchronize(stream)
+        return runtime.elapsed_ms(first, last) / count
 
     def close(self) -> None:
         """Wait for the work and give the device's memory back."""

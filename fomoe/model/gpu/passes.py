@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fomoe.errors import DeviceError
 from fomoe.kernels.gpu.prompt import Chunk
 from fomoe.kernels.gpu.prompt_experts import Experts, pair_buffers
 from fomoe.kernels.gpu.step import picks
@@ -120,7 +121,8 @@ class Passes:
     def make_all(self) -> None:
         """Make every program that passes of this device can want."""
         for size in [1, *(bucket.tokens for bucket in self._buckets)]:
-            self.embed(size)
+            if self._one:
+                self.embed(size)
             for layer in self._held.layers:
                 self.front(layer, size)
                 self.back(layer, size)
@@ -135,7 +137,9 @@ class Passes:
         return whole and self.head is not None and bool(self._one)
 
     def embed(self, tokens: int) -> Program:
-        """The embedding of a pass's tokens."""
+        """The embedding of a pass's tokens; DeviceError where another device has it."""
+        if not self._one:
+            raise DeviceError("this device hosts no embedding; ask the one with the first layer")
         steps = self._one if tokens == 1 else self._many
         return self._program("embed", 0, min(tokens, 2), lambda: steps)
 
@@ -180,7 +184,15 @@ class Passes:
         """All layers by the device's own choice; one token's program begins with the step block.
 
         It ends with the logits and with the copies of what the host wants to know.
+
+        Raises:
+            DeviceError: the device hosts a part of the model only.
         """
+        if not self._is_whole:
+            raise DeviceError(
+                f"a whole pass on {len(self._held.layers)} of {self._desk.spec.n_layers} layers: "
+                "run it half a layer at a time, over all devices"
+            )
         size = self._size(tokens)
         return self._program("whole", 0, size, lambda: self._whole(size))
 

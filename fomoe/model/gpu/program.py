@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
+from fomoe.errors import DeviceError
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.runtime import Graph
@@ -48,8 +50,13 @@ class Program:
     def _capture(self) -> Graph:
         runtime, stream = self._gpu.runtime, self._gpu.stream
         runtime.begin_capture(stream)
-        for step in self.steps:
-            step.queue(self._gpu)
+        try:
+            for step in self.steps:
+                step.queue(self._gpu)
+        except DeviceError:
+            with suppress(DeviceError):  # the stream is to be of use afterwards
+                runtime.end_capture(stream)
+            raise
         return runtime.end_capture(stream)
 
     @property

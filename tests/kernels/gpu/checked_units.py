@@ -8,7 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+<<<<<<< HEAD
 from fomoe.kernels.gpu.sources import FOLDER, source_of
+=======
+from fomoe.kernels.gpu.prompt import product_defines
+from fomoe.kernels.gpu.prompt_tiles import Tile
+from fomoe.kernels.gpu.sources import FOLDER
+>>>>>>> gpu-prompt
 
 AMD = {"gfx1100": 32, "gfx1200": 32, "gfx1201": 32, "gfx942": 64}  # lanes of a wave
 OWN = Path(__file__).parent / "units"
@@ -45,10 +51,27 @@ def _project(types: tuple[int, ...], cols: int) -> dict[str, int]:
     return {**_PROJECT, **sizes, "FM_TYPES": mask}
 
 
+def _tiled(types: tuple[int, int], tile: Tile, is_int8: bool = True) -> dict[str, int]:
+    return {**product_defines(types, 1024, 4096, is_int8, tile), "EXPERTS": 512}
+
+
+_TILE = Tile(64, 32, 128)
+
 CHECKS = (
+    Check("matmul", _tiled((12, 12), Tile(128, 64, 256)), tiles=True),
+    Check("matmul", _tiled((14, 14), Tile(64, 64, 256, 1)), tiles=True),
+    Check("matmul", _tiled((0, 0), Tile(32, 32, 256, micro=2), False)),
+    Check("matmul", _tiled((14, 14), Tile(64, 64, 256, micro=4), False)),
+    Check("chunk_in", _tiled((12, 23), _TILE), tiles=True),
+    Check("chunk_out", _tiled((13, 13), _TILE), tiles=True),
+    Check("swiglu", _tiled((8, 6), _TILE), tiles=True),
+    Check("group_pairs", {"EXPERTS": 512, "TOP_K": 10, "TILE_TOKENS": 32, "THREADS": 512}),
+    Check("rows", {"THREADS": 256, "COLS": 4096, "FLOAT_ROWS": 1, "INT8": 1}),
+    Check("rows", {"THREADS": 256, "HIDDEN": 4096, "TOP_K": 10}),
     *(Check("project", _project((t,), 4096), dots=True) for t in _QUANTS),
-    Check("project", _project((8, 12, 14), 8192), dots=True),
-    Check("project", _project((0, 1, 30), 4096)),
+    Check("project", {**_project((8, 12, 14), 8192), "FM_HELD": 48}, dots=True),
+    Check("project", _project((0, 1), 4096)),
+    Check("project", _project((30,), 4096)),
     Check("project", {**_project(_QUANTS, 2048), "FM_INT8": 0}),
     *(
         Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True)
@@ -65,8 +88,10 @@ CHECKS = (
     Check("delta", {**_DELTA, "PARTS": 2, "THREADS": 512}),
     Check("delta_chunk", {**_DELTA, "THREADS": 256}),
     Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 4, "SPLITS": 16}),
-    Check("attend", {**_ATTEND, "KV_F32": 1, "ROWS": 8, "SPLITS": 33}),
-    Check("attend_chunk", {**_ATTEND, "KV_F32": 0, "ROWS": 16, "TOKENS": 1}),
+    Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 8, "SPLITS": 33}),
+    Check("attend", {**_ATTEND, "KV_F32": 1, "ROWS": 4, "SPLITS": 33}),
+    Check("attend_inputs", {**_ATTEND, "KV_F32": 0, "TILES": 1}),
+    Check("attend_tiles", {**_ATTEND, "KV_F32": 0, "THREADS": 128}, tiles=True),
     Check("attend_chunk", {**_ATTEND, "HEADS": 16, "KV_F32": 1, "ROWS": 16, "TOKENS": 2}),
 )
 

@@ -61,6 +61,14 @@ def test_a_launch_takes_the_arguments_of_its_moment(gpu):
     assert sums.got() == sums.expected(5, 300)
 
 
+def test_a_launch_that_may_start_early_is_a_launch(gpu):
+    sums = Sums(gpu)
+    sums.at(5)
+    sums.launch.early = True
+    gpu.launch(sums.launch)
+    assert sums.got() == sums.expected(5)
+
+
 def test_a_graph_replays_with_what_the_step_block_says(gpu):
     sums, other, event = Sums(gpu), gpu.runtime.stream(), gpu.runtime.event()
     copy = gpu.arena.take(20)
@@ -106,6 +114,17 @@ def test_host_memory_is_pinned_where_it_lies(gpu):
     gpu.runtime.unregister(host)
     with pytest.raises(DeviceError, match=r"Unregister: invalid argument \(1\)"):
         gpu.runtime.unregister(host)
+
+
+def test_a_shared_name_leads_to_the_memory(gpu):
+    name = gpu.runtime.share(gpu.arena.base)
+    assert (type(name), len(name)) == (bytes, 64)
+    address = gpu.runtime.open_shared(name)
+    gpu.upload(gpu.arena.base, np.arange(9))
+    assert gpu.download(address, np.int64, 9).tolist() == [*range(9)]
+    gpu.runtime.close_shared(address)
+    with pytest.raises(DeviceError, match="invalid argument"):
+        gpu.runtime.open_shared(bytes(64))
 
 
 def test_what_was_opened_is_given_back(gpu):
