@@ -191,6 +191,13 @@ class GPUModel:
             self._mail.weights.send(0, nbytes)
         self._passes.back(layer, self._tokens).run()
 
+    def own_back(self, layer: int) -> None:
+        """Run the router's own choice, with the bits of a whole pass, and close the layer.
+
+        All that it chooses must be resident, and published.
+        """
+        self._passes.own_back(layer, self._tokens).run()
+
     def decode(self, token: int, position: int, state: int = 0) -> None:
         """Run one token through all layers and the head, by the device's own choice."""
         self._write_step(np.array([token], np.int32), position, state)
@@ -239,10 +246,15 @@ class GPUModel:
         self._ended.wait("logits")
         return logits
 
-    def largest(self) -> tuple[int, float, float]:
-        """Return id, logit and log sum of the one row whose logits were asked for last; waits."""
+    def largest(self, row: int | None = None) -> tuple[int, float, float]:
+        """Return id, logit and log sum of a row of the pass; waits.
+
+        None is the one row whose logits were asked for last.
+        """
         if self._head is None:
             raise DeviceError("this device hosts no head; ask the one with the last layer")
+        if row is not None and not self._has_logits:
+            self._head.run([row])
         self._ended.mark()
         self._ended.wait("the largest logit")
         result = self._head.result

@@ -126,6 +126,7 @@ class Passes:
             for layer in self._held.layers:
                 self.front(layer, size)
                 self.back(layer, size)
+                self.own_back(layer, size)
             if self._is_whole:
                 self.whole(size)
 
@@ -166,6 +167,18 @@ class Passes:
             return [send, *self._decode_back(layer, choose=False)]
 
         return self._program("back", layer, size, steps)
+
+    def own_back(self, layer: int, tokens: int) -> Program:
+        """A layer from its scores to its end, by the device's own choice."""
+        size = self._size(tokens)
+
+        def steps() -> list[Step]:
+            if size == 1:
+                return self._decode_back(layer, choose=True)
+            choose = prompt_choose(self._desk, self._buckets_of(size), self._ids(layer))
+            return [choose, *self._prompt_back(layer, size)]
+
+        return self._program("own back", layer, size, steps)
 
     def whole(self, tokens: int) -> Program:
         """All layers by the device's own choice; one token's program begins with the step block.
