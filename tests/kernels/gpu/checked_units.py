@@ -1,6 +1,8 @@
 """Every kernel unit with the defines that compile checks build it with.
 
-Whoever adds a unit, or a type to one, adds a line: a few defines that stand for the rest.
+Whoever adds a unit, or a type to one, adds a line: a few defines that stand for the rest. A unit's
+first line is built for every target, the others for one target per set of instructions: most
+demanding first.
 """
 
 from __future__ import annotations
