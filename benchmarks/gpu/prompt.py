@@ -238,6 +238,10 @@ class Bench:
             ]
             for _ in range(DISTINCT)
         ]
+        self.values = [
+            [values_of(t, b) for t, b in zip(layout.types, blocks, strict=True)]
+            for blocks in self.blocks
+        ]
         stride = -(-layout.nbytes // 256) * 256
         base = self.gpu.arena.take(stride * count)
         for e in range(count):
@@ -288,8 +292,7 @@ class Bench:
         outer = gpu.download(rows.out, np.float32, (n, layout.hidden))[picked]
         errors = []
         for i, expert in enumerate(expert_of[picked]):
-            blocks = self.blocks[expert % DISTINCT]
-            gate, up, down = (values_of(t, b) for t, b in zip(layout.types, blocks, strict=True))
+            gate, up, down = self.values[expert % DISTINCT]
             g, u = gate @ x[i], up @ x[i]
             errors.append(
                 (worst(inner[i], g / (1 + np.exp(-g)) * u), worst(outer[i], down @ inner[i]))
@@ -440,7 +443,7 @@ def main() -> None:
         from support.emulated_gpu import install_standin
 
         install_standin()
-    arena = 64 << 20 if args.tiny else 12 << 30
+    arena = 64 << 20 if args.tiny else 32 << 30
     gpu = open_gpu("hip:0" if args.tiny else args.device, arena)
     lines = run(gpu, TINY if args.tiny else MODELS, f"arena {arena >> 20} MiB")
     gpu.close()
