@@ -20,6 +20,7 @@ from fomoe.kernels.gpu.gpu import GPU, open_gpu
 
 NODES = (50, 450)  # of the graphs whose difference is the cost of one node
 CALLS = 300
+HIDDEN_BYTES = 4 * 4096  # a token's hidden state, float32
 SMALL_COPIES = (6 << 20, 64 << 20)  # an expert of the 397B shape, and ten of them
 
 
@@ -148,10 +149,13 @@ def graph_costs(gpu: GPU) -> dict[str, float]:
 
 
 def queue_costs(gpu: GPU, per_us: float, turns: int = 100) -> dict[str, float]:
-    """Microseconds of the device from one empty kernel to the next, on one stream and on two."""
+    """Microseconds of the device from one small thing to the next, with the queue full.
+
+    Empty kernels on one stream and on two that wait for each other; copies of a hidden state.
+    """
     runtime, empty = gpu.runtime, ticks_launch(gpu, 0)
     streams = (gpu.stream, runtime.stream())
-    event = runtime.event()
+    event, host = runtime.event(), runtime.pinned(HIDDEN_BYTES)
 
     def in_one() -> None:
         for _ in range(turns):
@@ -163,10 +167,25 @@ def queue_costs(gpu: GPU, per_us: float, turns: int = 100) -> dict[str, float]:
             runtime.record(event, streams[turn % 2])
             runtime.wait(event, streams[(turn + 1) % 2])
 
-    return {
-        "next_kernel_us": queued_ms(gpu, in_one, per_us) * 1e3 / turns,
-        "kernel_after_event_us": queued_ms(gpu, in_turns, per_us) * 1e3 / turns,
-    }
+    def copies(to: int, source: int) -> Callable[[], None]:
+        def work() -> None:
+            for _ in range(turns):
+                runtime.copy(to, source, HIDDEN_BYTES, gpu.stream)
+
+        return work
+
+    def us(work: Callable[[], None]) -> float:
+        return queued_ms(gpu, work, per_us) * 1e3 / turns
+
+    with device_memory(gpu, HIDDEN_BYTES) as address:
+        result = {
+            "next_kernel_us": us(in_one),
+            "kernel_after_event_us": us(in_turns),
+            "hidden_state_to_host_us": us(copies(host.address, address)),
+            "hidden_state_to_device_us": us(copies(address, host.address)),
+        }
+    runtime.unpin(host)
+    return result
 
 
 def main() -> None:

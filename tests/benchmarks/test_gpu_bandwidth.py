@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from pathlib import Path
 
 from support.emulated_gpu import emulated_gpu
@@ -9,7 +10,7 @@ from support.emulated_gpu import emulated_gpu
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
 from bandwidth import measure
-from device_time import delay, device_ms
+from device_time import delay, ticks_launch
 
 
 def numbers(result):
@@ -27,5 +28,9 @@ def test_measure():
 
 def test_a_delay_takes_its_time():
     with emulated_gpu(arena_bytes=0) as gpu:
-        launch = delay(gpu, 2000)
-        assert min(device_ms(gpu, lambda: gpu.launch(launch), 5)) >= 1.0
+        assert delay(gpu, 2000, per_us=2.5).args[0].value == 5000
+        launch = ticks_launch(gpu, 20_000_000)  # of a processor's clock below 10 GHz
+        start = time.perf_counter()
+        gpu.launch(launch)
+        gpu.runtime.synchronize(gpu.stream)
+        assert time.perf_counter() - start > 2e-3

@@ -73,10 +73,11 @@ class Layer:
         ]
         kinds = (shape.inner, shape.inner, shape.down)
         self.layout = ExpertLayout((int(kinds[0]), int(kinds[1]), int(kinds[2])), hidden, width)
+        sizes = ((width, hidden), (width, hidden), (hidden, width))
         self.experts = [
-            [blocks_of(rng, k, r, c) for k, r, c in zip(kinds, (width, width, hidden), (hidden, hidden, width), strict=True)]
+            [blocks_of(rng, kind, *size) for kind, size in zip(kinds, sizes, strict=True)]
             for _ in range(n)
-        ]  # fmt: skip
+        ]
         self._upload()
 
     def _upload(self) -> None:
@@ -183,7 +184,9 @@ def test_a_layer(gpu: GPU, shape: Shape, int8: bool) -> None:
     ids, weights = top_of(layer.outs["scores"].read(), shape.top_k)
     picked = Guarded.of(gpu, layer.picks_of(ids, weights))
     k = shape.top_k
-    gpu.launch(experts_in(gpu, layer.layout, k, picked.address, layer.buffers, options=layer.options))
+    gpu.launch(
+        experts_in(gpu, layer.layout, k, picked.address, layer.buffers, options=layer.options)
+    )
     inner = layer.inner.read()
     assert error(inner, layer.expected_inner(ids, h)) < 1e-5
 

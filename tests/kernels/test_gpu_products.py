@@ -79,9 +79,7 @@ class Products:
             for kind, b, out in zip(kinds, self.blocks, self.outs, strict=True)
         ]
         vectors = (Guarded.of(gpu, self.x).address, Guarded.of(gpu, self.norm).address)
-        gpu.launch(
-            project(gpu, *vectors, EPS, parts, keep=self.kept.rows, options=options)
-        )
+        gpu.launch(project(gpu, *vectors, EPS, parts, keep=self.kept.rows, options=options))
 
     def check(self) -> None:
         kept = self.kept.read()
@@ -91,15 +89,13 @@ class Products:
             assert error(out.read(), expected) < TOLERANCE
 
 
-# Rows that share a wave, and rows of several tiles the last of which is short; 416 is no power of 2.
+# Rows that share a wave; rows of several tiles the last of which is short; 13 blocks of 32.
 @pytest.mark.parametrize(
     ("kinds", "cols"),
     [(QUANTS + FLOATS, 256), (QUANTS + FLOATS, 4352), ((Kind.Q8_0, Kind.Q5_0, *FLOATS), 416)],
     ids=["short", "long", "odd"],
 )
-def test_every_type_times_a_normalised_vector(
-    gpu: GPU, kinds: tuple[Kind, ...], cols: int
-) -> None:
+def test_every_type_times_a_normalised_vector(gpu: GPU, kinds: tuple[Kind, ...], cols: int) -> None:
     Products(gpu, kinds, cols, Options()).check()
 
 

@@ -1,4 +1,4 @@
-"""Attention layers on an emulated GPU, against float64."""
+"""Attention layers on a GPU, against float64."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from gpu_arrays import Array, Guarded, RowsOut, check_rows, run, step_block
-from support.emulated_gpu import emulated_gpu
+from gpu_arrays import Array, Guarded, RowsOut, check_rows, gpu_under_test, run, step_block
 
 from fomoe.errors import DeviceError
 from fomoe.kernels import reference
@@ -23,6 +22,8 @@ EPS = 1e-6
 TOLERANCE = 1e-5
 # Keys and values that differ in the last bit of float32 may round to different halves.
 HALF_TOLERANCE = 3e-4
+# Queries are rounded to half before scores of about ten, weights after.
+TILE_TOLERANCE = 1e-3
 DELTA = DeltaSpec(n_k_heads=1, n_v_heads=1, key_dim=16, value_dim=16, conv_width=4)
 
 
@@ -153,12 +154,14 @@ class Bench:
             keys[:n], expected_keys, rtol=1e-3 if half else 1e-5, atol=1e-3 if half else 3e-6
         )
         assert np.isnan(keys[n:]).all()
-        assert np.isnan(by_position[n:]).all()
+        # A chunk on matrix units clears the rest of its last 32 positions.
+        assert not np.nan_to_num(by_position[n:]).any()
+        assert np.isnan(by_position[(n + 31) // 32 * 32 :]).all()
 
 
 @pytest.fixture(params=[32, 64])
 def gpu(request: pytest.FixtureRequest) -> Iterator[GPU]:
-    with emulated_gpu(request.param, seed=request.param) as gpu:
+    with gpu_under_test(request.param) as gpu:
         yield gpu
 
 
@@ -200,6 +203,8 @@ def test_tokens_in_turn(
         (spec_of(6, 2, 32, 8), "f16", 37),
         (spec_of(2, 1, 128, 32, 1e5), "f16", 64),
         (spec_of(8, 1, 256, 64), "f16", 5),
+        (spec_of(3, 1, 64, 16), "f16", 90),
+        (spec_of(3, 1, 64, 16), "f32", 90),
     ],
 )
 def test_prompts_in_chunks(gpu: GPU, spec: AttentionSpec, kv_dtype: str, past: int) -> None:
@@ -207,7 +212,8 @@ def test_prompts_in_chunks(gpu: GPU, spec: AttentionSpec, kv_dtype: str, past: i
     layer = Layer.random(spec, kv_dtype, past, tokens)
     whole, parts = Bench(gpu, layer, int8), Bench(gpu, layer, int8)
     found = whole.chunk(0, tokens)
-    check_rows(found, layer.expected(), tolerance(kv_dtype))
+    tiles = kv_dtype == "f16" and spec.head_dim % 32 == 0
+    check_rows(found, layer.expected(), TILE_TOLERANCE if tiles else tolerance(kv_dtype))
     whole.check_cache()
     again = joined([parts.chunk(0, 1), parts.chunk(1, 34), parts.chunk(35, 2)])
     for a, b in zip(found, again, strict=True):

@@ -1,4 +1,4 @@
-"""DeltaNet layers on an emulated GPU, against float64 and against themselves in other chunks."""
+"""DeltaNet layers on a GPU, against float64 and against themselves in other chunks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from gpu_arrays import Array, Guarded, RowsOut, check_rows, error, run, step_block
-from support.emulated_gpu import emulated_gpu
+from gpu_arrays import Array, Guarded, RowsOut, check_rows, error, gpu_under_test, run, step_block
 
 from fomoe.errors import DeviceError
 from fomoe.kernels import reference
@@ -130,7 +129,7 @@ class Bench:
 
 @pytest.fixture(params=[32, 64])
 def gpu(request: pytest.FixtureRequest) -> Iterator[GPU]:
-    with emulated_gpu(request.param, seed=request.param) as gpu:
+    with gpu_under_test(request.param) as gpu:
         yield gpu
 
 

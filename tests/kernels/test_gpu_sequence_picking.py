@@ -1,4 +1,4 @@
-"""Embedding, top-k and the largest logit on an emulated GPU."""
+"""Embedding, top-k and the largest logit on a GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from gpu_arrays import Guarded, run, step_block
-from support.emulated_gpu import emulated_gpu
+from gpu_arrays import Guarded, gpu_under_test, run, step_block
 from support.random_blocks import random_matrix
 
 from fomoe.errors import DeviceError
@@ -26,7 +25,7 @@ class RawTable(NamedTuple):
 
 @pytest.fixture(params=[32, 64])
 def gpu(request: pytest.FixtureRequest) -> Iterator[GPU]:
-    with emulated_gpu(request.param, seed=request.param) as gpu:
+    with gpu_under_test(request.param) as gpu:
         yield gpu
 
 

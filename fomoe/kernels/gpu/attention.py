@@ -16,7 +16,8 @@ from fomoe.kernels.gpu.state import TILE, AttentionShape, KVPlace
 from fomoe.kernels.gpu.step import Rows
 
 _LONG_CTX = 32768  # from here on reading keys once counts for more than short sums of parts
-_CHUNK_ROWS = 16  # query vectors of a group
+_CHUNK_ROWS = 16  # query vectors of a group in float32
+_TILE_ROWS, _TILE_WAVES = 16, 4  # query vectors of a wave on matrix units, waves of a group
 _MOST_SPLITS = 128
 
 
@@ -69,12 +70,12 @@ def rope_turns(spec: AttentionShape) -> npt.NDArray[np.uint64]:
     return np.array([round(r / (2 * math.pi) * 2.0**64) for r in radians], np.uint64)
 
 
-def attend_plan(spec: AttentionShape, ctx: int, cores: int) -> AttendPlan:
-    """Return the plan that fills `cores` cores for contexts of up to `ctx` positions."""
+def attend_plan(spec: AttentionShape, place: KVPlace, cores: int) -> AttendPlan:
+    """Return the plan that fills `cores` cores for the contexts that `place` has room for."""
     shared = spec.n_heads // spec.n_kv_heads
-    rows = divisor(shared, 8 if ctx >= _LONG_CTX else 4)
+    rows = divisor(shared, 8 if place.ctx >= _LONG_CTX and place.kv_dtype == "f16" else 4)
     splits = max(1, cores * rows // spec.n_heads)
-    return AttendPlan(rows, min(splits, _MOST_SPLITS, -(-ctx // TILE)))
+    return AttendPlan(rows, min(splits, _MOST_SPLITS, -(-place.ctx // TILE)))
 
 
 def attend(
@@ -87,7 +88,12 @@ def attend(
     Raises:
         DeviceError: sizes that the kernel does not take.
     """
-    rows, splits = plan or attend_plan(spec, call.place.ctx, gpu.runtime.cores)
+    rows, splits = plan or attend_plan(spec, call.place, gpu.runtime.cores)
+    shared = spec.n_heads // spec.n_kv_heads
+    check(
+        (shared % rows == 0, f"{rows} of {shared} query heads of a kv head a group: not a divisor"),
+        (1 <= splits <= _MOST_SPLITS, f"{splits} splits: from 1 to {_MOST_SPLITS}"),
+    )
     defines = {**_sizes(spec, call.place), "ROWS": rows, "SPLITS": splits}
     function = gpu.kernel("attend", "attend", defines)
     subsets = spec.n_heads // rows
@@ -107,7 +113,7 @@ def attend(
 
 def attend_scratch_bytes(spec: AttentionShape, tokens: int) -> int:
     """Return the bytes that `attend_chunk` needs between its launches for up to `tokens` tokens."""
-    return 4 * tokens * spec.n_heads * spec.head_dim
+    return 4 * (tokens * spec.n_heads + _TILE_ROWS) * spec.head_dim
 
 
 def attend_chunk(
@@ -115,29 +121,66 @@ def attend_chunk(
 ) -> list[Launch]:
     """Return the launches for the step block's T tokens, which see the cache and each other.
 
-    `chunk` is the largest T and the address of `attend_scratch_bytes` bytes.
+    `chunk` is the largest T and the address of `attend_scratch_bytes` bytes. With a cache of f16
+    and heads of 32 or more the products are those of matrix units: queries and weights are rounded
+    to half, sums are float32.
 
     Raises:
         DeviceError: sizes that the kernels do not take.
     """
     tokens, queries = chunk
+    sizes, place = _sizes(spec, call.place), call.place
+    tiles = int(place.kv_dtype == "f16" and spec.head_dim % 32 == 0)
+    threads = sizes["THREADS"]
+    inputs = gpu.kernel("attend_inputs", "attend_inputs", {**sizes, "TILES": tiles})
+    items = -(-(spec.n_heads + 2 * spec.n_kv_heads) // (threads // 32))
+    args = [
+        step,
+        place.keys,
+        place.values,
+        pointers(*call.weights[:3]),
+        pointers(*call.inputs),
+        ctypes.c_float(call.weights.eps),
+        queries,
+    ]
+    rows = _tiles if tiles else _floats
+    return [
+        Launch(inputs, (items, tokens), threads, 0, args),
+        rows(gpu, step, spec, call, chunk),
+    ]
+
+
+def _tiles(
+    gpu: GPU, step: int, spec: AttentionShape, call: AttendCall, chunk: tuple[int, int]
+) -> Launch:
+    """Attention on matrix units: a wave has 16 query vectors."""
+    threads = _TILE_WAVES * gpu.runtime.wave
+    defines = {**_sizes(spec, call.place), "THREADS": threads}
+    function = gpu.kernel("attend_tiles", "attend_tiles", defines)
+    vectors = chunk[0] * (spec.n_heads // spec.n_kv_heads)
+    grid = spec.n_kv_heads, -(-vectors // (_TILE_WAVES * _TILE_ROWS))
+    return Launch(function, grid, threads, 0, _rows_args(step, spec, call, chunk))
+
+
+def _floats(
+    gpu: GPU, step: int, spec: AttentionShape, call: AttendCall, chunk: tuple[int, int]
+) -> Launch:
+    """Attention in float32: a group has some heads of some tokens."""
     heads = divisor(spec.n_heads // spec.n_kv_heads, _CHUNK_ROWS)
     each = _CHUNK_ROWS // heads  # tokens of a group
     defines = {**_sizes(spec, call.place), "ROWS": heads * each, "TOKENS": each}
-    inputs, rows = (
-        gpu.kernel("attend_chunk", name, defines) for name in ("attend_inputs", "attend_rows")
-    )
-    threads = defines["THREADS"]
-    places = call.place.keys, call.place.values
-    items = -(-(spec.n_heads + 2 * spec.n_kv_heads) // (threads // 32))
+    function = gpu.kernel("attend_chunk", "attend_rows", defines)
+    grid = spec.n_heads // heads, -(-chunk[0] // each)
+    return Launch(function, grid, defines["THREADS"], 0, _rows_args(step, spec, call, chunk))
+
+
+def _rows_args(
+    step: int, spec: AttentionShape, call: AttendCall, chunk: tuple[int, int]
+) -> list[object]:
+    tokens, queries = chunk
     out = rows_out(call.out, spec.head_dim)
-    return [
-        Launch(inputs, (items, tokens), threads, 0,
-               [step, *places, pointers(*call.weights[:3]), pointers(*call.inputs),
-                ctypes.c_float(call.weights.eps), queries]),
-        Launch(rows, (spec.n_heads // heads, -(-tokens // each)), threads, 0,
-               [step, *places, queries, call.inputs.q, out]),
-    ]  # fmt: skip
+    places = call.place.keys, call.place.values
+    return [step, *places, queries, ctypes.c_int(tokens), call.inputs.q, out]
 
 
 def _sizes(spec: AttentionShape, place: KVPlace) -> dict[str, int]:

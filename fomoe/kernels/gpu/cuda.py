@@ -17,10 +17,13 @@ _NOT_READY = cu.CUresult.CUDA_ERROR_NOT_READY
 _NO_TIMING = int(cu.CUevent_flags.CU_EVENT_DISABLE_TIMING)
 _NON_BLOCKING = int(cu.CUstream_flags.CU_STREAM_NON_BLOCKING)
 _MAPPED = 3  # CU_MEMHOSTALLOC_PORTABLE | _DEVICEMAP, the same for CU_MEMHOSTREGISTER
+_LAZY_PEER = int(cu.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)
+_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _THIS_THREAD = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 _STATIC_SHARED = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 _DYNAMIC_SHARED = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _OLDEST = (7, 5)
+_EARLY = (9, 0)  # knows programmatic dependent launches
 
 
 class CudaRuntime:
@@ -40,6 +43,7 @@ class CudaRuntime:
                 f"{self.name}: compute capability {major}.{minor}, at least 7.5 (Turing) is needed"
             )
         self.target = f"sm_{major}{minor}"
+        self._starts_early = (major, minor) >= _EARLY
         self.wave = self._attribute("WARP_SIZE")
         self.cores = self._attribute("MULTIPROCESSOR_COUNT")
         self.shared_bytes = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
@@ -94,6 +98,18 @@ class CudaRuntime:
 
     def free(self, address: int) -> None:
         self._call(cu.cuMemFree, address)
+
+    def share(self, address: int) -> bytes:
+        handle = self._call(cu.cuIpcGetMemHandle, address)
+        return ctypes.string_at(handle.getPtr(), _HANDLE_BYTES)
+
+    def open_shared(self, name: bytes) -> int:
+        handle = cu.CUipcMemHandle()
+        ctypes.memmove(handle.getPtr(), name, _HANDLE_BYTES)
+        return int(self._call(cu.cuIpcOpenMemHandle, handle, _LAZY_PEER))
+
+    def close_shared(self, address: int) -> None:
+        self._call(cu.cuIpcCloseMemHandle, address)
 
     def pinned(self, nbytes: int) -> Pinned:
         address = int(self._call(cu.cuMemHostAlloc, nbytes, _MAPPED))
@@ -162,6 +178,11 @@ class CudaRuntime:
         return int(function)
 
     def launch(self, launch: Launch, stream: int) -> None:
+        if launch.early and self._starts_early:
+            self._call(
+                cu.cuLaunchKernelEx, _early(launch, stream), launch.function, launch.parameters, 0
+            )
+            return
         (error,) = cu.cuLaunchKernel(
             launch.function, *launch.grid, *launch.group, launch.shared, stream,
             launch.parameters, 0,
@@ -200,6 +221,18 @@ class CudaRuntime:
                 self._call(destroy, handle)
             handles.clear()
         self._call(cu.cuDevicePrimaryCtxRelease, self._device)
+
+
+def _early(launch: Launch, stream: int) -> Any:
+    """How to launch a kernel that may start before the one before it has ended."""
+    attribute, config = cu.CUlaunchAttribute(), cu.CUlaunchConfig()
+    attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = launch.group
+    config.sharedMemBytes, config.hStream = launch.shared, stream
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 def _text(error: Any) -> str:

@@ -18,6 +18,7 @@ _ANY_WAY = hip.hipMemcpyKind.hipMemcpyDefault
 _NO_TIMING = 2  # hipEventDisableTiming
 _NON_BLOCKING = 1  # hipStreamNonBlocking
 _MAPPED = 3  # hipHostMallocPortable | hipHostMallocMapped, the same for hipHostRegister
+_LAZY_PEER = 1  # hipIpcMemLazyEnablePeerAccess
 _THIS_THREAD = hip.hipStreamCaptureMode.hipStreamCaptureModeThreadLocal
 
 
@@ -81,6 +82,16 @@ class HipRuntime:
 
     def free(self, address: int) -> None:
         self._call(hip.hipFree, address)
+
+    def share(self, address: int) -> bytes:
+        return bytes(self._call(hip.hipIpcGetMemHandle, address).reserved)
+
+    def open_shared(self, name: bytes) -> int:
+        handle = hip.hipIpcMemHandle_st.fromObj(bytearray(name))
+        return int(self._call(hip.hipIpcOpenMemHandle, handle, _LAZY_PEER))
+
+    def close_shared(self, address: int) -> None:
+        self._call(hip.hipIpcCloseMemHandle, address)
 
     def pinned(self, nbytes: int) -> Pinned:
         address = int(self._call(hip.hipHostMalloc, nbytes, _MAPPED))
@@ -185,5 +196,5 @@ class HipRuntime:
 
 
 def _text(error: Any) -> str:
-    text = hip.hipGetErrorString(error)
+    text = hip.hipGetErrorString(error)[-1]
     return text.decode() if isinstance(text, bytes) else str(text)

@@ -11,7 +11,7 @@ from fomoe.gguf.quants import GGMLType
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import ExpertLayout, Matrix
-from fomoe.kernels.gpu.products import Options, project
+from fomoe.kernels.gpu.products import DEFAULT, Options, project
 from fomoe.kernels.gpu.step import Rows, picks
 from fomoe.kernels.gpu.tuning import RowShape, Tuning, fit, tuning_of
 
@@ -59,7 +59,7 @@ class Choose:
 
 def scores(
     gpu: GPU, x: int, norm: tuple[int, float], router: Matrix, shared: SharedMatrices,
-    out: MoEBuffers, *, options: Options = Options(),
+    out: MoEBuffers, *, options: Options = DEFAULT,
 ) -> Launch:  # fmt: skip
     """Return what needs the layer's input alone: h, router scores, the shared expert's first half.
 
@@ -76,7 +76,7 @@ def scores(
 
 def experts_in(
     gpu: GPU, layout: ExpertLayout, top_k: int, picked: int, buffers: MoEBuffers, *,
-    choose: Choose | None = None, options: Options = Options(),
+    choose: Choose | None = None, options: Options = DEFAULT,
 ) -> Launch:  # fmt: skip
     """Return inner = silu(gate h) * (up h) of the `top_k` experts in `picked` (step.picks).
 
@@ -95,18 +95,19 @@ def experts_in(
     }
     wave = gpu.runtime.wave
     sets = top_k * -(-layout.width // shape.side(wave))
-    groups = min(gpu.runtime.cores * plan.tuning.per_core, -(-sets // plan.tuning.waves))
+    groups = min(gpu.runtime.cores * plan.tuning.per_core, sets)
     resident = (ctypes.c_uint64 * 4)(
         buffers.scores, choose.table if choose else 0, layout.offsets[1], layout.offsets[2]
     )
     kernel = gpu.kernel("experts_in", "experts_in", defines)
     args = [*buffers.h, picked, buffers.inner, resident]
-    return Launch(kernel, groups, plan.tuning.waves * wave, plan.shared_bytes, args)
+    threads, early = plan.tuning.waves * wave, plan.tuning.early
+    return Launch(kernel, groups, threads, plan.shared_bytes, args, early)
 
 
 def experts_out(
     gpu: GPU, layout: ExpertLayout, picked: tuple[int, int], shared_down: Matrix,
-    buffers: MoEBuffers, x: int, *, options: Options = Options(),
+    buffers: MoEBuffers, x: int, *, options: Options = DEFAULT,
 ) -> Launch:  # fmt: skip
     """Return x = (sum of weight * down inner, ascending by id, + shared expert) + x, float32 [D].
 
@@ -133,9 +134,9 @@ def experts_out(
     kernel = gpu.kernel("experts_out", "experts_out", defines)
     second = (ctypes.c_uint64 * 4)(buffers.gate, buffers.up, buffers.scale, shared_down.address)
     groups = -(-layout.hidden // rows)
-    threads = plan.tuning.waves * wave
+    threads, early = plan.tuning.waves * wave, plan.tuning.early
     args = [picks_address, buffers.inner, second, x]
-    return Launch(kernel, groups, threads, plan.shared_bytes, args)
+    return Launch(kernel, groups, threads, plan.shared_bytes, args, early)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,9 +31,12 @@ class Options:
     tuning: Tuning | None = None
 
 
+DEFAULT = Options()
+
+
 def project(
     gpu: GPU, x: int, norm: int, eps: float, parts: Sequence[Part], *,
-    keep: Rows = NOWHERE, options: Options = Options(),
+    keep: Rows = NOWHERE, options: Options = DEFAULT,
 ) -> Launch:  # fmt: skip
     """Return y_i = W_i h with h = x * norm / sqrt(mean(x^2) + eps), all in one launch.
 
@@ -47,7 +50,7 @@ def project(
 
 def project_rows(
     gpu: GPU, rows: Rows, matrix: Matrix, x: int, *, add: bool = True,
-    options: Options = Options(),
+    options: Options = DEFAULT,
 ) -> Launch:  # fmt: skip
     """Return x += W h (or x = W h without `add`) for one row h, x float32 [rows of W].
 
@@ -107,7 +110,7 @@ def _plan(gpu: GPU, parts: Sequence[Part], options: Options, defines: dict[str, 
         **defines,
     }
     most = [
-        -(-matrix.rows // (shape.side(wave) * tuning.waves))
+        -(-matrix.rows // shape.side(wave))
         for (matrix, _), shape in zip(parts, shapes, strict=True)
     ]
     groups = share_groups(
@@ -140,4 +143,5 @@ def _launch(gpu: GPU, name: str, plan: _Plan, args: list[object]) -> Launch:
         first += groups
     kernel = gpu.kernel("project", name, plan.defines)
     threads = plan.tuning.waves * gpu.runtime.wave
-    return Launch(kernel, first, threads, plan.shared_bytes, [*args, table])
+    early = plan.tuning.early
+    return Launch(kernel, first, threads, plan.shared_bytes, [*args, table], early)

@@ -22,6 +22,7 @@ class Tuning:
         stages: tiles of weights in a wave's ring; all but one are on their way.
         tile: bytes of a tile at most, where a row is longer.
         held: 4-byte words of activations that a lane may keep in registers.
+        early: start beside the launch before, with weights that nobody writes.
     """
 
     waves: int = 8
@@ -29,6 +30,7 @@ class Tuning:
     stages: int = 3
     tile: int = 2304
     held: int = 96
+    early: bool = False
 
     def defines(self, stage_bytes: int) -> dict[str, int]:
         """What the kernels' sources call these numbers."""
@@ -44,7 +46,8 @@ class Tuning:
 # By the first letters of a target. NVIDIA's copies into shared memory cost no registers and bypass
 # L1, so that a few waves with deep rings fill the bus; AMD's cards need waves for that.
 _TUNINGS = {
-    "sm_": Tuning(waves=16, per_core=1, stages=4, tile=2304, held=96),
+    "sm_": Tuning(waves=16, per_core=1, stages=3, tile=2304, held=96, early=True),
+    "sm_7": Tuning(waves=8, per_core=1, stages=2, tile=2304, held=48),
     "gfx9": Tuning(waves=4, per_core=4, stages=2, tile=4608, held=48),
     "gfx1": Tuning(waves=8, per_core=2, stages=2, tile=2304, held=48),
     "cpu": Tuning(waves=2, per_core=1, stages=3, tile=2304, held=96),

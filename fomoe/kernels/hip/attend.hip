@@ -2,7 +2,7 @@
 //
 // Grid (SPLITS, HEADS / ROWS): a group attends ROWS query heads of a kv head to its share of the
 // positions, and the last of those that share heads puts the parts together.
-#include "attention.h"
+#include "attend_span.h"
 #include "last.h"
 
 constexpr int kSubsets = kShared / ROWS;  // groups of query heads that read the same keys

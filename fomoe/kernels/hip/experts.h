@@ -19,4 +19,4 @@ FM_DEV void copy_picks(Picks& to, const Picks& from) {
 }
 
 FM_DEV constexpr int whole16(int bytes) { return ceil_div(bytes, 16) * 16; }
-constexpr int kPickBytes = whole16(sizeof(Picks));
+constexpr int kPickBytes = (sizeof(Picks) + 15) / 16 * 16;

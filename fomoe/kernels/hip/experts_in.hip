@@ -16,7 +16,8 @@ struct PairStream {
   int set, matrix, segment;  // of the next fetch
 
   FM_DEV PairStream(Ring r, const Picks& p) : ring(r), picks(p), set(first()), matrix(0), segment(0) {}
-  FM_DEV static int first() { return (int)(blockIdx.x * FM_WAVES + threadIdx.x / FM_WAVE); }
+  // Neighbouring sets go to different groups, so that no core has all of what is left over.
+  FM_DEV static int first() { return (int)(threadIdx.x / FM_WAVE * gridDim.x + blockIdx.x); }
   FM_DEV static int stride() { return (int)gridDim.x * FM_WAVES; }
 
   FM_DEV void fetch() {
@@ -36,13 +37,7 @@ struct PairStream {
     FM_UNROLL for (int i = 1; i < FM_STAGES; ++i) fetch();
   }
   FM_DEV float product(const Held<In, FM_HIDDEN>& x, int row) {
-    float sum = 0.0f;
-    FM_UNROLL for (int s = 0; s < InTiles::kSegments; ++s) {
-      const char* const tile = ring.next();
-      fetch();
-      sum += x.dot(tile, InTiles::margin(row, s), s);
-    }
-    return row_sum<InTiles::kLanes>(sum);
+    return row_product<In, FM_HIDDEN>(x, row, ring, *this);
   }
 };
 
@@ -76,6 +71,9 @@ void experts_in(const float* x, const signed char* q, const fm_f2* s, Picks* pic
   using Size = InputSize<In, FM_HIDDEN>;
   const Input input = Size::in(memory + kPickBytes);
   char* const rings = memory + kPickBytes + Size::kBytes;
+  fm_release_next();
+  fm_wait_before();
+  take_row<In, FM_HIDDEN>(input, Rows{x, q, s});
   if (FM_EXPERTS) choose_picks(from, mine, rings);
   else copy_picks(mine, *picks);
   fm_barrier();
@@ -83,8 +81,6 @@ void experts_in(const float* x, const signed char* q, const fm_f2* s, Picks* pic
 
   PairStream stream(Ring(rings), mine);
   stream.start();
-  take_row<In, FM_HIDDEN>(input, Rows{x, q, s});
-  fm_barrier();
   const Held<In, FM_HIDDEN> held(input);
   for (int set = stream.first(); set < FM_K * stream.kSets; set += stream.stride()) {
     const int row = set % stream.kSets * InTiles::kSide, mine_row = row + fm_lane() / InTiles::kLanes;

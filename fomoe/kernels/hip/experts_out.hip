@@ -44,15 +44,8 @@ struct DownStream {
   template <class F, int kCols>
   FM_DEV void product(const Input& x, int set, float* out) {
     using T = RowTiles<F, kCols>;
-    const Held<F, kCols> held(x);
     const int row = blockIdx.x * FM_ROWS + set * T::kSide, mine = set * T::kSide + fm_lane() / T::kLanes;
-    float sum = 0.0f;
-    FM_UNROLL for (int s = 0; s < T::kSegments; ++s) {
-      const char* const tile = ring.next();
-      fetch();
-      sum += held.dot(tile, T::margin(row, s), s);
-    }
-    sum = row_sum<T::kLanes>(sum);
+    const float sum = row_product<F, kCols>(Held<F, kCols>(x), row, ring, *this);
     if (fm_lane() % T::kLanes == 0 && mine < FM_ROWS) out[mine] = sum;
   }
 };
@@ -103,6 +96,8 @@ void experts_out(const Picks* picks, const float* inner, SharedExpert shared, fl
   const Inners inners{memory + kPickBytes + kOutBytes};
   Spread<FM_K * FM_WIDTH> routed;
   Spread<FM_SHARED_WIDTH> gate, up;
+  fm_release_next();
+  fm_wait_before();
   copy_picks(mine, *picks);
   routed.read(inner), gate.read(shared.gate), up.read(shared.up);
   fm_barrier();

@@ -42,6 +42,7 @@ static const __device__ fm_grid_size gridDim{};
     extern __shared__ __attribute__((aligned(16))) unsigned char fm_dynamic[]; \
     T* name = reinterpret_cast<T*>(fm_dynamic)
 #define FM_UNROLL _Pragma("unroll")
+#define FM_NO_UNROLL _Pragma("unroll 1")
 
 struct alignas(16) fm_u4 { unsigned x, y, z, w; };
 struct alignas(16) fm_i4 { int x, y, z, w; };
@@ -104,6 +105,10 @@ FM_DEV unsigned fm_atomic_add(unsigned* p, unsigned value) {
     return __hip_atomic_fetch_add(p, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
 FM_DEV unsigned long long fm_clock() { return __builtin_readsteadycounter(); }  // at 100 MHz
+
+// ---- launches: one begins when the one before has ended
+FM_DEV void fm_wait_before() {}
+FM_DEV void fm_release_next() {}
 
 // ---- groups and waves
 // Orders shared memory alone: the caches of global memory stay as they are, unlike with
@@ -257,3 +262,4 @@ FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& 
     fm_tile_mma(c, fm_lane() / 32 == HALF ? a : nothing, b);
 }
 #endif
+#include "half_amd.h"

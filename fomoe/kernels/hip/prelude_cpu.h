@@ -43,6 +43,7 @@ unsigned sizes(void (*)(A...), unsigned* out) {
 #define FM_SHARED alignas(16) __attribute__((section("fm_shared"))) static
 #define FM_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(fm_engine->dynamic)
 #define FM_UNROLL _Pragma("GCC unroll 16")
+#define FM_NO_UNROLL _Pragma("GCC unroll 1")
 #define threadIdx (fm_engine->thread)
 #define blockIdx (fm_engine->group)
 #define blockDim (fm_engine->threads)
@@ -117,6 +118,11 @@ FM_DEV unsigned fm_atomic_add(unsigned* p, unsigned value) {
 }
 FM_DEV unsigned long long fm_clock() { return __builtin_ia32_rdtsc(); }
 
+// ---- launches: fm_release_next lets the next one of the stream start beside this one, as far as it
+// gets before its fm_wait_before, which waits until the one before has ended. Launch.early asks for it.
+FM_DEV void fm_wait_before() {}
+FM_DEV void fm_release_next() {}
+
 // ---- groups and waves
 FM_DEV void fm_barrier() { fm_engine->barrier(); }
 FM_DEV int fm_lane() { return int(fm_engine->lane); }
@@ -124,8 +130,6 @@ FM_DEV int fm_thread() {
     const fm_cpu::Index &t = threadIdx, &n = blockDim;
     return int(t.x + n.x * (t.y + n.y * t.z));
 }
-
-enum { FM_OP_XOR = 1, FM_OP_READ, FM_OP_SUM, FM_OP_MAX, FM_OP_TILE, FM_OP_SYNC };
 
 template <class T>
 FM_DEV T fm_from_lane(const unsigned char* shown, unsigned lane) {
@@ -136,33 +140,20 @@ FM_DEV T fm_from_lane(const unsigned char* shown, unsigned lane) {
 template <class T>
 FM_DEV T fm_wave_xor(T value, int mask) {
     static_assert(sizeof(T) == 4, "4 bytes");
-    return fm_from_lane<T>(fm_engine->exchange(&value, sizeof(T), FM_OP_XOR), (fm_lane() ^ mask) % FM_WAVE);
+    return fm_from_lane<T>(fm_engine->exchange(&value, sizeof(T), fm_cpu::kXor), (fm_lane() ^ mask) % FM_WAVE);
 }
 template <class T>
 FM_DEV T fm_wave_read(T value, int lane) {
     static_assert(sizeof(T) == 4, "4 bytes");
-    return fm_from_lane<T>(fm_engine->exchange(&value, sizeof(T), FM_OP_READ), unsigned(lane) % FM_WAVE);
+    return fm_from_lane<T>(fm_engine->exchange(&value, sizeof(T), fm_cpu::kRead), unsigned(lane) % FM_WAVE);
 }
 // Orders what the lanes of a wave wrote to shared memory, and what came there by fm_copy16.
 FM_DEV void fm_wave_sync() {
     const int nothing = 0;
-    fm_engine->exchange(&nothing, sizeof(nothing), FM_OP_SYNC);
+    fm_engine->exchange(&nothing, sizeof(nothing), fm_cpu::kSync);
 }
-// Lane by lane the butterfly over masks 1, 2, 4 .. WAVE/2: the order, and the bits, of all devices.
-template <class Join>
-FM_DEV float fm_reduce_lanes(const unsigned char* shown, Join join) {
-    float all[FM_WAVE];
-    for (int i = 0; i < FM_WAVE; i++) all[i] = fm_from_lane<float>(shown, i);
-    for (int mask = 1; mask < FM_WAVE; mask *= 2)
-        for (int i = 0; i < FM_WAVE; i += 2 * mask) all[i] = join(all[i], all[i + mask]);
-    return all[0];
-}
-FM_DEV float fm_wave_sum(float value) {
-    return fm_reduce_lanes(fm_engine->exchange(&value, 4, FM_OP_SUM), [](float a, float b) { return a + b; });
-}
-FM_DEV float fm_wave_max(float value) {
-    return fm_reduce_lanes(fm_engine->exchange(&value, 4, FM_OP_MAX), [](float a, float b) { return fmaxf(a, b); });
-}
+FM_DEV float fm_wave_sum(float value) { return fm_engine->reduce(value, fm_cpu::kSum); }
+FM_DEV float fm_wave_max(float value) { return fm_engine->reduce(value, fm_cpu::kMax); }
 
 // ---- matrix tiles: a wave's fragments of int8 [16][32] and its share of int32 [16][16]
 constexpr int FM_TILE_REGS = 256 / FM_WAVE;
@@ -206,7 +197,7 @@ FM_DEV int fm_tile_dot(const unsigned char* shown, int row, int col, int begin, 
 }
 FM_DEV void fm_tile_mma_range(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b, int begin, int end) {
     struct { fm_tile_a a; fm_tile_b b; } both{a, b};
-    const unsigned char* shown = fm_engine->exchange(&both, sizeof(both), FM_OP_TILE);
+    const unsigned char* shown = fm_engine->exchange(&both, sizeof(both), fm_cpu::kTile);
     for (int i = 0; i < FM_TILE_REGS; i++) c[i] += fm_tile_dot(shown, fm_tile_row(i), fm_tile_col(i), begin, end);
 }
 // c += a * b^T over K = 32; all lanes of the wave come here.
@@ -216,3 +207,4 @@ template <int HALF>
 FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     fm_tile_mma_range(c, a, b, 16 * HALF, 16 * HALF + 16);
 }
+#include "half_cpu.h"

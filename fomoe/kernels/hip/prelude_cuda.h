@@ -13,6 +13,7 @@
     extern __shared__ __align__(16) unsigned char fm_dynamic[]; \
     T* name = reinterpret_cast<T*>(fm_dynamic)
 #define FM_UNROLL _Pragma("unroll")
+#define FM_NO_UNROLL _Pragma("unroll 1")
 
 typedef uint4 fm_u4;
 typedef int4 fm_i4;
@@ -95,6 +96,16 @@ FM_DEV unsigned long long fm_clock() {  // nanoseconds
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
     return now;
 }
+
+// ---- launches: fm_release_next lets the next one of the stream start beside this one, as far as it
+// gets before its fm_wait_before, which waits until the one before has ended. Launch.early asks for it.
+#if __CUDA_ARCH__ >= 900
+FM_DEV void fm_wait_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+FM_DEV void fm_release_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+FM_DEV void fm_wait_before() {}
+FM_DEV void fm_release_next() {}
+#endif
 
 // ---- groups and waves
 FM_DEV void fm_barrier() { __syncthreads(); }
@@ -196,3 +207,4 @@ FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& 
     fm_tile_half_k16(c.reg, a.part[2 * HALF], a.part[2 * HALF + 1], b.part[HALF]);
     fm_tile_half_k16(c.reg + 4, a.part[2 * HALF], a.part[2 * HALF + 1], b.part[2 + HALF]);
 }
+#include "half_cuda.h"

@@ -16,9 +16,11 @@ struct Parts {
   Part part[FM_PARTS];
 };
 
-FM_DEV int part_of(const Parts& parts, int group) {
-  int found = 0;
-  FM_UNROLL for (int i = 1; i < FM_PARTS; ++i) found = group >= parts.part[i].first ? i : found;
+// The matrix of a group. Parts are named by constants: an index would put them into memory.
+FM_DEV Part part_of(const Parts& parts, int group) {
+  Part found = parts.part[0];
+  FM_UNROLL for (int i = 1; i < FM_PARTS; ++i)
+    if (group >= parts.part[i].first) found = parts.part[i];
   return found;
 }
 
@@ -41,7 +43,8 @@ FM_DEV void run_as(int type, const Body& body) {
 template <class F>
 FM_DEV MatrixStream<F, FM_COLS> stream_of(const Part& part, char* memory) {
   static_assert(InputSize<F, FM_COLS>::kBytes <= FM_INPUT_BYTES, "room for the vector");
-  const int wave = ((int)blockIdx.x - part.first) * FM_WAVES + (int)threadIdx.x / FM_WAVE;
+  // Neighbouring rows go to different groups, so that no core has all of what is left over.
+  const int wave = (int)threadIdx.x / FM_WAVE * part.groups + (int)blockIdx.x - part.first;
   const Ring ring(memory + kScratchBytes + FM_INPUT_BYTES);
   return MatrixStream<F, FM_COLS>(ring, part.weights, part.rows, wave, part.groups * FM_WAVES);
 }
@@ -66,9 +69,12 @@ struct Normed {
   template <class F>
   FM_DEV void run() const {
     Spread<FM_COLS> v, weight;
-    v.read(x), weight.read(norm);
+    weight.read(norm);
     auto stream = stream_of<F>(part, memory);
     stream.start();
+    fm_release_next();
+    fm_wait_before();
+    v.read(x);
     normalise(v, weight, eps, (float*)memory);
     const Input input = InputSize<F, FM_COLS>::in(memory + kScratchBytes);
     FM_UNROLL for (int j = 0; j < Spread<FM_COLS>::kEach; ++j) {
@@ -87,7 +93,7 @@ struct Normed {
 FM_KERNEL(FM_WAVES * FM_WAVE)
 void project(const float* x, const float* norm, float eps, float* hx, unsigned* hq, fm_f2* hs, Parts parts) {
   FM_DYN_SHARED(char, memory);
-  const Part part = parts.part[part_of(parts, blockIdx.x)];
+  const Part part = part_of(parts, blockIdx.x);
   run_as(part.type, Normed{x, norm, eps, hx, hq, hs, part, memory});
 }
 
@@ -101,6 +107,8 @@ struct Taken {
   FM_DEV void run() const {
     auto stream = stream_of<F>(part, memory);
     stream.start();
+    fm_release_next();
+    fm_wait_before();
     const Input input = InputSize<F, FM_COLS>::in(memory + kScratchBytes);
     take_row<F, FM_COLS>(input, rows);
     fm_barrier();
@@ -112,6 +120,6 @@ struct Taken {
 FM_KERNEL(FM_WAVES * FM_WAVE)
 void project_rows(const float* x, const signed char* q, const fm_f2* s, Parts parts) {
   FM_DYN_SHARED(char, memory);
-  const Part part = parts.part[part_of(parts, blockIdx.x)];
+  const Part part = part_of(parts, blockIdx.x);
   run_as(part.type, Taken<FM_ADD != 0>{Rows{x, q, s}, part, memory});
 }

@@ -2,6 +2,26 @@
 #pragma once
 #include "activations.h"
 
+// The product of the lane's row among those from `row` on, which come next out of the ring. For each
+// tile that is taken the stream fetches another.
+template <class F, int kCols, class Stream>
+FM_DEV float row_product(const Held<F, kCols>& x, int row, Ring& ring, Stream& stream) {
+  using T = RowTiles<F, kCols>;
+  float sum = 0.0f;
+  const auto take = [&](int segment) {
+    const char* const tile = ring.next();
+    stream.fetch();
+    sum += x.dot(tile, T::margin(row, segment), segment);
+  };
+  // Registers have no index: activations that are held make each segment code of its own.
+  if constexpr (Held<F, kCols>::kHeld) {
+    FM_UNROLL for (int s = 0; s < T::kSegments; ++s) take(s);
+  } else {
+    FM_NO_UNROLL for (int s = 0; s < T::kSegments; ++s) take(s);
+  }
+  return row_sum<T::kLanes>(sum);
+}
+
 template <class F, int kCols>
 struct MatrixStream {
   using T = RowTiles<F, kCols>;
@@ -30,13 +50,7 @@ struct MatrixStream {
 
   // The product of the lane's row among those from `at` on, which are the next of this wave.
   FM_DEV float product(const Held<F, kCols>& x, int at) {
-    float sum = 0.0f;
-    FM_UNROLL for (int s = 0; s < T::kSegments; ++s) {
-      const char* const tile = ring.next();
-      fetch();
-      sum += x.dot(tile, T::margin(at, s), s);
-    }
-    return row_sum<T::kLanes>(sum);
+    return row_product<F, kCols>(x, at, ring, *this);
   }
 
   // out = W x, or out += W x.

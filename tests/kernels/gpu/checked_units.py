@@ -10,8 +10,9 @@ from pathlib import Path
 
 from fomoe.kernels.gpu.prompt import product_defines
 from fomoe.kernels.gpu.prompt_tiles import Tile
-from fomoe.kernels.gpu.sources import FOLDER
+from fomoe.kernels.gpu.sources import FOLDER, source_of
 
+AMD = {"gfx1100": 32, "gfx1200": 32, "gfx1201": 32, "gfx942": 64}  # lanes of a wave
 OWN = Path(__file__).parent / "units"
 
 
@@ -64,10 +65,14 @@ CHECKS = (
     Check("rows", {"THREADS": 256, "COLS": 4096, "FLOAT_ROWS": 1, "INT8": 1}),
     Check("rows", {"THREADS": 256, "HIDDEN": 4096, "TOP_K": 10}),
     *(Check("project", _project((t,), 4096), dots=True) for t in _QUANTS),
-    Check("project", _project((8, 12, 14), 8192), dots=True),
-    Check("project", _project((0, 1, 30), 4096)),
+    Check("project", {**_project((8, 12, 14), 8192), "FM_HELD": 48}, dots=True),
+    Check("project", _project((0, 1), 4096)),
+    Check("project", _project((30,), 4096)),
     Check("project", {**_project(_QUANTS, 2048), "FM_INT8": 0}),
-    *(Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True) for t in (12, 14)),
+    *(
+        Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True)
+        for t in (12, 14)
+    ),
     *(Check("experts_out", {**_OUT, "FM_TYPE_DOWN": t}, dots=True) for t in (12, 13, 14)),
     Check("delay"),
     Check("names", dots=True, tiles=True, folder=OWN),
@@ -79,7 +84,14 @@ CHECKS = (
     Check("delta", {**_DELTA, "PARTS": 2, "THREADS": 512}),
     Check("delta_chunk", {**_DELTA, "THREADS": 256}),
     Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 4, "SPLITS": 16}),
-    Check("attend", {**_ATTEND, "KV_F32": 1, "ROWS": 8, "SPLITS": 33}),
-    Check("attend_chunk", {**_ATTEND, "KV_F32": 0, "ROWS": 16, "TOKENS": 1}),
+    Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 8, "SPLITS": 33}),
+    Check("attend", {**_ATTEND, "KV_F32": 1, "ROWS": 4, "SPLITS": 33}),
+    Check("attend_inputs", {**_ATTEND, "KV_F32": 0, "TILES": 1}),
+    Check("attend_tiles", {**_ATTEND, "KV_F32": 0, "THREADS": 128}, tiles=True),
     Check("attend_chunk", {**_ATTEND, "HEADS": 16, "KV_F32": 1, "ROWS": 16, "TOKENS": 2}),
 )
+
+
+def source(check: Check, target: str, wave: int) -> str:
+    """Return what a compiler gets."""
+    return source_of(check.unit, {**check.defines, "FM_WAVE": wave}, target, check.folder)

@@ -1,20 +1,16 @@
 """Every unit's machine code for every target: it exists, spills nothing and uses what it must."""
 
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
-from kernels.gpu.checked_units import CHECKS
+from kernels.gpu.checked_units import AMD, CHECKS, source
 from support.gpu_compilers import compile_amd, compile_nvidia
 
-from fomoe.kernels.gpu.sources import FOLDER, source_of
+from fomoe.kernels.gpu.sources import FOLDER
 
-AMD = {"gfx1100": 32, "gfx1200": 32, "gfx1201": 32, "gfx942": 64}
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AT_ONCE = 2
-
-
-def source(check, target, wave):
-    return source_of(check.unit, {**check.defines, "FM_WAVE": wave}, target, check.folder)
 
 
 def problems(check, report):
@@ -48,11 +44,19 @@ def test_amd(target, tmp_path):
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("target", NVIDIA)
-def test_nvidia(target):
-    def check(check):
-        return problems(check, compile_nvidia(source(check, target, 32), target))
+@pytest.fixture(scope="module")
+def processes():
+    """Two processes for NVRTC, a library: a crash of it ends no other test."""
+    with ProcessPoolExecutor(AT_ONCE, multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = [p for part in pool.map(check, CHECKS) for p in part]
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_nvidia(target, processes):
+    reports = processes.map(
+        compile_nvidia, [source(c, target, 32) for c in CHECKS], [target] * len(CHECKS)
+    )
+    found = [
+        p for check, report in zip(CHECKS, reports, strict=True) for p in problems(check, report)
+    ]
     assert not found, "\n".join(found)

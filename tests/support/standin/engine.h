@@ -9,17 +9,17 @@ namespace standin {
 
 // A kernel of a loaded module: how to call it and where its static shared memory lies.
 struct Kernel {
-    std::string name;
-    fm_cpu::Kernel call;
-    void (*bind)(fm_cpu::Engine*);
-    unsigned wave;
-    unsigned char* shared_begin;
-    unsigned char* shared_end;
+  std::string name;
+  fm_cpu::Kernel call;
+  void (*bind)(fm_cpu::Engine*);
+  unsigned wave;
+  unsigned char* shared_begin;
+  unsigned char* shared_end;
 };
 
 struct Shape {
-    fm_cpu::Index groups, threads;
-    unsigned dynamic_bytes;
+  fm_cpu::Index groups, threads;
+  unsigned dynamic_bytes;
 };
 
 // Runs all groups, in an order that `seed` chooses, as it does for waves and lanes. Returns an

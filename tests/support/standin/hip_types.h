@@ -5,8 +5,7 @@
 using hipError_t = int;
 constexpr hipError_t hipSuccess = 0, hipErrorInvalidValue = 1, hipErrorOutOfMemory = 2,
                      hipErrorInvalidImage = 200, hipErrorNotFound = 500, hipErrorNotReady = 600,
-                     hipErrorLaunchFailure = 719, hipErrorInvalidDevice = 101,
-                     hipErrorStreamCaptureUnsupported = 900;
+                     hipErrorLaunchFailure = 719, hipErrorInvalidDevice = 101;
 
 // hipDeviceProp_tR0600: only what somebody reads, by offset.
 constexpr size_t kPropBytes = 1472, kPropName = 0, kPropMemory = 288, kPropShared = 296,
@@ -14,7 +13,7 @@ constexpr size_t kPropBytes = 1472, kPropName = 0, kPropMemory = 288, kPropShare
                  kPropArch = 1160;
 
 struct hipIpcMemHandle {
-    char reserved[64];
+  char reserved[64];
 };
 
 using hiprtcResult = int;
