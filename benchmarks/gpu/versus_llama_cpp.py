@@ -1,6 +1,6 @@
 """One GPU, one file, both engines in turn: decode and prompts of fomoe over llama.cpp's CUDA build.
 
-Run: python benchmarks/gpu/versus_llama_cpp.py --llama ./llama_cpp --models a.gguf b.gguf --out r.json
+Run: python benchmarks/gpu/versus_llama_cpp.py --llama ./llama_cpp --models a.gguf b.gguf
 
 `llama_cpp` is `llama_cpp.cpp` of this folder, built against a llama.cpp tree; `benchmarks/synth.py`
 writes the files. llama.cpp's best of flash attention on and off and of two batch sizes counts.
