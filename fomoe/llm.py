@@ -1,4 +1,4 @@
-"""The Python API: a model on a Ray cluster as a context manager."""
+"""The Python API: a running model as a context manager, on a Ray cluster or without."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from functools import cached_property
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from fomoe.actors.cluster import Cluster, niceness_hint
 from fomoe.actors.names import DRIVER, STORAGE
+from fomoe.actors.processes import ProcessLauncher
 from fomoe.actors.supervisor import Supervisor
 from fomoe.config import Budgets, EngineConfig, RoutingConfig, default_model, parse_bytes
 from fomoe.engine.fill import read_profile
+from fomoe.engine.hosting import free_vram
 from fomoe.engine.plan import resolve
 from fomoe.engine.requests import (
     Finished,
@@ -34,11 +33,16 @@ from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
 from fomoe.model.buffers import F32
-from fomoe.model.chat import ChatTemplate
 from fomoe.model.tokenizer import Tokenizer
 from fomoe.quality import car_quality, parse_quality, profile_beside, read_sensitivities
+from fomoe.storage.segment import available_bytes
+
+if TYPE_CHECKING:
+    from fomoe.actors.cluster import Cluster
+    from fomoe.model.chat import ChatTemplate
 
 _NUMBERS = itertools.count()
+_LAUNCHERS = ("ray", "processes")
 _CALL_S = 10.0
 
 
@@ -66,9 +70,11 @@ class LLM:
         address: Ray cluster; None finds a running one or starts one, "local" always starts one.
         on_progress: Called with (share done, what) while loading.
         options: Any other field of `EngineConfig`, e.g. `ctx_size=8192` or
-            `routing=RoutingConfig(car_capacity=40)`; and `name`, the prefix of the actors' names.
+            `routing=RoutingConfig(car_capacity=40)`; `name`, the prefix of the actors' names; and
+            `launcher`, "ray" or "processes": children of this process, on this machine alone.
 
-    Raises ConfigError, BudgetError, GGUFError or EngineError; nothing is left running then.
+    Raises ConfigError, BudgetError, GGUFError, DeviceError or EngineError; nothing is left running
+    then.
     """
 
     def __init__(
@@ -84,6 +90,9 @@ class LLM:
         **options: Any,
     ) -> None:  # fmt: skip
         name = options.pop("name", f"fomoe-{os.getpid()}-{next(_NUMBERS)}")
+        launcher = options.pop("launcher", "ray")
+        if launcher not in _LAUNCHERS:
+            raise ConfigError(f"launcher is {launcher!r}; choose one of {', '.join(_LAUNCHERS)}")
         model = default_model() if path is None else Path(path)
         options["routing"] = _routing(options.get("routing", RoutingConfig()), quality, model)
         config = EngineConfig(
@@ -95,16 +104,16 @@ class LLM:
         self.file = open_gguf(config.model)
         self.spec = read_spec(self.file)
         table = ExpertTable.from_gguf(self.file, self.spec.n_layers)
-        free = psutil.virtual_memory().available
+        free = available_bytes()
         # Actors have working directories of their own.
         trace = None if config.trace is None else config.trace.absolute()
         profile = None if config.profile is None else config.profile.absolute()
         config = replace(config, model=config.model.resolve(), trace=trace, profile=profile)
         if profile is not None:  # what is wrong with it is told before anything starts
             read_profile(profile, self.spec.n_layers, self.spec.moe.n_experts)
-        self.config = resolve(config, table, self.spec, free)
+        self.config = resolve(config, table, self.spec, free, free_vram(config))
         self.tokenizer = Tokenizer.from_gguf(self.file.metadata)
-        self.cluster = Cluster(address)
+        self.cluster = _open_cluster(address) if launcher == "ray" else ProcessLauncher()
         try:
             self._engine: Supervisor | None = Supervisor(
                 lambda: self.cluster.launch(self.file, self.spec, self.config, name, on_progress)
@@ -123,6 +132,8 @@ class LLM:
     @cached_property
     def chat(self) -> ChatTemplate:
         """The model's chat template; rendered in a process of its own, which `close` ends."""
+        from fomoe.model.chat import ChatTemplate  # and jinja2, which answers without it spare
+
         return ChatTemplate.from_gguf(
             self.file.metadata, self.tokenizer, ctx_size=self.config.ctx_size
         )
@@ -132,10 +143,15 @@ class LLM:
         return self.engine.plan.text()
 
     def cluster_text(self) -> str:
-        """Return lines for people: how to look at the actors on the Ray cluster."""
-        nice = int(self.engine.running.handles[DRIVER].call("nice").result(_CALL_S))
-        hint = niceness_hint(nice)
-        return "\n".join(self.cluster.hints() + ([] if hint is None else [hint]))
+        """Return lines for people: how to look at the actors on the Ray cluster, if on one."""
+        lines = self.cluster.hints()
+        if not isinstance(self.cluster, ProcessLauncher):
+            from fomoe.actors.cluster import niceness_hint
+
+            nice = int(self.engine.running.handles[DRIVER].call("nice").result(_CALL_S))
+            hint = niceness_hint(nice)
+            lines += [] if hint is None else [hint]
+        return "\n".join(lines)
 
     def read_stats(self) -> dict[str, float]:
         """Return what storage has read so far, added up over the nodes.
@@ -262,6 +278,13 @@ def _routing(routing: RoutingConfig, quality: str | None, model: Path) -> Routin
     if profile is None:
         return routing
     return replace(routing, sensitivities=read_sensitivities(profile))
+
+
+def _open_cluster(address: str | None) -> Cluster:
+    """Imported here: what runs without Ray needs nothing that Ray brings along."""
+    from fomoe.actors.cluster import Cluster
+
+    return Cluster(address)
 
 
 def _contract(quality: str | None, car: float | None) -> str | None:

@@ -17,6 +17,8 @@ from rich.table import Table
 from fomoe.cli.opening import demo_budgets
 from fomoe.cli.options import ModelOptions
 from fomoe.config import Budgets, EngineConfig, format_bytes
+from fomoe.devices import is_gpu
+from fomoe.engine.hosting import dense_bytes, free_vram
 from fomoe.engine.plan import make_plan, resolve
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
@@ -116,17 +118,14 @@ def _tiers(
 ) -> tuple[int, int, dict[str, TierShare]]:
     devices = options.device_names()
     vram, ram = options.vram_budget, options.ram_budget
-    if options.is_demo and not options.has_budget:
+    if options.is_demo and not options.has_budget and not is_gpu(devices[0]):
         vram, ram = demo_budgets(table, len(devices))
-    config = resolve(
-        EngineConfig(
-            model=options.path, devices=devices, budgets=Budgets(vram_bytes=vram, ram_bytes=ram)
-        ),
-        table,
-        spec,
-        free_bytes,
+    asked = EngineConfig(
+        model=options.path, devices=devices, budgets=Budgets(vram_bytes=vram, ram_bytes=ram)
     )
-    plan = make_plan(table, spec, config, (0,) * len(devices))
+    config = resolve(asked, table, spec, free_bytes, free_vram(asked))
+    dense = dense_bytes(open_gguf(options.path), spec, config)
+    plan = make_plan(table, spec, config, (0,) * len(devices), dense)
     on_device = sum(plan.topology.device_slots.values())
     in_ram = sum(plan.topology.ram_slots.values())
     device_bytes, ram_bytes = plan.slot_bytes()

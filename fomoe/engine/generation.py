@@ -11,9 +11,8 @@ import numpy as np
 
 from fomoe.config import RoutingConfig
 from fomoe.engine.contract import Contract
-from fomoe.engine.forward import Forward
+from fomoe.engine.loop import LayerLoop
 from fomoe.engine.meter import Meter
-from fomoe.engine.prefill import prefill
 from fomoe.engine.recorder import Recorder
 from fomoe.engine.requests import (
     Event,
@@ -24,7 +23,7 @@ from fomoe.engine.requests import (
     PromptProgress,
     TokenEvent,
 )
-from fomoe.engine.sampler import log_probabilities, sample
+from fomoe.engine.sampler import log_probabilities, refuse_broken, sample, takes_largest
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.shadow import Shadow, divergence
 from fomoe.errors import ConfigError, RequestError
@@ -52,14 +51,14 @@ class Generation:
         self,
         request: GenerateRequest,
         sequence: Sequence,
-        forward: Forward,
+        forward: LayerLoop,
         meter: Meter,
         *,
         chunk: int,
         routing: RoutingConfig,
         serial: bool = False,
     ) -> None:
-        check_request(request, sequence.state.ctx_size, forward.model.spec.vocab)
+        check_request(request, sequence.state.ctx_size, forward.spec.vocab)
         self.request = request
         self.finished = False
         self._sequence = sequence
@@ -76,15 +75,21 @@ class Generation:
         self._echo: list[float | None] = [None]
         self._echo_top: list[list[tuple[int, float]]] = [[]]
         quality = routing.quality if request.quality is None else parse_quality(request.quality)
+        self._contract = Contract(quality, routing.shadow_every, routing.sensitivities)
+        if self._contract.needs_twin and not forward.has_twin:
+            raise RequestError(
+                f"quality {quality} needs a second state on the devices, which they have no room "
+                "set aside for; start with --quality kl=... or a --shadow-every above 0",
+                "quality",
+            )
         afresh = request.echo or not quality.is_exact or request.null_share > 0.0
         self._cached = 0 if afresh else sequence.reusable_prefix(request.prompt)
         if not self._cached:
             sequence.reset()
-        self._contract = Contract(quality, routing.shadow_every, routing.sensitivities)
         sequence.hold(self._contract.rule)
         sequence.decoding = False
         sequence.touched = request.null_share
-        forward.experts.follow(None if sequence.exact else sequence.logical)
+        forward.follow(None if sequence.exact else sequence.logical)
         self._shadow: Shadow | None = None
         meter.start(quality, cached=self._cached)
         recorder = forward.recorder
@@ -105,10 +110,13 @@ class Generation:
         if self._next is None:
             return self._prefill()
         token, self._next = self._next, None
-        return self._choose(self._decode(token))
+        return self._choose(0, self._decode(token))
 
-    def _decode(self, token: int) -> F32:
-        """Run a decode step under the contract, and its exact twin where that is due."""
+    def _decode(self, token: int) -> F32 | None:
+        """Run a decode step under the contract, and its exact twin where that is due.
+
+        Returns its logits; None where the greatest of them will do.
+        """
         sequence, contract, meter = self._sequence, self._contract, self._meter
         shadowed, price = contract.is_shadowed, contract.price
         if shadowed:
@@ -116,16 +124,18 @@ class Generation:
             self._shadow.take()
         sequence.decoding = True
         sequence.prices = None if price is None else np.array([price], np.float32)
-        logits: F32 = self._forward.logits(self._run([token]), _LAST)[0]
+        self._run([token])
+        wanted = shadowed or not self._takes_largest
+        logits: F32 | None = self._forward.logits(_LAST)[0] if wanted else None
         if contract.quality.is_exact:
             return logits
         missing, loss = sequence.reads, None
-        if shadowed and self._shadow is not None:
+        if logits is not None and self._shadow is not None and shadowed:
             logits = logits.copy()  # the twin's come into the same buffer
             with meter.shadow():
                 exact, more = self._shadow.repeat(token)
             missing, loss = missing + more, divergence(exact, logits)
-        spent = int(missing @ self._forward.experts.expert_bytes)
+        spent = int(missing @ self._forward.expert_bytes)
         meter.stepped(price or 0.0, spent)
         whole = contract.stepped(spent, loss)
         if loss is not None:
@@ -156,19 +166,18 @@ class Generation:
         self._sequence.reset()
         return self._finish("cancelled")
 
-    def _run(self, tokens: list[int]) -> F32:
+    def _run(self, tokens: list[int]) -> None:
         forward, sequence = self._forward, self._sequence
         batch = Batch.of([(sequence.state, tokens)])
         if self._serial:
-            hidden = forward.step_serial(batch, (sequence,))
+            forward.step_serial(batch, (sequence,))
         elif sequence.decoding:
-            hidden = forward.step(batch, (sequence,))
+            forward.step(batch, (sequence,))
         else:
-            hidden = prefill(forward, batch, (sequence,), self._on_layer)
+            forward.prefill(batch, (sequence,), self._on_layer)
         if forward.recorder is not None:
             self._record(forward.recorder, tokens)
         sequence.tokens.extend(tokens)
-        return hidden
 
     def _record(self, recorder: Recorder, tokens: list[int]) -> None:
         sequence, request = self._sequence, self.request
@@ -183,7 +192,7 @@ class Generation:
         """Report a long chunk's progress: the layers done count as so many of its tokens."""
         self._checkpoint()
         now = time.monotonic()
-        done, n_layers = len(self._sequence.tokens), self._forward.model.spec.n_layers
+        done, n_layers = len(self._sequence.tokens), self._forward.spec.n_layers
         part = min(self._chunk, len(self.request.prompt) - done)
         self._processed = done + part * (layer + 1) // n_layers
         if now - self._reported < PROGRESS_S or layer + 1 == n_layers:
@@ -203,10 +212,10 @@ class Generation:
     def _prefill(self) -> list[Event]:
         request, done = self.request, len(self._sequence.tokens)
         part = request.prompt[done : done + self._chunk]
-        hidden = self._run(part)
+        self._run(part)
         done += len(part)
         if request.echo:
-            self._score_prompt(hidden, done - len(part), len(part))
+            self._score_prompt(done - len(part), len(part))
         events: list[Event] = [self._progress(done)]
         if done < len(request.prompt):
             return events
@@ -219,15 +228,14 @@ class Generation:
         self._meter.prompt_done(len(request.prompt))
         if request.max_tokens == 0:
             return [*events, self._finish("length")]
-        last = np.array([len(part) - 1])
-        return events + self._choose(self._forward.logits(hidden, last)[0])
+        return events + self._choose(len(part) - 1, None)
 
-    def _score_prompt(self, hidden: F32, start: int, count: int) -> None:
+    def _score_prompt(self, start: int, count: int) -> None:
         """Collect the log probability of each prompt token that follows a row of this chunk."""
         prompt, n_top = self.request.prompt, max(0, self.request.logprobs)
         for row in range(0, count, HEAD_ROWS):
             rows = np.arange(row, min(row + HEAD_ROWS, count))
-            logits = self._forward.logits(hidden, rows)
+            logits = self._forward.logits(rows)
             for offset, one in zip(rows, logits, strict=True):
                 following = start + int(offset) + 1
                 if following < len(prompt):
@@ -235,14 +243,32 @@ class Generation:
                     self._echo.append(own)
                     self._echo_top.append(top)
 
-    def _choose(self, logits: F32) -> list[Event]:
+    @property
+    def _takes_largest(self) -> bool:
+        """Whether of the next token's logits nothing but the greatest is wanted."""
+        request = self.request
+        hushed = self._generated < request.min_tokens and bool(request.stop_ids)
+        told = request.logprobs >= 0 or request.logits
+        return takes_largest(request.sampling) and not hushed and not told
+
+    def _choose(self, row: int, logits: F32 | None) -> list[Event]:
+        """Choose the token behind a row of the last pass, whose logits may be known already."""
         request = self.request
         position = len(self._sequence.tokens)
-        raw = logits.astype("<f4").tobytes() if request.logits else b""
-        if self._generated < request.min_tokens and request.stop_ids:
-            logits = logits.copy()
-            logits[list(request.stop_ids)] = -np.inf
-        token = sample(logits, request.sampling, position, self._prompt_counts, self._output_counts)
+        raw = b""
+        own: float | None = None
+        top: list[tuple[int, float]] = []
+        if logits is None and self._takes_largest:
+            token, greatest = self._forward.largest(row)
+            refuse_broken(greatest, position)
+        else:
+            if logits is None:
+                logits = self._forward.logits(np.array([row]))[0]
+            raw = logits.astype("<f4").tobytes() if request.logits else b""
+            logits = self._hush(logits)
+            token = sample(
+                logits, request.sampling, position, self._prompt_counts, self._output_counts
+            )
         if self._generated < len(request.forced):
             token = request.forced[self._generated]
         if token in request.stop_ids:
@@ -250,9 +276,7 @@ class Generation:
         self._generated += 1
         self._output_counts[token] += 1
         self._meter.token()
-        own: float | None = None
-        top: list[tuple[int, float]] = []
-        if request.logprobs >= 0:
+        if logits is not None and request.logprobs >= 0:
             own, top = log_probabilities(logits, token, request.logprobs)
         events: list[Event] = [
             TokenEvent(
@@ -269,6 +293,13 @@ class Generation:
             return [*events, self._finish("length")]
         self._next = token
         return events
+
+    def _hush(self, logits: F32) -> F32:
+        """Take the chance from tokens that would end an answer that is too short."""
+        if self._generated < self.request.min_tokens and self.request.stop_ids:
+            logits = logits.copy()
+            logits[list(self.request.stop_ids)] = -np.inf
+        return logits
 
     def _finish(
         self, reason: FinishReason, *, stop_id: int | None = None, error: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -29,8 +30,7 @@ def sample(
     """
     scores = _penalised(logits, params, prompt, output)
     best = int(np.argmax(scores))  # the first NaN where there is one
-    if not np.isfinite(scores[best]):
-        raise EngineError(f"the logits of position {position} are not finite; check the model file")
+    refuse_broken(float(scores[best]), position)
     if params.temperature <= 0.0:
         return best
     wide = scores.astype(np.float64)
@@ -45,6 +45,17 @@ def sample(
     cumulative = np.cumsum(p)
     index = int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
     return int(ids[min(index, len(ids) - 1)])
+
+
+def takes_largest(params: SamplingParams) -> bool:
+    """Whether a token is the one of the greatest logit, whatever came before it."""
+    return params.temperature <= 0.0 and not _touches(params)
+
+
+def refuse_broken(greatest: float, position: int) -> None:
+    """Raise EngineError where the greatest logit of a position is no number."""
+    if not math.isfinite(greatest):
+        raise EngineError(f"the logits of position {position} are not finite; check the model file")
 
 
 def log_probabilities(logits: F32, token: int, n_top: int) -> tuple[float, list[tuple[int, float]]]:
@@ -63,16 +74,20 @@ def _log_sum(wide: F64) -> float:
     return peak + float(np.log(np.exp(wide - peak).sum()))
 
 
-def _penalised(
-    logits: F32, params: SamplingParams, prompt: Counter[int], output: Counter[int]
-) -> F32:
-    touched = (
-        params.logit_bias
+def _touches(params: SamplingParams) -> bool:
+    """Whether penalties or a bias change the logits."""
+    return (
+        bool(params.logit_bias)
         or params.repetition_penalty != 1.0
         or params.presence_penalty != 0.0
         or params.frequency_penalty != 0.0
     )
-    if not touched:
+
+
+def _penalised(
+    logits: F32, params: SamplingParams, prompt: Counter[int], output: Counter[int]
+) -> F32:
+    if not _touches(params):
         return logits
     scores = logits.copy()
     if params.repetition_penalty != 1.0:

@@ -23,6 +23,7 @@ _THIS_THREAD = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 _STATIC_SHARED = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 _DYNAMIC_SHARED = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _OLDEST = (7, 5)
+_EARLY = (9, 0)  # knows programmatic dependent launches
 
 
 class CudaRuntime:
@@ -42,6 +43,7 @@ class CudaRuntime:
                 f"{self.name}: compute capability {major}.{minor}, at least 7.5 (Turing) is needed"
             )
         self.target = f"sm_{major}{minor}"
+        self._starts_early = (major, minor) >= _EARLY
         self.wave = self._attribute("WARP_SIZE")
         self.cores = self._attribute("MULTIPROCESSOR_COUNT")
         self.shared_bytes = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
@@ -176,6 +178,11 @@ class CudaRuntime:
         return int(function)
 
     def launch(self, launch: Launch, stream: int) -> None:
+        if launch.early and self._starts_early:
+            self._call(
+                cu.cuLaunchKernelEx, _early(launch, stream), launch.function, launch.parameters, 0
+            )
+            return
         (error,) = cu.cuLaunchKernel(
             launch.function, *launch.grid, *launch.group, launch.shared, stream,
             launch.parameters, 0,
@@ -214,6 +221,18 @@ class CudaRuntime:
                 self._call(destroy, handle)
             handles.clear()
         self._call(cu.cuDevicePrimaryCtxRelease, self._device)
+
+
+def _early(launch: Launch, stream: int) -> Any:
+    """How to launch a kernel that may start before the one before it has ended."""
+    attribute, config = cu.CUlaunchAttribute(), cu.CUlaunchConfig()
+    attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = launch.group
+    config.sharedMemBytes, config.hStream = launch.shared, stream
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 def _text(error: Any) -> str:

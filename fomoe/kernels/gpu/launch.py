@@ -21,9 +21,12 @@ class Launch:
     `grid` and `group` are an int or up to three. `args` are ctypes objects, or ints for device
     addresses (stored as 8 bytes); `args[i].value` may be changed between launches, and a launch
     takes the values of its moment. A captured graph keeps those of its capture.
+
+    `early` lets it start beside the launch before it on its stream, where the driver can: its
+    kernel touches nothing that others write before it has called fm_wait_before.
     """
 
-    __slots__ = ("_pointers", "args", "function", "grid", "group", "parameters", "shared")
+    __slots__ = ("_pointers", "args", "early", "function", "grid", "group", "parameters", "shared")
 
     def __init__(
         self,
@@ -32,11 +35,13 @@ class Launch:
         group: int | Sequence[int],
         shared: int,
         args: Sequence[Argument],
+        early: bool = False,
     ) -> None:
         self.function = function
         self.grid = _dim(grid)
         self.group = _dim(group)
         self.shared = shared
+        self.early = early
         self.args = [ctypes.c_uint64(a) if hasattr(a, "__index__") else a for a in args]
         self._pointers = (ctypes.c_void_p * max(len(self.args), 1))(
             *(ctypes.addressof(a) for a in self.args)

@@ -131,6 +131,16 @@ class StateLayout:
         return cls(tuple(places), recurrent, attention_at)
 
 
+def spans(layout: StateLayout, attention: AttentionShape, length: int) -> list[tuple[int, int]]:
+    """Return (offset, bytes) of all that a pass after `length` tokens reads of a state."""
+    found = [(0, layout.recurrent_bytes)] if layout.recurrent_bytes else []
+    for place in layout.layers:
+        if isinstance(place, KVPlace) and length:
+            row = _KV_BYTES[place.kv_dtype] * _kv_width(attention)
+            found += [(place.keys, length * row), (place.values, _positions(length) * row)]
+    return found
+
+
 def channels(delta: DeltaShape) -> int:
     """Return the width of the convolution: queries, keys and values."""
     return 2 * delta.n_k_heads * delta.key_dim + delta.n_v_heads * delta.value_dim

@@ -1,6 +1,8 @@
 """Every kernel unit with the defines that compile checks build it with.
 
-Whoever adds a unit, or a type to one, adds a line: a few defines that stand for the rest.
+Whoever adds a unit, or a type to one, adds a line: a few defines that stand for the rest. A unit's
+first line is built for every target, the others for one target per set of instructions: most
+demanding first.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fomoe.kernels.gpu.prompt import product_defines
+from fomoe.kernels.gpu.prompt_tiles import Tile
 from fomoe.kernels.gpu.sources import FOLDER, source_of
 
 AMD = {"gfx1100": 32, "gfx1200": 32, "gfx1201": 32, "gfx942": 64}  # lanes of a wave
@@ -31,7 +35,47 @@ class Check:
 _DELTA = {"N_K": 16, "N_V": 64, "DK": 128, "DV": 128, "CONV": 4}
 _ATTEND = {"HEADS": 32, "KV_HEADS": 2, "HEAD_DIM": 256, "ROPE_DIMS": 64, "THREADS": 256}
 
+# As project() and its like make them for the shapes of the 397B model, types by type.
+_WAVES = {"FM_WAVES": 8, "FM_STAGES": 2, "FM_TILE": 2304, "FM_HELD": 96, "FM_INT8": 1}
+_PROJECT = {**_WAVES, "FM_ADD": 0, "FM_PARTS": 4}
+_EXPERTS = {**_WAVES, "FM_HIDDEN": 4096, "FM_WIDTH": 1024, "FM_K": 10, "FM_STAGE_BYTES": 3392}
+_OUT = {**_EXPERTS, "FM_SHARED_WIDTH": 1024, "FM_TYPE_SHARED": 8, "FM_ROWS": 64}
+_QUANTS = (6, 8, 12, 13, 14, 23)
+
+
+def _project(types: tuple[int, ...], cols: int) -> dict[str, int]:
+    mask, inputs = sum(1 << t for t in types), cols * 4
+    sizes = {"FM_COLS": cols, "FM_INPUT_BYTES": inputs, "FM_STAGE_BYTES": 4352}
+    return {**_PROJECT, **sizes, "FM_TYPES": mask}
+
+
+def _tiled(types: tuple[int, int], tile: Tile, is_int8: bool = True) -> dict[str, int]:
+    return {**product_defines(types, 1024, 4096, is_int8, tile), "EXPERTS": 512}
+
+
+_TILE = Tile(64, 32, 128)
+
 CHECKS = (
+    Check("matmul", _tiled((12, 12), Tile(128, 64, 256)), tiles=True),
+    Check("matmul", _tiled((14, 14), Tile(64, 64, 256, 1)), tiles=True),
+    Check("matmul", _tiled((0, 0), Tile(32, 32, 256, micro=2), False)),
+    Check("matmul", _tiled((14, 14), Tile(64, 64, 256, micro=4), False)),
+    Check("chunk_in", _tiled((12, 23), _TILE), tiles=True),
+    Check("chunk_out", _tiled((13, 13), _TILE), tiles=True),
+    Check("swiglu", _tiled((8, 6), _TILE), tiles=True),
+    Check("group_pairs", {"EXPERTS": 512, "TOP_K": 10, "TILE_TOKENS": 32, "THREADS": 512}),
+    Check("rows", {"THREADS": 256, "COLS": 4096, "FLOAT_ROWS": 1, "INT8": 1}),
+    Check("rows", {"THREADS": 256, "HIDDEN": 4096, "TOP_K": 10}),
+    *(Check("project", _project((t,), 4096), dots=True) for t in _QUANTS),
+    Check("project", {**_project((8, 12, 14), 8192), "FM_HELD": 48}, dots=True),
+    Check("project", _project((0, 1), 4096)),
+    Check("project", _project((30,), 4096)),
+    Check("project", {**_project(_QUANTS, 2048), "FM_INT8": 0}),
+    *(
+        Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True)
+        for t in (12, 14)
+    ),
+    *(Check("experts_out", {**_OUT, "FM_TYPE_DOWN": t}, dots=True) for t in (12, 13, 14)),
     Check("delay"),
     Check("names", dots=True, tiles=True, folder=OWN),
     Check("probe", {"SCALE": 2}, folder=OWN),

@@ -61,6 +61,14 @@ def test_a_launch_takes_the_arguments_of_its_moment(gpu):
     assert sums.got() == sums.expected(5, 300)
 
 
+def test_a_launch_that_may_start_early_is_a_launch(gpu):
+    sums = Sums(gpu)
+    sums.at(5)
+    sums.launch.early = True
+    gpu.launch(sums.launch)
+    assert sums.got() == sums.expected(5)
+
+
 def test_a_graph_replays_with_what_the_step_block_says(gpu):
     sums, other, event = Sums(gpu), gpu.runtime.stream(), gpu.runtime.event()
     copy = gpu.arena.take(20)

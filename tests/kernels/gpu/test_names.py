@@ -71,11 +71,10 @@ def test_lanes(gpu):
 
 def test_tiles(gpu):
     a, b = np.random.default_rng(5).integers(-128, 128, (2, 16, 64)).astype(np.int8)
-    out = put(gpu, np.zeros((16, 16), np.int32))
+    out = put(gpu, np.zeros((3, 16, 16), np.int32))
     launch(gpu, "tiles", 1, gpu.runtime.wave, [put(gpu, a), put(gpu, b), out])
-    np.testing.assert_array_equal(
-        gpu.download(out, np.int32, (16, 16)), a.astype(int) @ b.T.astype(int)
-    )
+    expected = [a[:, k].astype(int) @ b[:, k].T for k in (slice(64), slice(16), slice(16, 32))]
+    np.testing.assert_array_equal(gpu.download(out, np.int32, (3, 16, 16)), expected)
 
 
 def test_the_last_group_sees_all(gpu):

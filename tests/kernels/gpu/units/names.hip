@@ -26,21 +26,30 @@ FM_KERNEL(FM_WAVE) void lanes(const float* x, const int* a, const int* b, float*
   out[4 * FM_WAVE + lane] = float(fm_dp4a(a[lane], b[lane], lane));
 }
 
-// One wave: c [16][16] = a [16][64] b [16][64]^T, through shared memory with rows 80 bytes apart.
+// One wave: c [16][16] = a [16][64] b [16][64]^T, through shared memory with rows 80 bytes apart;
+// then the same over k 0 to 15 alone, and over 16 to 31.
 FM_KERNEL(FM_WAVE) void tiles(const signed char* a, const signed char* b, int* c) {
-  FM_SHARED signed char rows[2][16 * 80];
-  for (int i = fm_thread(); i < 64; i += FM_WAVE) {
-    fm_copy16(rows[0] + i / 4 * 80 + i % 4 * 16, a + i * 16);
-    fm_copy16(rows[1] + i / 4 * 80 + i % 4 * 16, b + i * 16);
-  }
-  fm_copy_commit();
-  fm_copy_wait<0>();
-  fm_barrier();
-  fm_tile_c sum = fm_tile_zero();
-  for (int k = 0; k < 64; k += 32)
-    fm_tile_mma(sum, fm_tile_load_a(rows[0] + k, 80), fm_tile_load_b(rows[1] + k, 80));
-  FM_UNROLL
-  for (int i = 0; i < FM_TILE_REGS; i++) c[fm_tile_row(i) * 16 + fm_tile_col(i)] = sum[i];
+    FM_SHARED signed char rows[2][16 * 80];
+    for (int i = fm_thread(); i < 64; i += FM_WAVE) {
+        fm_copy16(rows[0] + i / 4 * 80 + i % 4 * 16, a + i * 16);
+        fm_copy16(rows[1] + i / 4 * 80 + i % 4 * 16, b + i * 16);
+    }
+    fm_copy_commit();
+    fm_copy_wait<0>();
+    fm_barrier();
+    fm_tile_c sum = fm_tile_zero();
+    for (int k = 0; k < 64; k += 32)
+        fm_tile_mma(sum, fm_tile_load_a(rows[0] + k, 80), fm_tile_load_b(rows[1] + k, 80));
+    FM_UNROLL
+    for (int i = 0; i < FM_TILE_REGS; i++) c[fm_tile_row(i) * 16 + fm_tile_col(i)] = sum[i];
+    fm_tile_c halves[2] = {fm_tile_zero(), fm_tile_zero()};
+    fm_tile_mma_half<0>(halves[0], fm_tile_load_a(rows[0], 80), fm_tile_load_b(rows[1], 80));
+    fm_tile_mma_half<1>(halves[1], fm_tile_load_a(rows[0], 80), fm_tile_load_b(rows[1], 80));
+    FM_UNROLL
+    for (int half = 0; half < 2; half++)
+        FM_UNROLL
+        for (int i = 0; i < FM_TILE_REGS; i++)
+            c[256 * (half + 1) + fm_tile_row(i) * 16 + fm_tile_col(i)] = halves[half][i];
 }
 
 // The last group to finish adds what all groups left; `count` starts at 0 and ends so.
