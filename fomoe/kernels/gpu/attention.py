@@ -73,7 +73,8 @@ def rope_turns(spec: AttentionShape) -> npt.NDArray[np.uint64]:
 def attend_plan(spec: AttentionShape, place: KVPlace, cores: int) -> AttendPlan:
     """Return the plan that fills `cores` cores for the contexts that `place` has room for."""
     shared = spec.n_heads // spec.n_kv_heads
-    rows = divisor(shared, 8 if place.ctx >= _LONG_CTX and place.kv_dtype == "f16" else 4)
+    most = 8 if place.ctx >= _LONG_CTX else 4
+    rows = divisor(shared, most if place.kv_dtype == "f16" else 2)  # floats fill the registers
     splits = max(1, cores * rows // spec.n_heads)
     return AttendPlan(rows, min(splits, _MOST_SPLITS, -(-place.ctx // TILE)))
 

@@ -87,7 +87,7 @@ CHECKS = (
     Check("delta_chunk", {**_DELTA, "THREADS": 256}),
     Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 4, "SPLITS": 16}),
     Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 8, "SPLITS": 33}),
-    Check("attend", {**_ATTEND, "KV_F32": 1, "ROWS": 4, "SPLITS": 33}),
+    Check("attend", {**_ATTEND, "KV_F32": 1, "ROWS": 2, "SPLITS": 16}),
     Check("attend_inputs", {**_ATTEND, "KV_F32": 0, "TILES": 1}),
     Check("attend_tiles", {**_ATTEND, "KV_F32": 0, "THREADS": 128}, tiles=True),
     Check("attend_chunk", {**_ATTEND, "HEADS": 16, "KV_F32": 1, "ROWS": 16, "TOKENS": 2}),
