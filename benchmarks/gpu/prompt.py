@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 from bandwidth import copy_bandwidth
 from device_time import device_ms
-from plain_blocks import F32, Q4_K, Q6_K, random_rows, values_of
+from plain_blocks import F32, Q4_K, random_rows, values_of
+from prompt_shapes import DENSE_TILES, EXPERT_TILES, MODELS, TINY, Model, fitting, kernels_of, tiled
 
 from fomoe.kernels.gpu import prompt, prompt_experts
 from fomoe.kernels.gpu.gpu import GPU, open_gpu
 from fomoe.kernels.gpu.launch import Launch
-from fomoe.kernels.gpu.matrices import ExpertLayout, Matrix
+from fomoe.kernels.gpu.matrices import Matrix
 from fomoe.kernels.gpu.prompt import Chunk, Norm
-from fomoe.kernels.gpu.prompt_experts import Experts, PairRows, Shared
+from fomoe.kernels.gpu.prompt_experts import PairRows, Shared
 from fomoe.kernels.gpu.prompt_tiles import Tile
 from fomoe.kernels.gpu.step import STEP, Rows
 
@@ -37,62 +38,6 @@ ROTATE_BYTES = 160 << 20
 ROUNDS = 5
 DISTINCT = 4  # experts whose bytes differ
 SAMPLES = 6
-
-DENSE_TILES = (
-    Tile(128, 64, 256, 2, 128),
-    Tile(128, 64, 256, 1, 128),
-    Tile(128, 64, 256, 2, 256),
-    Tile(64, 64, 128, 2, 128),
-    Tile(64, 128, 256, 2, 128),
-    Tile(128, 128, 256, 2, 128),
-    Tile(128, 128, 512, 2, 128),
-)
-EXPERT_TILES = (
-    Tile(64, 16, 128, 3, 128),
-    Tile(128, 16, 256, 2, 128),
-    Tile(64, 32, 128, 2, 128),
-    Tile(128, 32, 256, 2, 128),
-    Tile(64, 64, 256, 2, 128),
-    Tile(128, 64, 256, 2, 128),
-)
-
-
-@dataclass(frozen=True)
-class Model:
-    """One model's layer; `llama_tok_s` are whole prompts of `layers` layers, by tokens."""
-
-    name: str
-    dense: dict[str, tuple[int, int, int]]  # rows, cols, type
-    experts: Experts
-    shared: int
-    layers: int
-    llama_tok_s: dict[int, float]
-
-    @property
-    def hidden(self) -> int:
-        return self.experts.layout.hidden
-
-
-def model(name: str, sizes: tuple[int, ...], layers: int, speeds: dict[int, float]) -> Model:
-    hidden, qkv, z, heads, count, width, top_k = sizes
-    layout = ExpertLayout((Q4_K, Q4_K, Q6_K), hidden, width)
-    dense = {
-        "qkv": (qkv, hidden, Q4_K),
-        "z": (z, hidden, Q4_K),
-        "out": (hidden, z, Q6_K),
-        "alpha": (heads, hidden, F32),
-        "beta": (heads, hidden, F32),
-        "router": (count, hidden, F32),
-        "shared down": (hidden, width, Q6_K),
-    }
-    return Model(name, dense, Experts(layout, count, top_k), width, layers, speeds)
-
-
-MODELS = (
-    model("35B", (2048, 8192, 4096, 32, 256, 512, 8), 12, {512: 28100.0, 2048: 31300.0}),
-    model("397B", (4096, 12288, 8192, 64, 512, 1024, 10), 4, {512: 29600.0, 2048: 30300.0}),
-)
-TINY = (model("tiny", (256, 320, 256, 8, 6, 256, 2), 1, {21: 1.0, 40: 1.0}),)
 
 
 @dataclass(frozen=True)
@@ -113,25 +58,6 @@ class Line:
             f"{self.model:5} {self.tokens:5} {self.product:14} {self.tile:22} {self.us:9.1f} us "
             f"{self.tflops:7.1f} TFLOP/s  {self.share:5.2f} of copy  error {self.error:.1e}"
         )
-
-
-class Recorder:
-    """Stands for a GPU while builders say which kernels they want; hands out no memory."""
-
-    def __init__(self, gpu: GPU) -> None:
-        self.runtime, self.arena, self.stream = self, self, gpu.stream
-        self.shared_bytes, self.wave = gpu.runtime.shared_bytes, gpu.runtime.wave
-        self.jobs: list[tuple[str, dict[str, int]]] = []
-
-    def kernel(self, unit: str, name: str, defines: dict[str, int]) -> int:
-        self.jobs.append((unit, dict(defines)))
-        return 0
-
-    def take(self, nbytes: int, align: int = 256) -> int:
-        return 256
-
-    def fill(self, *args: int) -> None:
-        pass
 
 
 def name_of(tile: Tile | None) -> str:
@@ -238,6 +164,10 @@ class Bench:
             ]
             for _ in range(DISTINCT)
         ]
+        self.values = [
+            [values_of(t, b) for t, b in zip(layout.types, blocks, strict=True)]
+            for blocks in self.blocks
+        ]
         stride = -(-layout.nbytes // 256) * 256
         base = self.gpu.arena.take(stride * count)
         for e in range(count):
@@ -288,8 +218,7 @@ class Bench:
         outer = gpu.download(rows.out, np.float32, (n, layout.hidden))[picked]
         errors = []
         for i, expert in enumerate(expert_of[picked]):
-            blocks = self.blocks[expert % DISTINCT]
-            gate, up, down = (values_of(t, b) for t, b in zip(layout.types, blocks, strict=True))
+            gate, up, down = self.values[expert % DISTINCT]
             g, u = gate @ x[i], up @ x[i]
             errors.append(
                 (worst(inner[i], g / (1 + np.exp(-g)) * u), worst(outer[i], down @ inner[i]))
@@ -328,17 +257,6 @@ class Bench:
         self.add(chunk, "shared scale", us, (0, 4 * chunk.tokens * hidden), 0.0)
 
 
-def tiled(step: int, tokens: int, tiles: Sequence[Tile | None]) -> list[Chunk]:
-    return [Chunk(step, tokens, True, tile) for tile in tiles]
-
-
-def fitting(
-    gpu: GPU, tiles: Sequence[Tile], types: tuple[int, int], cols: int
-) -> list[Tile | None]:
-    limit = gpu.runtime.shared_bytes
-    return [None, *(t for t in tiles if t.shared_bytes(types, cols, True) <= limit)]
-
-
 def measure(bench: Bench, tokens: int, step: int, table: int) -> None:
     """All products of one model over so many tokens; tiles are tried on the largest."""
     gpu, model = bench.gpu, bench.model
@@ -355,37 +273,6 @@ def measure(bench: Bench, tokens: int, step: int, table: int) -> None:
     worst_type = (max(layout.types), max(layout.types))
     tiles = fitting(gpu, EXPERT_TILES, worst_type, layout.hidden)
     bench.experts(tiled(step, tokens, tiles), table, h)
-
-
-def kernels_of(gpu: GPU, model: Model, tokens: int) -> list[tuple[str, dict[str, int]]]:
-    """What `measure` is going to compile."""
-    recorder: Any = Recorder(gpu)
-    rows, layout = Rows(256, 256, 256), model.experts.layout
-
-    def both(chunks: Sequence[Chunk], build: Callable[[Chunk], object]) -> None:
-        for chunk in chunks:
-            build(chunk)
-
-    for what, (n_rows, cols, qtype) in model.dense.items():
-        tiles: list[Tile | None] = [None]
-        if what in ("qkv", "out"):
-            tiles = fitting(gpu, DENSE_TILES, (qtype, qtype), cols)
-        matrix = Matrix(256, qtype, n_rows, cols)
-        both(tiled(0, tokens, tiles), lambda c: prompt.matmul(recorder, c, rows, matrix, 0))  # noqa: B023
-    worst_type = (max(layout.types), max(layout.types))
-
-    def experts(chunk: Chunk) -> None:
-        lists = prompt_experts.pair_buffers(recorder, chunk, model.experts)
-        prompt_experts.group_pairs(recorder, chunk, model.experts, 0, lists)
-        room = PairRows(rows, 256)
-        prompt_experts.experts_chunk(recorder, chunk, model.experts, lists, 0, rows, room)
-
-    both(tiled(0, tokens, fitting(gpu, EXPERT_TILES, worst_type, layout.hidden)), experts)
-    for n in (model.hidden, layout.width, model.dense["out"][1]):
-        prompt.norm_rows(recorder, Chunk(0, tokens), 0, Norm(0, n, 1e-6), rows)
-    matrix = Matrix(256, Q4_K, model.shared, model.hidden)
-    prompt.swiglu(recorder, Chunk(0, tokens), rows, matrix, matrix, rows)
-    return recorder.jobs
 
 
 def best(lines: Sequence[Line]) -> Iterator[Line]:
@@ -440,7 +327,7 @@ def main() -> None:
         from support.emulated_gpu import install_standin
 
         install_standin()
-    arena = 64 << 20 if args.tiny else 12 << 30
+    arena = 64 << 20 if args.tiny else 32 << 30
     gpu = open_gpu("hip:0" if args.tiny else args.device, arena)
     lines = run(gpu, TINY if args.tiny else MODELS, f"arena {arena >> 20} MiB")
     gpu.close()

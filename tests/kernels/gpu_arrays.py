@@ -64,6 +64,11 @@ class Guarded(NamedTuple):
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         return cls.of(gpu, np.full(nbytes, SENTINEL, np.uint8).view(dtype).reshape(shape))
 
+    def clear(self) -> None:
+        """Put sentinels there again."""
+        nbytes = int(np.prod(self.shape)) * self.dtype.itemsize
+        self.gpu.upload(self.address, np.full(nbytes, SENTINEL, np.uint8))
+
     def read(self) -> Array:
         """What lies there now; nothing may have been written beside it."""
         nbytes = int(np.prod(self.shape)) * self.dtype.itemsize

@@ -51,6 +51,11 @@ class Lab:
         self.arms = Arms(args.capacity)
         self.most = args.arms
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether an earlier run left the model."""
+        return self.args.weights is not None and self.args.weights.exists()
+
     def say(self, text: str) -> None:
         """Print with the seconds so far."""
         print(f"[{time.monotonic() - self.began:5.0f}] {text}", flush=True)
@@ -65,7 +70,9 @@ class Lab:
         for text in read_documents(self.args.corpus):
             parts.setdefault(part_of(text), {}).setdefault(domain_of(text), []).append(text)
         training = [text for texts in parts["train"].values() for text in texts]
-        self.text = trainer.encode(training, self.tokenizer)
+        self.text = np.zeros(0, np.uint16)
+        if not self.is_trained:
+            self.text = trainer.encode(training, self.tokenizer)
         parts["score"]["wikitext"] = wikitext_articles(self.args.wikitext)
         a = self.args
         self.tune = self.windows(parts["tune"], a.window, a.tune)
@@ -84,13 +91,20 @@ class Lab:
     def train(self) -> None:
         """Train the model and freeze it, rounded as the reference file would be."""
         weights, vocab = self.args.weights, self.tokenizer.get_vocab_size()
-        if weights is not None and weights.exists():
+        if self.is_trained:
             model = trainer.restore(weights, vocab, self.args)
         else:
             model = trainer.train(self.text, vocab, self.args)
-        if weights is not None and not weights.exists():
-            torch.save(model.state_dict(), weights)
+            if weights is not None:  # whole or not at all: another run may wait for it
+                torch.save(model.state_dict(), weights.with_suffix(".part"))
+                weights.with_suffix(".part").rename(weights)
         self.decoder = LabDecoder(model.eval())
+        config = self.decoder.config
+        self.facts |= {
+            "activations": config.num_hidden_layers * config.num_experts_per_tok,
+            "expert_parameters": 3 * config.moe_intermediate_size * config.hidden_size,
+            "scored_steps": self.args.window - self.args.prefix - 1,
+        }
         del model
         if self.args.quantiser is not None:
             self.full = self.copy_weights()
@@ -146,7 +160,7 @@ class Lab:
     def score_levels(self) -> None:
         """Run the level arms and the tables' arms on the text that is scored."""
         kinds = ["lru", "lfru", "mass", "backfill"]
-        arms, c = self.arms, self.constants
+        arms = self.arms
         config = self.decoder.config
         shape = config.num_hidden_layers, config.num_experts_per_tok
         wanted = np.zeros((*self.score.ids.shape, *shape), np.uint8)
@@ -159,6 +173,7 @@ class Lab:
         self.say(f"exact ppl {np.exp(self.tallies['exact'].nll.mean()):.3f}")
         jobs: list[Arm] = []
         if "levels" in self.args.parts:
+            c = self.constants
             jobs += [arms.price(x) for x in c["price"] if x is not None]
             jobs += [arms.car(x) for x in c["car"] if x is not None]
             jobs += [arms.car(x, "lfru") for x in c["car lfru"] if x is not None]
@@ -289,7 +304,8 @@ def main() -> None:
     lab.read()
     lab.train()
     with torch.no_grad():
-        lab.tune_constants()
+        if {"levels", "contract"} & set(args.parts):
+            lab.tune_constants()
         lab.score_levels()
         if "contract" in args.parts:
             lab.score_contract()

@@ -11,7 +11,7 @@ from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.state import DeltaPlace, DeltaShape
 from fomoe.kernels.gpu.step import Rows
 
-_MOST_THREADS = 512
+_MOST_THREADS = 256
 _CHUNK_THREADS = 256
 
 
@@ -101,7 +101,8 @@ def delta_chunk(
     """
     _check(spec)
     tokens, scratch = chunk
-    threads, units = _CHUNK_THREADS, _CHUNK_THREADS // 32
+    threads, few = _CHUNK_THREADS, _CHUNK_THREADS // 2
+    units = few // 32
     defines = {**_sizes(spec), "THREADS": threads}
     names = ("delta_inputs", "delta_scan", "delta_finish")
     inputs, scan, finish = (gpu.kernel("delta_chunk", name, defines) for name in names)
@@ -112,11 +113,11 @@ def delta_chunk(
     parts = -(-spec.value_dim // (threads // _lanes(spec)))
     out = rows_out(call.out, spec.value_dim)
     return [
-        Launch(inputs, -(-tokens * spec.n_k_heads // units), threads, 0,
+        Launch(inputs, -(-tokens * spec.n_k_heads // units), few, 0,
                [step, ring, weights, pointers(*call.inputs), eps, middle]),
         Launch(scan, (parts, spec.n_v_heads), threads, 0,
                [step, ring, memory, call.inputs.qkv, middle]),
-        Launch(finish, -(-tokens * spec.n_v_heads // units), threads, 0,
+        Launch(finish, -(-tokens * spec.n_v_heads // units), few, 0,
                [step, weights, call.inputs.z, eps, values, out]),
     ]  # fmt: skip
 

@@ -14,7 +14,7 @@ from fomoe.gguf.quants import GGMLType
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import Matrix
-from fomoe.kernels.gpu.prompt_tiles import Tile, float_tile, int8_tile
+from fomoe.kernels.gpu.prompt_tiles import Tile, float_tile, float_tile_of_halves, int8_tile
 from fomoe.kernels.gpu.step import Rows
 
 _ROW_THREADS = 256
@@ -45,10 +45,8 @@ class Chunk:
         """Whether weights of these types are multiplied with int8 activations."""
         return self.int8 and not any(GGMLType(qtype).is_float for qtype in types)
 
-    def tile_for(self, gpu: GPU, types: tuple[int, int], cols: int, tokens: int) -> Tile:
+    def int8_tile(self, gpu: GPU, types: tuple[int, int], cols: int, tokens: int) -> Tile:
         """Return the tile for matrices of `types` (of its two halves) that `tokens` share."""
-        if not self.is_int8(*types):
-            return float_tile(tokens, is_halved=False)
         return self.tile or int8_tile(types, cols, tokens, gpu.runtime.shared_bytes)
 
 
@@ -99,7 +97,11 @@ def matmul(
     """
     types = (matrix.type, matrix.type)
     is_int8 = chunk.is_int8(*types)
-    tile = chunk.tile_for(gpu, types, matrix.cols, chunk.tokens)
+    tile = (
+        chunk.int8_tile(gpu, types, matrix.cols, chunk.tokens)
+        if is_int8
+        else float_tile(matrix.rows, chunk.tokens)
+    )
     defines = product_defines(types, matrix.rows, matrix.cols, is_int8, tile) | {"ADD": int(add)}
     function = gpu.kernel("matmul", "matmul", defines)
     grid = (ceil_div(matrix.rows, tile.rows), ceil_div(chunk.tokens, tile.tokens))
@@ -111,9 +113,11 @@ def swiglu(gpu: GPU, chunk: Chunk, rows: Rows, gate: Matrix, up: Matrix, out: Ro
     """Return out = silu(gate rows) * (up rows), [T, gate.rows], as int8 rows or as `out.x`."""
     types = (gate.type, up.type)
     is_int8 = chunk.is_int8(*types)
-    tile = chunk.tile_for(gpu, types, gate.cols, chunk.tokens)
-    if not is_int8:
-        tile = float_tile(chunk.tokens, is_halved=True)
+    tile = (
+        chunk.int8_tile(gpu, types, gate.cols, chunk.tokens)
+        if is_int8
+        else float_tile_of_halves(chunk.tokens)
+    )
     defines = product_defines(types, gate.rows, gate.cols, is_int8, tile)
     function = gpu.kernel("swiglu", "swiglu", defines)
     grid = (ceil_div(gate.rows, tile.rows // 2), ceil_div(chunk.tokens, tile.tokens))

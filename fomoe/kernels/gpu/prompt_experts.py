@@ -14,7 +14,7 @@ from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import ExpertLayout
 from fomoe.kernels.gpu.prompt import Chunk, ceil_div, product_defines, structure
-from fomoe.kernels.gpu.prompt_tiles import Tile, float_tile
+from fomoe.kernels.gpu.prompt_tiles import Tile, float_tile_of_halves
 from fomoe.kernels.gpu.step import Rows
 
 _CHUNK = 64  # tokens that one group of count_pairs and place_pairs takes
@@ -82,10 +82,10 @@ def _tiles(gpu: GPU, chunk: Chunk, experts: Experts) -> tuple[Tile, Tile]:
     each = ceil_div(chunk.tokens * experts.top_k, experts.count)
     if chunk.is_int8(*layout.types):
         wanted = 2 * each if each > 12 else each  # most of the experts fit one tile
-        tile_in = chunk.tile_for(gpu, gate_up, layout.hidden, wanted)
-        tile_out = chunk.tile_for(gpu, down, layout.width, wanted)
+        tile_in = chunk.int8_tile(gpu, gate_up, layout.hidden, wanted)
+        tile_out = chunk.int8_tile(gpu, down, layout.width, wanted)
     else:
-        tile_in = tile_out = float_tile(each, is_halved=True)
+        tile_in = tile_out = float_tile_of_halves(each)
     if tile_in.tokens != tile_out.tokens:
         raise DeviceError(f"tiles of {tile_in.tokens} and {tile_out.tokens} tokens for one layer")
     return tile_in, tile_out

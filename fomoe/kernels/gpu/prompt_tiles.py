@@ -61,11 +61,10 @@ _INT8 = (
     (40, (Tile(64, 32, 128), Tile(64, 32, 128, 1))),
     (1 << 30, (Tile(128, 64, 256), Tile(64, 64, 256, 1), Tile(64, 32, 128, 1))),
 )
-_FLOAT = (
-    (16, Tile(64, 16, 256, micro=2)),
-    (512, Tile(32, 32, 256, micro=2)),
-    (1 << 30, Tile(64, 64, 256, micro=4)),
-)
+_FLOAT_SMALL = Tile(32, 32, 256, micro=2)
+_FLOAT_LARGE = Tile(64, 64, 256, micro=4)
+_FLOAT_HALVED = Tile(64, 16, 256, micro=2)
+_ENOUGH_GROUPS = 96  # of large tiles to fill a device
 
 
 def int8_tile(types: tuple[int, int], cols: int, tokens: int, shared_bytes: int) -> Tile:
@@ -81,8 +80,12 @@ def int8_tile(types: tuple[int, int], cols: int, tokens: int, shared_bytes: int)
     )
 
 
-def float_tile(tokens: int, is_halved: bool = False) -> Tile:
-    """Return the float32 tile; `is_halved` for a tile of gate and up rows."""
-    if is_halved:
-        return _FLOAT[0][1] if tokens <= 16 else _FLOAT[-1][1]
-    return next(tile for most, tile in _FLOAT if tokens <= most)
+def float_tile(rows: int, tokens: int) -> Tile:
+    """Return the float32 tile for a matrix of so many rows."""
+    groups = rows * tokens // (_FLOAT_LARGE.rows * _FLOAT_LARGE.tokens)
+    return _FLOAT_LARGE if groups >= _ENOUGH_GROUPS else _FLOAT_SMALL
+
+
+def float_tile_of_halves(tokens: int) -> Tile:
+    """Return the float32 tile of gate and up rows for matrices that `tokens` share."""
+    return _FLOAT_HALVED if tokens <= _FLOAT_HALVED.tokens else _FLOAT_LARGE

@@ -168,14 +168,16 @@ FM_DEV void attend_span(Attention& a, const Cache& cache, const Span& span, cons
   Packed<kSlice> key = key_at(span.first);
   for (int first = span.first; first < span.stop; first += kTile) {
     Packed<kTile> value;
-    value.load(cache.value(first, span.head, dim));
+    if (!KV_F32) value.load(cache.value(first, span.head, dim));
     score(a, key);
-    if (first + kTile < span.stop) key = key_at(first + kTile);
+    if (KV_F32) value.load(cache.value(first, span.head, dim));  // floats fill the registers
+    else if (first + kTile < span.stop) key = key_at(first + kTile);
     fm_barrier();
     weigh(a, first, sees);
     fm_barrier();
     if (span.stored < first + kTile)
       value.cut(span.stored - first, fresh ? fresh[1][dim] : to_stored(0.0f));
     mix(a, value, sum);
+    if (KV_F32 && first + kTile < span.stop) key = key_at(first + kTile);
   }
 }

@@ -6,7 +6,8 @@
 // whatever the chunks.
 #include "delta.h"
 
-constexpr int kUnits = THREADS / kUnit;
+constexpr int kInputThreads = THREADS / 2;  // of the launches that have no memory to hold
+constexpr int kUnits = kInputThreads / kUnit;
 constexpr int kSlots = THREADS / kLanes;
 constexpr int kAhead = 8;  // tokens of a stage
 
@@ -18,7 +19,7 @@ struct DeltaMiddle {
 };
 
 // Grid: units are (token, key head) pairs.
-FM_KERNEL(THREADS)
+FM_KERNEL(kInputThreads)
 void delta_inputs(const fm_step* step, unsigned long long ring_at, DeltaWeights w, DeltaInputs in,
                   float eps, DeltaMiddle middle) {
   const int pair = (int)blockIdx.x * kUnits + unit_index(), head = pair % N_K;
@@ -131,7 +132,7 @@ void delta_scan(const fm_step* step, unsigned long long ring_at, unsigned long l
 }
 
 // Grid: units are (token, value head) pairs.
-FM_KERNEL(THREADS)
+FM_KERNEL(kInputThreads)
 void delta_finish(const fm_step* step, DeltaWeights w, const float* z, float eps,
                   const float* outputs, RowsOut out) {
   const long long pair = (long long)blockIdx.x * kUnits + unit_index();

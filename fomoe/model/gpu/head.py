@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from fomoe.errors import DeviceError
 from fomoe.kernels.gpu import prompt
@@ -53,6 +52,7 @@ class Head:
         self._desk = desk
         self._ends = ends
         self._mail = mail
+        self._found = mail.result.host[:1]
         self._one = self._steps(desk.work.head_x)
         self._many = self._rows_steps() if desk.tokens > 1 else []
 
@@ -108,11 +108,10 @@ class Head:
         logits: F32 = self._mail.logits.host[:rows]
         return logits
 
-    @property
-    def result(self) -> npt.NDArray[np.void]:
-        """What `largest` found, a LARGEST; to be read when its copy has come."""
-        found: npt.NDArray[np.void] = self._mail.result.host[0]
-        return found
+    def largest(self) -> tuple[int, float, float]:
+        """Return id, logit and log sum of the last row's largest logit, whose copy has come."""
+        token, logit, log_sum = self._found.item()
+        return token, logit, log_sum
 
 
 def embed_steps(desk: Desk, ends: EndMatrices, ids: int) -> tuple[list[Step], list[Step]]:

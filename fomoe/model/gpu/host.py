@@ -23,6 +23,7 @@ from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.passes import Held, Mail, Passes, build
 from fomoe.model.gpu.planning import planned_bytes, resident_bytes
 from fomoe.model.gpu.program import time_steps
+from fomoe.model.gpu.routes import Routes
 from fomoe.model.gpu.slots import U8, ExpertSlots
 from fomoe.model.gpu.states import States, StateSnapshot
 from fomoe.model.gpu.transfer import Mirror, Signal
@@ -90,6 +91,7 @@ class GPUModel:
             place_turns(gpu, spec),
         )  # fmt: skip
         self._mail = Mail.of(desk, step, options)
+        self._routes = Routes(self._mail, self.slots, options.layers)
         self._passes = _rehearsed(desk, self._mail, held, graphs=options.graphs)
         self._head: Head | None = self._passes.head
         self._begun, self._scored, self._ended = (Signal(gpu, options.wait_s) for _ in range(3))
@@ -136,10 +138,12 @@ class GPUModel:
 
     def begin(self, tokens: I32, position: int, state: int = 0) -> None:
         """Begin a pass of int32 [T] at a position of a state."""
-        self._write_step(tokens, position, state)
+        count = len(tokens)
+        self._write_step(count, int(tokens[0]) if count else 0, position, state)
         self._mail.step.send()
-        if len(tokens) > 1:
-            self._mail.tokens.send(0, 4 * len(tokens))
+        if count > 1:
+            self._mail.tokens.host[:count] = tokens
+            self._mail.tokens.send(0, tokens.itemsize * count)
         self._begun.mark()
 
     def embed(self) -> None:
@@ -175,20 +179,10 @@ class GPUModel:
         Raises:
             DeviceError: one of them is not resident.
         """
-        addresses = self.slots.addresses(layer, ids)
-        row = self.options.layers.index(layer)
-        order = np.argsort(ids, axis=1)
-        ids, weights = np.take_along_axis(ids, order, 1), np.take_along_axis(weights, order, 1)
         if self._tokens == 1:
-            record = self._mail.picks.host[row]
-            record["address"] = addresses[:, 0, order[0]]
-            record["id"], record["weight"] = ids[0], weights[0]
+            self._routes.write_token(layer, ids[0], weights[0])
         else:
-            self._mail.ids.host[row, : len(ids)] = ids
-            self._mail.weights.host[: len(ids)] = weights
-            nbytes = _F32_BYTES * ids.size
-            self._mail.ids.send(row * self._mail.ids.host[0].nbytes, nbytes)
-            self._mail.weights.send(0, nbytes)
+            self._routes.send_prompt(layer, ids, weights)
         self._passes.back(layer, self._tokens).run()
 
     def own_back(self, layer: int) -> None:
@@ -200,7 +194,7 @@ class GPUModel:
 
     def decode(self, token: int, position: int, state: int = 0) -> None:
         """Run one token through all layers and the head, by the device's own choice."""
-        self._write_step(np.array([token], np.int32), position, state)
+        self._write_step(1, token, position, state)
         self._passes.whole(1).run()
         self._begun.mark()
         self._has_logits = True
@@ -209,11 +203,7 @@ class GPUModel:
         """Return what the last `decode` came to; waits for it."""
         self._begun.wait("a token")
         assert self._head is not None
-        picked, result = self._mail.picks.host, self._head.result
-        return Decoded(
-            int(result["id"]), float(result["logit"]), float(result["log_sum"]),
-            picked["id"], picked["weight"],
-        )  # fmt: skip
+        return Decoded(*self._head.largest(), self._routes.ids, self._routes.weights)
 
     def prefill(self, tokens: I32, position: int, state: int = 0) -> I32:
         """Run int32 [T] through all layers by the device's own choice; waits for it.
@@ -257,8 +247,7 @@ class GPUModel:
             self._head.run([row])
         self._ended.mark()
         self._ended.wait("the largest logit")
-        result = self._head.result
-        return int(result["id"]), float(result["logit"]), float(result["log_sum"])
+        return self._head.largest()
 
     def launches(self) -> dict[int, int]:
         """Return the kernels that a decode step launches in each layer, by layer."""
@@ -271,7 +260,7 @@ class GPUModel:
     def time_launches(self, token: int, position: int, state: int = 0) -> list[tuple[str, float]]:
         """Return name and microseconds on the device of each step of a decode step, in order."""
         whole = self._passes.whole(1)
-        self._write_step(np.array([token], np.int32), position, state)
+        self._write_step(1, token, position, state)
 
         def ahead() -> None:
             for _ in range(_AHEAD):
@@ -283,7 +272,7 @@ class GPUModel:
     def time_token(self, token: int, position: int, state: int = 0, *, count: int = 20) -> float:
         """Return the milliseconds of a decode step where the device never waits for the host."""
         whole, runtime, stream = self._passes.whole(1), self.runtime, self.gpu.stream
-        self._write_step(np.array([token], np.int32), position, state)
+        self._write_step(1, token, position, state)
         first, last = runtime.event(timing=True), runtime.event(timing=True)
         whole.run()
         runtime.record(first, stream)
@@ -301,9 +290,9 @@ class GPUModel:
     def _hidden_bytes(self) -> int:
         return _F32_BYTES * self._tokens * self.spec.hidden
 
-    def _write_step(self, tokens: I32, position: int, state: int) -> None:
+    def _write_step(self, count: int, token: int, position: int, state: int) -> None:
         """Fill the host's step block once the device has read the one before."""
-        count, options = len(tokens), self.options
+        options = self.options
         if not 1 <= count <= options.max_tokens or position + count > options.ctx_size:
             raise DeviceError(
                 f"{count} tokens at position {position}: a pass has 1 to {options.max_tokens}, "
@@ -311,8 +300,7 @@ class GPUModel:
             )
         self._begun.wait("the pass before")
         self._tokens, self._has_logits = count, False
-        self._mail.step.host[0] = (int(tokens[0]), position, count, 0, self.states.base(state))
-        self._mail.tokens.host[:count] = tokens
+        self._mail.step.host[0] = (token, position, count, 0, self.states.base(state))
 
 
 def _rehearsed(desk: Desk, mail: Mail, held: Held, *, graphs: bool) -> Passes:

@@ -112,18 +112,6 @@ class ExpertSlots:
         else:
             self._table.send(self._row[layer] * self._layer_bytes, self._layer_bytes)
 
-    def addresses(self, layer: int, ids: npt.NDArray[np.int32]) -> U64:
-        """Return device addresses uint64 [3, n] of gate, up and down of resident experts.
-
-        Raises:
-            DeviceError: one of them is not resident.
-        """
-        found: U64 = self._table.host[self._row[layer]][:, ids]
-        if not found.all():
-            missing = ids[found[0] == 0].tolist()
-            raise DeviceError(f"layer {layer}: experts {missing} are not resident")
-        return found
-
     def load(self, layer: int, expert: int, slot: int, blocks: Sequence[U8]) -> None:
         """Write gate, up and down blocks into a slot and note it; waits for the copies.
 

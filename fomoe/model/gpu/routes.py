@@ -1,0 +1,69 @@
+"""Routes that the host decided, written where the next program brings them to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.errors import DeviceError
+from fomoe.model.buffers import F32
+from fomoe.model.gpu.passes import Mail
+from fomoe.model.gpu.slots import ExpertSlots
+
+I32 = npt.NDArray[np.int32]
+
+
+class Routes:
+    """Writes a layer's experts and weights into a device's mail, in ascending id.
+
+    Views are kept: a token asks once per layer, and the host's time counts.
+
+    Attributes:
+        ids, weights: int32 and float32 [L, K], what the device chose or was told for a token.
+    """
+
+    def __init__(self, mail: Mail, slots: ExpertSlots, layers: Sequence[int]) -> None:
+        self.ids: I32 = mail.picks.host["id"]
+        self.weights: F32 = mail.picks.host["weight"]
+        self._mail = mail
+        self._row = {layer: row for row, layer in enumerate(layers)}
+        self._tables = list(slots.host_table)
+        self._addresses = list(mail.picks.host["address"])
+        self._row_bytes = int(mail.ids.host[0].nbytes)
+
+    def write_token(self, layer: int, ids: I32, weights: F32) -> None:
+        """Write a token's int32 [K] and float32 [K], with where the experts lie.
+
+        Raises:
+            DeviceError: one of them is not resident.
+        """
+        row = self._row[layer]
+        if (ids[1:] < ids[:-1]).any():
+            order = np.argsort(ids)
+            ids, weights = ids[order], weights[order]
+        found = np.take(self._tables[row], ids, axis=1, out=self._addresses[row])
+        if not found.all():
+            _refuse(layer, ids[found[0] == 0])
+        self.ids[row], self.weights[row] = ids, weights
+
+    def send_prompt(self, layer: int, ids: I32, weights: F32) -> None:
+        """Queue the copy of int32 and float32 [T, K].
+
+        Raises:
+            DeviceError: one of them is not resident.
+        """
+        row, mail = self._row[layer], self._mail
+        missing = self._tables[row][0][ids] == 0
+        if missing.any():
+            _refuse(layer, np.unique(ids[missing]))
+        order = np.argsort(ids, axis=1)
+        mail.ids.host[row, : len(ids)] = np.take_along_axis(ids, order, 1)
+        mail.weights.host[: len(ids)] = np.take_along_axis(weights, order, 1)
+        mail.ids.send(row * self._row_bytes, ids.nbytes)
+        mail.weights.send(0, weights.nbytes)
+
+
+def _refuse(layer: int, ids: I32) -> None:
+    raise DeviceError(f"layer {layer}: experts {ids.tolist()} are not resident")
