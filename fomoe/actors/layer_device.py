@@ -172,7 +172,7 @@ class LayerServer:
             layer += 1
         if do & Do.FRONT:
             model.front(layer)
-            np.copyto(mine.scores[:tokens], model.scores(layer))
+            np.copyto(mine.scores_of(layer)[:tokens], model.scores(layer))
 
     def _await_hidden(self, peer: int, awaited: int) -> int:
         """Wait for another device's residual stream.
@@ -208,7 +208,8 @@ class LayerServer:
         mine, tokens = self._mine, self._tokens
         counts: dict[str, int] = {}
         if do & Do.FRONT:
-            counts["scores"] = tokens * mine.scores.shape[1]
+            both = dict.fromkeys(("scores_even", "scores_odd"), tokens * mine.scores_odd.shape[1])
+            counts |= both
         if do & Do.WHOLE:
             counts["chosen"] = mine.chosen_of(tokens).size
         if do & Do.GIVE:

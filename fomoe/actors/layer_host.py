@@ -86,7 +86,7 @@ class DeviceLayers:
         """Wait for the layer's front; its scores float32 [T, E] stand until the next call."""
         link = self._home[layer]
         self._await(link)
-        scores: F32 = link.views.scores[: len(self._pass.tokens)]
+        scores: F32 = link.views.scores_of(layer)[: len(self._pass.tokens)]
         return scores
 
     def decide(self, layer: int, scores: F32, logical: LogicalCache) -> None:
