@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.actors.channel import Fabric, Sender, load_acquire_u64, store_release_u64
+from fomoe.actors.channel import Fabric, Regions, Sender, load_acquire_u64, store_release_u64
 from fomoe.actors.expert_copies import Slots
 from fomoe.actors.layer_layout import LayerArena, LayerViews
 from fomoe.actors.messages import DONE, LAYERS, Do, Tag
@@ -95,17 +95,21 @@ class Neighbour:
 
 
 class LayerServer:
-    """Runs LAYERS messages on a model; used by one thread."""
+    """Runs LAYERS messages on a model; used by one thread.
+
+    `remote` says that the driver is on another box, which then gets what its answers are about.
+    """
 
     def __init__(
         self, model: LayerModel, fabric: Fabric, number: int, devices: list[Neighbour],
-        stopping: Callable[[], bool],
+        stopping: Callable[[], bool], *, remote: bool,
     ) -> None:  # fmt: skip
         self._model = model
         self._fabric = fabric
         self._devices = devices
         self._own = devices[number]
         self._stopping = stopping
+        self._remote = remote
         self._views = [d.layout.views(fabric.arena(d.arena)) for d in devices]
         self._mine: LayerViews = self._views[number]
         self._registered = [fabric.arena(d.arena) for d in devices]
@@ -122,10 +126,8 @@ class LayerServer:
         Raises:
             DeviceError: the device failed, or the one before it gave nothing in time.
         """
-        step, awaited, flags, layer, tokens, position, state, peer, rows = LAYERS.unpack_from(
-            message
-        )
-        do, model = Do(flags), self._model
+        step, awaited, do, layer, tokens, position, state, peer, rows = LAYERS.unpack_from(message)
+        model = self._model
         started, waited = time.perf_counter_ns(), 0
         if do & Do.COPY_STATE:
             model.copy_state(state, peer, position)
@@ -150,7 +152,7 @@ class LayerServer:
             self._mine.best[0], self._mine.best_logit[0], _ = model.largest(int(self._mine.rows[0]))
         self._answer(step, do, rows, time.perf_counter_ns() - started - waited, waited)
 
-    def _begin(self, do: Do, tokens: int, position: int, state: int) -> None:
+    def _begin(self, do: int, tokens: int, position: int, state: int) -> None:
         model, ids = self._model, self._mine.tokens[:tokens]
         self._tokens = tokens
         if position == 0:
@@ -160,7 +162,7 @@ class LayerServer:
         else:
             model.begin(ids, position, state)
 
-    def _run(self, do: Do, layer: int) -> None:
+    def _run(self, do: int, layer: int) -> None:
         model, mine, tokens = self._model, self._mine, self._tokens
         if do & Do.BACK:
             if do & Do.CHOOSE:
@@ -170,7 +172,7 @@ class LayerServer:
             layer += 1
         if do & Do.FRONT:
             model.front(layer)
-            np.copyto(mine.scores[:tokens], model.scores(layer))
+            np.copyto(mine.scores_of(layer)[:tokens], model.scores(layer))
 
     def _await_hidden(self, peer: int, awaited: int) -> int:
         """Wait for another device's residual stream.
@@ -193,25 +195,30 @@ class LayerServer:
                 )
             self._fabric.wait(bell, _SPIN_US, _WAIT_MS)
 
-    def _answer(self, step: int, do: Do, rows: int, compute_ns: int, wait_ns: int) -> None:
-        own, tokens = self._own, self._tokens
-        counts: dict[str, int] = {}
-        if do & Do.FRONT:
-            counts["scores"] = tokens * self._mine.scores.shape[1]
-        if do & Do.WHOLE:
-            counts["chosen"] = self._mine.chosen_of(tokens).size
-        if do & Do.GIVE:
-            counts |= {"word": 1, "hidden": tokens * self._mine.hidden.shape[1]}
-        if do & Do.LOGITS:
-            counts["logits"] = rows * self._mine.logits.shape[1]
-        if do & Do.LARGEST:
-            counts |= {"best": 1, "best_logit": 1}
+    def _answer(self, step: int, do: int, rows: int, compute_ns: int, wait_ns: int) -> None:
         payload = DONE.pack(step, 0, 0, compute_ns, wait_ns)
-        regions = own.layout.regions(own.arena, **counts)
+        regions = self._regions(do, rows) if self._remote else ()
         self._to_driver.send(Tag.DONE, payload, regions, _SEND_BOUND_S)
         self.steps += 1
         self.compute_ns += compute_ns
         self.wait_ns += wait_ns
+
+    def _regions(self, do: int, rows: int) -> Regions:
+        """Return what a driver on another box must see of the answer."""
+        mine, tokens = self._mine, self._tokens
+        counts: dict[str, int] = {}
+        if do & Do.FRONT:
+            both = dict.fromkeys(("scores_even", "scores_odd"), tokens * mine.scores_odd.shape[1])
+            counts |= both
+        if do & Do.WHOLE:
+            counts["chosen"] = mine.chosen_of(tokens).size
+        if do & Do.GIVE:
+            counts |= {"word": 1, "hidden": tokens * mine.hidden.shape[1]}
+        if do & Do.LOGITS:
+            counts["logits"] = rows * mine.logits.shape[1]
+        if do & Do.LARGEST:
+            counts |= {"best": 1, "best_logit": 1}
+        return self._own.layout.regions(self._own.arena, **counts)
 
     def close(self) -> None:
         """Let go of what other processes map, too."""

@@ -66,7 +66,7 @@ class DeviceLayers:
         self._passes = 0
         self._pass = Pass(np.zeros(1, np.int32), 0, 0, overlap=True)
         self._with_token = Do.LOGITS  # what a token's pass ends with: what the last one's was for
-        self._has = Do(0)  # of the pass's last row
+        self._has = 0  # of the pass's last row
 
     @property
     def runs_whole(self) -> bool:
@@ -86,7 +86,7 @@ class DeviceLayers:
         """Wait for the layer's front; its scores float32 [T, E] stand until the next call."""
         link = self._home[layer]
         self._await(link)
-        scores: F32 = link.views.scores[: len(self._pass.tokens)]
+        scores: F32 = link.views.scores_of(layer)[: len(self._pass.tokens)]
         return scores
 
     def decide(self, layer: int, scores: F32, logical: LogicalCache) -> None:
@@ -142,7 +142,7 @@ class DeviceLayers:
         views = self._ask_head(Do.LARGEST, np.array([row])).views
         return int(views.best[0]), float(views.best_logit[0])
 
-    def _ask_head(self, what: Do, rows: npt.NDArray[np.intp]) -> LayerLink:
+    def _ask_head(self, what: int, rows: npt.NDArray[np.intp]) -> LayerLink:
         """Return the device with the head once its arena has what is wanted."""
         link = self._home[-1]
         if not self._has & what:
@@ -151,10 +151,10 @@ class DeviceLayers:
             self._await(link)
         return link
 
-    def _end_of_token(self) -> Do:
+    def _end_of_token(self) -> int:
         """Return what to ask for with a token's last layer; it spares a message."""
         if len(self._pass.tokens) > 1:
-            return Do(0)
+            return 0
         self._home[-1].views.rows[0] = 0
         self._has = self._with_token
         return self._has
@@ -162,17 +162,17 @@ class DeviceLayers:
     def copy_state(self, to: int, origin: int, length: int) -> None:
         """Make state `to` what state `origin` is after `length` tokens."""
         for link in self.links:
-            payload = self._next(int(Do.COPY_STATE), 0, 0, (0, length, to, origin, 0))
+            payload = self._next(Do.COPY_STATE, 0, 0, (0, length, to, origin, 0))
             link.sender.send(Tag.LAYERS, payload, (), _SEND_BOUND_S)
 
     def _open(self, step: Pass) -> None:
         self._pass = step
         self._passes += 1
-        self._has = Do(0)
+        self._has = 0
         first = self._home[0]
         first.views.tokens[: len(step.tokens)] = step.tokens
 
-    def _carry_on(self, layer: int, back: Do) -> None:
+    def _carry_on(self, layer: int, back: int) -> None:
         """Send the back of `layer`, and the front of the next as far as nobody must be asked."""
         here, overlap = self._home[layer], self._pass.overlap
         if layer + 1 == len(self._home):
@@ -194,7 +194,7 @@ class DeviceLayers:
         self._send(there, Do.TAKE | Do.FRONT, layer + 1, peer=here.number, awaited=word)
 
     def _send(
-        self, link: LayerLink, flags: Do, layer: int, *, peer: int = 0, awaited: int = 0,
+        self, link: LayerLink, flags: int, layer: int, *, peer: int = 0, awaited: int = 0,
         rows: int = 1,
     ) -> None:  # fmt: skip
         step = self._pass
@@ -202,7 +202,7 @@ class DeviceLayers:
             link.begun = self._passes
             flags |= Do.BEGIN
         payload = self._next(
-            int(flags), layer, awaited, (len(step.tokens), step.position, step.state, peer, rows)
+            flags, layer, awaited, (len(step.tokens), step.position, step.state, peer, rows)
         )
         link.sender.send(Tag.LAYERS, payload, self._regions(link, flags, peer), _SEND_BOUND_S)
 
@@ -212,7 +212,7 @@ class DeviceLayers:
         self._step_id += 1
         return LAYERS.pack(self._step_id, awaited, flags, layer, *rest)
 
-    def _regions(self, link: LayerLink, flags: Do, peer: int) -> Regions:
+    def _regions(self, link: LayerLink, flags: int, peer: int) -> Regions:
         """Return what a device on another box must see because of a message."""
         if link.node == 0 and (not flags & Do.TAKE or self.links[peer].node == 0):
             return ()

@@ -29,7 +29,8 @@ class LayerViews:
         tokens: int32 [T].
         rows: int32 [HEAD_ROWS].
         hidden: float32 [T, D].
-        scores: float32 [T, E].
+        scores_even, scores_odd: float32 [T, E], of layers with such numbers: while the driver reads
+            one's, the device writes the next one's.
         ids: int32 [T, k]; of a token in ascending order, of a prompt's best rank first.
         weights: float32 [T, k], in the order of `ids`.
         chosen: int32 [L, T, k], laid out for the T of the pass.
@@ -42,13 +43,18 @@ class LayerViews:
     tokens: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int32]
     hidden: npt.NDArray[np.float32]
-    scores: npt.NDArray[np.float32]
+    scores_even: npt.NDArray[np.float32]
+    scores_odd: npt.NDArray[np.float32]
     ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     chosen: npt.NDArray[np.int32]
     best: npt.NDArray[np.int32]
     best_logit: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32]
+
+    def scores_of(self, layer: int) -> npt.NDArray[np.float32]:
+        """Return where the scores of a layer go."""
+        return self.scores_odd if layer % 2 else self.scores_even
 
     def chosen_of(self, tokens: int) -> npt.NDArray[np.int32]:
         """Return `chosen` of a pass of so many tokens, int32 [L, tokens, k]."""
@@ -67,7 +73,8 @@ class LayerArena:
             ("tokens", np.int32, (max_tokens,)),
             ("rows", np.int32, (HEAD_ROWS,)),
             ("hidden", np.float32, (max_tokens, spec.hidden)),
-            ("scores", np.float32, (max_tokens, spec.moe.n_experts)),
+            ("scores_even", np.float32, (max_tokens, spec.moe.n_experts)),
+            ("scores_odd", np.float32, (max_tokens, spec.moe.n_experts)),
             ("ids", np.int32, (max_tokens, top_k)),
             ("weights", np.float32, (max_tokens, top_k)),
             ("chosen", np.int32, (spec.n_layers, max_tokens, top_k)),

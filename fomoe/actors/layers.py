@@ -81,8 +81,9 @@ class LayerActor(FabricMember):
         model.runtime.register(segment.view)
         loop = LoopThread(self, self.poll, self.status, _SPIN_US)
         self._server = LayerServer(
-            model, fabric, plan.device, self._neighbours, lambda: loop.stopping
-        )
+            model, fabric, plan.device, self._neighbours, lambda: loop.stopping,
+            remote=plan.device_node[plan.device] != 0,
+        )  # fmt: skip
         landed = segment.view[: plan.segment_slots * 8].view(np.uint64)
         source = Source(landed, segment.address + landed_bytes(plan.segment_slots))
         self._copies = ExpertCopies(model.runtime, model.slots, source, self._table)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, fields
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import Any, TypeVar
 
 import msgpack
@@ -66,8 +66,11 @@ class Tag(IntEnum):
     FAULT = 15
 
 
-class Do(IntFlag):
-    """What a LAYERS message asks for; a device does it in this order."""
+class Do:
+    """What a LAYERS message asks for, as bits; a device does it in this order.
+
+    Plain numbers: an `IntFlag` takes microseconds where a layer has some tens.
+    """
 
     COPY_STATE = 1  # make state `state` what state `peer` is after `position` tokens
     BEGIN = 2  # a pass begins: `tokens` tokens from `position` on, of state `state`

@@ -72,7 +72,7 @@ class LayerHost(Protocol):
         """Embed the tokens and begin the front of the first layer."""
 
     def scores(self, layer: int) -> F32:
-        """Wait for the layer's front; its scores float32 [T, E] stand until the next call."""
+        """Wait for the layer's front; its scores float32 [T, E] stand until the next wait."""
 
     def decide(self, layer: int, scores: F32, logical: LogicalCache) -> None:
         """Route one sequence's token exactly, tell its logical cache, and begin the back."""

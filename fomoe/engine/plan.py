@@ -17,7 +17,7 @@ from fomoe.residency import ExpertSizes, LogicalRules, Topology, plan_budgets
 # Of the memory that is free when fomoe starts, the share that experts may take by default; the
 # rest is for the page cache, other programs and what the processes need themselves.
 DEFAULT_SHARE = 0.8
-VRAM_RESERVE_BYTES = 768 << 20  # of a GPU's free memory: its driver, modules, other programs
+VRAM_RESERVE_BYTES = 768 << 20  # of a GPU's free memory, by actor: its driver, kernels, others
 HOSTED_CHUNK = 2048  # prompt tokens that go through the layers of GPUs together
 FALLBACK_CAPACITY = 6  # lossy modes without explicit budgets: a sixth of the experts of a layer
 
@@ -202,7 +202,7 @@ def _resolve_hosted(config: EngineConfig, free_vram: tuple[int, ...]) -> EngineC
     vram = config.budgets.vram_bytes
     if vram is None:
         shares = [
-            (free - VRAM_RESERVE_BYTES) // config.devices.count(name)
+            free // config.devices.count(name) - VRAM_RESERVE_BYTES
             for name, free in zip(config.devices, free_vram, strict=True)
         ]
         vram = max(0, min(shares))

@@ -127,6 +127,22 @@ def test_a_text_goes_on_where_the_last_one_ended(model_paths, prompt, local_mode
         assert tokens_of(got) == tokens_of(local_models["mixed"].run(greedy(longer, 4)))
 
 
+@pytest.mark.parametrize("n_devices", [1, 2])
+def test_traces_are_those_of_the_cpu_path(model_paths, prompt, tmp_path, n_devices):
+    asks = [greedy(prompt, 12), greedy(prompt, 12, quality="car=0.6")]
+    traces = []
+    for name in ("cpu", "hip:0"):
+        path = tmp_path / f"{name[:3]}.trace"
+        with local_engine(
+            model_paths["mixed"], devices=(name,) * n_devices, vram=VRAM, ram=0, trace=path,
+            prefill_chunk=16, routing=RoutingConfig(car_capacity=CAPACITY),
+        ) as engine:  # fmt: skip
+            for ask in asks:
+                list(engine.client.stream(ask))
+        traces.append(path.read_bytes())
+    assert traces[0] == traces[1]
+
+
 def test_devices_of_two_boxes(model_paths, want, prompt):
     with local_engine(
         model_paths["mixed"], devices=("hip:0", "hip:0"), device_box=(0, 1), vram=VRAM,
