@@ -103,7 +103,8 @@ def experts_in(
         buffers.scores, choose.table if choose else 0, layout.offsets[1], layout.offsets[2]
     )
     kernel = gpu.kernel("experts_in", "experts_in", defines)
-    args = [*buffers.h, picked, buffers.inner, resident, options.ahead.argument]
+    ahead = options.ahead.argument(plan.tuning.ahead)
+    args = [*buffers.h, picked, buffers.inner, resident, ahead]
     threads, early = plan.tuning.waves * wave, plan.tuning.early
     return Launch(kernel, groups, threads, plan.shared_bytes, args, early)
 
@@ -138,7 +139,7 @@ def experts_out(
     second = (ctypes.c_uint64 * 4)(buffers.gate, buffers.up, buffers.scale, shared_down.address)
     groups = -(-layout.hidden // rows)
     threads, early = plan.tuning.waves * wave, plan.tuning.early
-    args = [picks_address, buffers.inner, second, x, options.ahead.argument]
+    args = [picks_address, buffers.inner, second, x, options.ahead.argument(plan.tuning.ahead)]
     return Launch(kernel, groups, threads, plan.shared_bytes, args, early)
 
 

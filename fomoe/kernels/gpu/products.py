@@ -27,10 +27,9 @@ class Span:
     address: int
     nbytes: int
 
-    @property
-    def argument(self) -> ctypes.Array[ctypes.c_int64]:
-        """`struct Span` of ahead.h."""
-        return (ctypes.c_int64 * 2)(self.address, self.nbytes // 16 * 16)
+    def argument(self, piece: int) -> ctypes.Array[ctypes.c_int64]:
+        """`struct Span` of ahead.h, for a wave that takes `piece` bytes at a time."""
+        return (ctypes.c_int64 * 3)(self.address, self.nbytes // 16 * 16, piece // 16 * 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,5 +162,5 @@ def _launch(gpu: GPU, name: str, plan: _Plan, args: list[object], ahead: Span) -
         first += groups
     kernel = gpu.kernel("project", name, plan.defines)
     threads = plan.tuning.waves * gpu.runtime.wave
-    arguments = [*args, table, ahead.argument]
+    arguments = [*args, table, ahead.argument(plan.tuning.ahead)]
     return Launch(kernel, first, threads, plan.shared_bytes, arguments, plan.tuning.early)

@@ -44,7 +44,6 @@ class Tuning:
             "FM_STAGES": self.stages,
             "FM_TILE": self.tile,
             "FM_HELD": self.held,
-            "FM_AHEAD": self.ahead,
             "FM_STAGE_BYTES": stage_bytes,
         }
 

@@ -15,10 +15,10 @@ struct PairStream {
   Ring ring;
   const Picks& picks;
   int set, matrix, segment;  // of the next fetch
-  int piece;                 // of down, the next to ask for ahead of experts_out
+  int ahead, piece;          // bytes of down to ask for at a time, and which of them is next
 
-  FM_DEV PairStream(Ring r, const Picks& p)
-      : ring(r), picks(p), set(first()), matrix(0), segment(0), piece(first()) {}
+  FM_DEV PairStream(Ring r, const Picks& p, const Span& next)
+      : ring(r), picks(p), set(first()), matrix(0), segment(0), ahead((int)next.piece), piece(first()) {}
   // Neighbouring sets go to different groups, so that no core has all of what is left over.
   FM_DEV static int first() { return (int)(threadIdx.x / FM_WAVE * gridDim.x + blockIdx.x); }
   FM_DEV static int stride() { return (int)gridDim.x * FM_WAVES; }
@@ -30,7 +30,7 @@ struct PairStream {
       ring.fetch<InTiles>(rows + segment * InTiles::kSegmentBytes,
                           InTiles::bytes(row, segment, FM_WIDTH), InTiles::margin(row, segment));
     } else {
-      if (FM_AHEAD) take_ahead();
+      take_ahead();
       ring.close();
     }
     if (++segment < InTiles::kSegments) return;
@@ -39,10 +39,10 @@ struct PairStream {
   }
   // As Ahead does, over the experts' downs in the order in which experts_out reads them.
   FM_DEV void take_ahead() {
-    constexpr int kPiece = at_least(16, FM_AHEAD), kPieces = ceil_div(FM_DOWN_BYTES, kPiece);
-    const int expert = piece / kPieces, at = piece % kPieces * kPiece;
+    if (!ahead) return;
+    const int pieces = ceil_div(FM_DOWN_BYTES, ahead), expert = piece / pieces, at = piece % pieces * ahead;
     if (expert < FM_K)
-      fm_fetch_ahead((const char*)picks.address[2][expert] + at, at_most(kPiece, FM_DOWN_BYTES - at));
+      fm_fetch_ahead((const char*)picks.address[2][expert] + at, at_most(ahead, FM_DOWN_BYTES - at));
     piece += stride();
   }
   FM_DEV void start() {
@@ -85,7 +85,7 @@ void experts_in(const float* x, const signed char* q, const fm_f2* s, Picks* pic
   const Input input = Size::in(memory + kPickBytes);
   char* const rings = memory + kPickBytes + Size::kBytes;
   // What experts_out reads that is known before the experts are: its shared expert.
-  if (FM_AHEAD) Ahead(next).take();
+  Ahead(next).take();
   fm_release_next();
   fm_wait_before();
   take_row<In, FM_HIDDEN>(input, Rows{x, q, s});
@@ -94,7 +94,7 @@ void experts_in(const float* x, const signed char* q, const fm_f2* s, Picks* pic
   fm_barrier();
   if (FM_EXPERTS && blockIdx.x == 0) copy_picks(*picks, mine);
 
-  PairStream stream(Ring(rings), mine);
+  PairStream stream(Ring(rings), mine, next);
   stream.start();
   const Held<In, FM_HIDDEN> held(input);
   for (int set = stream.first(); set < FM_K * stream.kSets; set += stream.stride()) {

@@ -41,7 +41,7 @@ struct DownStream {
     else finish();
   }
   FM_DEV void finish() {
-    if (FM_AHEAD) ahead.take();
+    ahead.take();
     ring.close();
   }
   FM_DEV void start() {

@@ -45,7 +45,7 @@ struct MatrixStream {
         from((const char*)matrix + T::offset(first)), row(first), segment(0), ahead(next) {}
 
   FM_DEV void fetch() {
-    if (FM_AHEAD && row >= rows) ahead.take();
+    if (row >= rows) ahead.take();
     ring.fetch<T>(from, row < rows ? T::bytes(row, segment, rows) : 0, T::margin(row, segment));
     if (++segment < T::kSegments) {
       from += T::kSegmentBytes;

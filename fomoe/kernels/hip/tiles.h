@@ -3,7 +3,7 @@
 //
 // GGUF's blocks need no alignment for that: a tile comes with the few bytes around it that make its
 // words whole. Defines: FM_WAVES a group, FM_STAGES tiles of a ring, FM_TILE bytes that a tile
-// should have at most, FM_STAGE_BYTES of shared memory for each, FM_AHEAD: see ahead.h.
+// should have at most, FM_STAGE_BYTES of shared memory for each.
 #pragma once
 #include "plain_blocks.h"
 

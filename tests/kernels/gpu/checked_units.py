@@ -40,7 +40,6 @@ _WAVES = {
     "FM_TILE": 2304,
     "FM_HELD": 96,
     "FM_INT8": 1,
-    "FM_AHEAD": 2048,
 }
 _PROJECT = {**_WAVES, "FM_ADD": 0, "FM_PARTS": 4}
 _EXPERTS = {
