@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -17,6 +16,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from fomoe.devices import check_devices, is_gpu
+from fomoe.devices import parse_devices as parse_devices
 from fomoe.errors import ConfigError
 from fomoe.quality import Quality, parse_quality
 from fomoe.units import format_bytes as format_bytes
@@ -28,11 +29,9 @@ RamPolicy = Literal["exclusive", "inclusive"]
 Eviction = Literal["lfru", "lru"]
 LogicalEviction = Literal["lfru", "lru", "mass"]
 Transport = Literal["auto", "shm", "tcp"]
+Attention = Literal["auto", "driver", "device"]
 
 BUNDLED_MODEL = "fomoe-demo-Q4_K_M.gguf"
-
-# A device may stand on another node of the cluster: cpu@192.168.1.20.
-_DEVICE_PATTERN = re.compile(r"(cpu(:\d+)?|(hip|cuda):\d+)(@[\w.:-]+)?")
 
 _ENVIRONMENT = {
     "FOMOE_MODEL": "model",
@@ -54,11 +53,6 @@ _MOST_BACKFILL, _MOST_PARTS = 64, 10**6
 _Part = TypeVar("_Part", "Budgets", "RoutingConfig", "EngineConfig", "ServerConfig")
 
 
-def parse_devices(text: str) -> tuple[str, ...]:
-    """Return the device names of a comma-separated list such as `cpu,cpu` or `hip:0,hip:1`."""
-    return tuple(name.strip() for name in text.split(","))
-
-
 def default_model() -> Path:
     """Return the path of the bundled demo model, in an installed wheel or in a checkout.
 
@@ -77,10 +71,7 @@ def default_model() -> Path:
 
 
 def environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the options that FOMOE_* variables set, by option name, as text.
-
-    Args:
-        environ: The variables to read; None reads the process's own.
+    """Return what FOMOE_* of `environ`, or of this process, set: option name to text.
 
     Raises:
         ConfigError: a FOMOE_ variable has a name that fomoe does not know.
@@ -98,6 +89,11 @@ def environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
 def notify_socket() -> str | None:
     """Return the socket on which systemd waits for news of this process; None without one."""
     return os.environ.get("NOTIFY_SOCKET")
+
+
+def cache_dir() -> Path:
+    """Return this user's directory for what can be made again, such as compiled kernels."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fomoe"
 
 
 def runtime_dir() -> Path:
@@ -244,6 +240,7 @@ class EngineConfig:
     Attributes:
         model: The GGUF file, any shard of it.
         devices: One name per device: `cpu`, `cpu:N`, `hip:N` or `cuda:N`.
+        attention: Where attention and all else but experts runs; auto: on GPUs if there are any.
         budgets: Bytes for experts, per device and per node.
         routing: How experts are chosen.
         ctx_size: Tokens that one sequence may hold; its KV cache is reserved at start.
@@ -268,6 +265,7 @@ class EngineConfig:
 
     model: Path
     devices: tuple[str, ...] = ("cpu",)
+    attention: Attention = "auto"
     budgets: Budgets = field(default_factory=Budgets)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     ctx_size: int = 4096
@@ -314,18 +312,23 @@ class EngineConfig:
         if self.threads is not None:
             _require_range("threads", self.threads, 1, 1024)
 
+    @property
+    def hosts_layers(self) -> bool:
+        """Whether devices host whole layers, and not experts alone."""
+        return is_gpu(self.devices[0])
+
     def _check_devices(self) -> None:
-        _require(len(self.devices) > 0, "no device is named; cpu is always there")
-        for name in self.devices:
-            _require(
-                _DEVICE_PATTERN.fullmatch(name) is not None,
-                f"{name!r} is not a device; write cpu, cpu:N, hip:N or cuda:N, "
-                "several with commas: cpu,cpu",
-            )
-        twice = sorted({name for name in self.devices if self.devices.count(name) > 1})
+        check_devices(self.devices)
+        _require_choice("attention", self.attention, Attention)
+        wrong = {True: "driver", False: "device"}[self.hosts_layers]
         _require(
-            all(name.partition("@")[0] == "cpu" for name in twice),
-            f"device {', '.join(twice)} is named twice; only plain cpu may be repeated",
+            self.attention != wrong,
+            f"attention is {wrong!r} on {', '.join(self.devices)}; this version runs it on the "
+            "GPUs where there are any, and else in the driver: leave it at auto",
+        )
+        _require(
+            not self.hosts_layers or self.kv_dtype == "f16",
+            f"kv_dtype is {self.kv_dtype!r}; a GPU keeps keys and values as f16",
         )
 
     def to_dict(self) -> dict[str, Any]:

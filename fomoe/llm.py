@@ -1,4 +1,4 @@
-"""The Python API: a model on a Ray cluster as a context manager."""
+"""The Python API: a running model as a context manager, on a Ray cluster or without."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ import psutil
 
 from fomoe.actors.cluster import Cluster, niceness_hint
 from fomoe.actors.names import DRIVER, STORAGE
+from fomoe.actors.processes import ProcessLauncher
 from fomoe.actors.supervisor import Supervisor
 from fomoe.config import Budgets, EngineConfig, RoutingConfig, default_model, parse_bytes
+from fomoe.devices import local_name
 from fomoe.engine.fill import read_profile
 from fomoe.engine.plan import resolve
 from fomoe.engine.requests import (
@@ -32,6 +34,7 @@ from fomoe.engine.requests import (
 from fomoe.errors import ConfigError, EngineError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
+from fomoe.kernels.gpu.probe import free_memory
 from fomoe.model.archs import read_spec
 from fomoe.model.buffers import F32
 from fomoe.model.chat import ChatTemplate
@@ -39,6 +42,7 @@ from fomoe.model.tokenizer import Tokenizer
 from fomoe.quality import car_quality, parse_quality, profile_beside, read_sensitivities
 
 _NUMBERS = itertools.count()
+_LAUNCHERS = ("ray", "processes")
 _CALL_S = 10.0
 
 
@@ -66,9 +70,11 @@ class LLM:
         address: Ray cluster; None finds a running one or starts one, "local" always starts one.
         on_progress: Called with (share done, what) while loading.
         options: Any other field of `EngineConfig`, e.g. `ctx_size=8192` or
-            `routing=RoutingConfig(car_capacity=40)`; and `name`, the prefix of the actors' names.
+            `routing=RoutingConfig(car_capacity=40)`; `name`, the prefix of the actors' names; and
+            `launcher`, "ray" or "processes": children of this process, on this machine alone.
 
-    Raises ConfigError, BudgetError, GGUFError or EngineError; nothing is left running then.
+    Raises ConfigError, BudgetError, GGUFError, DeviceError or EngineError; nothing is left running
+    then.
     """
 
     def __init__(
@@ -84,6 +90,9 @@ class LLM:
         **options: Any,
     ) -> None:  # fmt: skip
         name = options.pop("name", f"fomoe-{os.getpid()}-{next(_NUMBERS)}")
+        launcher = options.pop("launcher", "ray")
+        if launcher not in _LAUNCHERS:
+            raise ConfigError(f"launcher is {launcher!r}; choose one of {', '.join(_LAUNCHERS)}")
         model = default_model() if path is None else Path(path)
         options["routing"] = _routing(options.get("routing", RoutingConfig()), quality, model)
         config = EngineConfig(
@@ -102,9 +111,9 @@ class LLM:
         config = replace(config, model=config.model.resolve(), trace=trace, profile=profile)
         if profile is not None:  # what is wrong with it is told before anything starts
             read_profile(profile, self.spec.n_layers, self.spec.moe.n_experts)
-        self.config = resolve(config, table, self.spec, free)
+        self.config = resolve(config, table, self.spec, free, _free_vram(config))
         self.tokenizer = Tokenizer.from_gguf(self.file.metadata)
-        self.cluster = Cluster(address)
+        self.cluster = Cluster(address) if launcher == "ray" else ProcessLauncher()
         try:
             self._engine: Supervisor | None = Supervisor(
                 lambda: self.cluster.launch(self.file, self.spec, self.config, name, on_progress)
@@ -262,6 +271,26 @@ def _routing(routing: RoutingConfig, quality: str | None, model: Path) -> Routin
     if profile is None:
         return routing
     return replace(routing, sensitivities=read_sensitivities(profile))
+
+
+def _free_vram(config: EngineConfig) -> tuple[int, ...]:
+    """Return the free memory of each GPU, found out before anything starts; none of `cpu`.
+
+    Raises:
+        DeviceError: a device of this machine, or its driver, is not there.
+        ConfigError: a GPU of another node has no budget.
+    """
+    if not config.hosts_layers:
+        return ()
+    here = [name for name in config.devices if local_name(name) == name]
+    free = dict(zip(here, free_memory(here), strict=True)) if here else {}
+    if len(here) == len(config.devices):
+        return tuple(free[name] for name in config.devices)
+    if config.budgets.vram_bytes is None:
+        raise ConfigError(
+            "the memory of a GPU of another node is not known here; give --vram-budget"
+        )
+    return ()
 
 
 def _contract(quality: str | None, car: float | None) -> str | None:

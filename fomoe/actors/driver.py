@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
-from fomoe.actors.dispatch import TieredExperts
-from fomoe.actors.layout import StepArena
+from fomoe.actors.hands import Engine, ExpertHands, Hands, LayerHands
 from fomoe.actors.messages import Cancel, LogitsRequest, LogitsRows, StatusRequest
-from fomoe.actors.names import CLIENT, arena_name, device_name, storage_name
+from fomoe.actors.names import CLIENT, device_name, storage_name
 from fomoe.actors.process import FabricMember, LoopThread, log
-from fomoe.actors.step import DeviceLink, Links, NodeLink, StepBuffer
 from fomoe.actors.wire import MessagePort
 from fomoe.config import EngineConfig
-from fomoe.engine.ahead import AheadArrays, Governor
-from fomoe.engine.fill import PROFILE_TOKENS, fill_order, read_profile
-from fomoe.engine.forward import Forward
+from fomoe.engine.fill import read_profile
 from fomoe.engine.generation import Generation, check_request
+from fomoe.engine.hosting import dense_bytes
 from fomoe.engine.local import sequence_logits
 from fomoe.engine.meter import Meter
-from fomoe.engine.plan import EnginePlan, make_plan
+from fomoe.engine.plan import make_plan
 from fomoe.engine.recorder import Recorder
 from fomoe.engine.requests import EngineStatus, Finished, GenerateRequest, Receipt
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.series import engine_series, tier_bytes
 from fomoe.errors import (
     ChannelError,
+    DeviceError,
     EngineError,
     FomoeError,
     PeerDeadError,
-    PeerStalledError,
     RequestCancelledError,
     RequestError,
 )
 from fomoe.gguf.extents import ExpertTable
-from fomoe.gguf.reader import open_gguf
+from fomoe.gguf.reader import GGUFFile, open_gguf
 from fomoe.kernels.cpu import ops
 from fomoe.model.archs import read_spec
 from fomoe.model.layers import DenseModel
+from fomoe.model.state import HostedState
 from fomoe.quality import Quality
-from fomoe.residency import LFRU, LRU, Residency
 from fomoe.telemetry import Growing
 from fomoe.traces import TraceFacts, TraceWriter
 
@@ -72,26 +68,30 @@ class DriverActor(FabricMember):
         self._spec = read_spec(file)
         self._plan = make_plan(
             ExpertTable.from_gguf(file, self._spec.n_layers), self._spec, self._config,
-            tuple(device_node),
+            tuple(device_node), dense_bytes(file, self._spec, self._config),
         )  # fmt: skip
         path = self._config.profile
         shape = self._spec.n_layers, self._spec.moe.n_experts
         self._frequencies = None if path is None else read_profile(path, *shape)
-        int8 = self._config.activations == "int8"
+        hosted = self._config.hosts_layers
+        self._model = None if hosted else self._read_model(file)
+        self._sequence = Sequence(
+            self._spec, self._config.ctx_size, self._config.kv_dtype,
+            self._plan.logical_rules(self._config.routing), self._frequencies,
+            HostedState(self._config.ctx_size) if hosted else None,
+        )  # fmt: skip
+        self._recorder = self._open_recorder()
+
+    def _read_model(self, file: GGUFFile) -> DenseModel:
         count = self._spec.n_layers
 
         def on_layer(layer: int) -> None:
             self._progress = 0.5 * (layer + 1) / count
 
-        self._model = DenseModel(
-            file, self._spec, self._config.prefill_chunk, int8=int8,
+        return DenseModel(
+            file, self._spec, self._config.prefill_chunk, int8=self._config.activations == "int8",
             stored_embedding=not self._plan.holds_all, on_layer=on_layer,
         )  # fmt: skip
-        self._sequence = Sequence(
-            self._spec, self._config.ctx_size, self._config.kv_dtype,
-            self._plan.logical_rules(self._config.routing), self._frequencies,
-        )  # fmt: skip
-        self._recorder = self._open_recorder()
 
     def _open_recorder(self) -> Recorder | None:
         config, spec, table = self._config, self._spec, self._plan.table
@@ -107,18 +107,21 @@ class DriverActor(FabricMember):
     def start(self) -> None:
         """Begin to fill the tiers and then to serve; `progress` tells how far it is."""
         self._client = MessagePort(self.fabric, CLIENT)
-        self._experts = self._connect_experts(self._plan)
-        # Where every expert has a slot there is nothing to read ahead.
-        prefetch = self._config.prefetch and not self._plan.holds_all
-        self._forward = Forward(self._model, self._experts, prefetch=prefetch)
+        engine = Engine(self._config, self._spec, self._plan)
+        self._hands: Hands
+        if self._model is None:
+            self._hands = LayerHands(self.fabric, engine)
+        else:
+            self._hands = ExpertHands(self.fabric, engine, self._model)
+        self._forward = self._hands.loop
         self._forward.recorder = self._recorder
-        emulated = all(name.startswith("cpu") for name in self._config.devices)
+        emulated = not self._config.hosts_layers
         self._meter = Meter(
-            self._experts.counters, self._forward.brain.loss, self._forward.watch,
+            self._hands.counters, self._forward.brain.loss, self._forward.watch,
             devices="device (emulated)" if emulated else "device",
             capacity=self._plan.logical_capacity,
         )  # fmt: skip
-        self._experts.sweeps.checkpoint = self._checkpoint
+        self._hands.watch(self._checkpoint)
         self._filled = False
         nodes = self._plan.topology.device_node
         self._peers = [device_name(i) for i in range(len(nodes))]
@@ -132,60 +135,11 @@ class DriverActor(FabricMember):
             raise self._loop.error
         return self._progress
 
-    def _connect_experts(self, plan: EnginePlan) -> TieredExperts:
-        fabric, spec, topology = self.fabric, self._spec, plan.topology
-        layout = StepArena(
-            self._config.prefill_chunk, spec.hidden, spec.moe.top_k, spec.moe.n_experts
-        )
-        devices = []
-        for i, node in enumerate(topology.device_node):
-            name, arena = device_name(i), arena_name(i)
-            views = layout.views(fabric.arena(arena))
-            buffers = tuple(StepBuffer(arena, n, view) for n, view in enumerate(views))
-            shares_cores = node == 0 and self._config.devices[i].startswith("cpu")
-            devices.append(DeviceLink(name, node, shares_cores, fabric.sender(name),
-                                      fabric.receiver(name), buffers))  # fmt: skip
-        nodes = []
-        for i in range(max(topology.device_node) + 1):
-            name = storage_name(i)
-            nodes.append(NodeLink(name, fabric.sender(name), fabric.receiver(name),
-                                  plan.segment_slots(i)))  # fmt: skip
-        policy = LRU() if self._config.eviction == "lru" else LFRU()
-        residency = Residency(topology, policy, self._config.ram_policy)
-        sizes = [plan.table.expert_bytes(i) for i in range(spec.n_layers)]
-        governor = Governor(
-            AheadArrays(spec.n_layers, spec.moe.n_experts, self._config.prefetch_budget),
-            depth=self._config.prefetch_depth,
-            expert_bytes=sum(sizes) // len(sizes),
-        )  # fmt: skip
-        return TieredExperts(
-            fabric, Links(devices, nodes), topology, residency, sizes, layout, governor
-        )
-
-    def _fill(self) -> None:
-        """Load experts into free slots until they are full, before anyone waits for a token."""
-        residency, frequencies = self._experts.residency, self._frequencies
-        if frequencies is not None:
-            residency.warm(frequencies, PROFILE_TOKENS)
-        placements = residency.fill(fill_order(self._plan.topology, frequencies))
-        wanted, landed = self._experts.reads.preload(placements), 0
-        moved = time.monotonic()
-        while landed < wanted:
-            bell = self.fabric.bell()
-            new = self._experts.reads.preloaded()
-            if new:
-                landed, moved = landed + new, time.monotonic()
-                self._progress = 0.5 + 0.5 * landed / wanted
-            elif time.monotonic() - moved > _PRELOAD_STALL_S:
-                raise PeerStalledError(storage_name(0), _PRELOAD_STALL_S)
-            else:
-                self.fabric.wait(bell, 0, 100)
-        self._progress = 1.0
-
     def poll(self) -> bool:
         """Take the client's messages, then advance the request under way by one step."""
         if not self._filled:
-            self._fill()
+            self._hands.fill(self._frequencies, self._report_fill)
+            self._progress = 1.0
             self._filled = True
         busy = False
         while (message := self._client.receive()) is not None:
@@ -200,6 +154,9 @@ class DriverActor(FabricMember):
         if not busy:
             self._check_peers()
         return busy
+
+    def _report_fill(self, done: float) -> None:
+        self._progress = 0.5 + 0.5 * done
 
     def _check_peers(self) -> None:
         """End the loop when an actor has died, without waiting for a request that needs it."""
@@ -236,7 +193,7 @@ class DriverActor(FabricMember):
 
     def _begin(self, request: GenerateRequest | LogitsRequest) -> None:
         try:
-            self._experts.reads.settle()  # what is taken back now the request before had counted
+            self._hands.settle()  # what is taken back now the request before had counted
             if isinstance(request, LogitsRequest):
                 self._logits(request)
                 return
@@ -291,7 +248,7 @@ class DriverActor(FabricMember):
 
     def _fail(self, request_id: str, error: FomoeError) -> None:
         """End a request with an error; one that the engine cannot survive ends the loop."""
-        fatal = isinstance(error, ChannelError)
+        fatal = isinstance(error, ChannelError | DeviceError)
         if fatal:  # first, so that whoever sees the request end knows why
             self._client.send(EngineStatus(state="degraded", detail=str(error)))
         self._client.send(
@@ -306,7 +263,7 @@ class DriverActor(FabricMember):
         sequence.reset()
         whole = GenerateRequest(request_id=request.request_id, prompt=request.tokens, max_tokens=0)
         check_request(whole, sequence.state.ctx_size, self._spec.vocab)
-        self._experts.follow(None)
+        self._forward.follow(None)
         self._meter.start(Quality(), cached=0)
         logits = sequence_logits(
             self._forward, sequence, request.tokens, self._config.prefill_chunk
@@ -322,7 +279,7 @@ class DriverActor(FabricMember):
 
     def reach(self, depth: int) -> None:
         """Let decode look so many layers ahead from the next token on; to compare ways."""
-        self._experts.governor.reach(depth)
+        self._hands.reach(depth)
 
     def status(self) -> EngineStatus:
         """Return the present state and the running totals, none of which falls."""
@@ -349,7 +306,7 @@ class DriverActor(FabricMember):
 
     def stats(self) -> dict[str, float]:
         """Return the running totals under their metric names."""
-        residency = self._experts.residency
+        residency = self._hands.residency
         return engine_series(self._meter, residency.counters, tier_bytes(self._plan, residency))
 
     def stop(self) -> None:

@@ -12,10 +12,13 @@ from typing import Any, Protocol
 from fomoe.actors.channel import FabricSpec
 from fomoe.actors.client import EngineClient
 from fomoe.actors.gpu import DevicePlan
+from fomoe.actors.layers import LayerPlan, neighbours
 from fomoe.actors.layout import StepArena
 from fomoe.actors.names import CLIENT, DRIVER, arena_name, device_name, storage_name
 from fomoe.actors.storage import StoragePlan
 from fomoe.config import EngineConfig
+from fomoe.devices import local_name
+from fomoe.engine.hosting import dense_bytes, staging
 from fomoe.engine.plan import EnginePlan, make_plan
 from fomoe.engine.requests import EngineStatus
 from fomoe.errors import EngineError
@@ -101,11 +104,11 @@ def launch(
     Raises what an actor raised; nothing of the engine is left then.
     """
     table = ExpertTable.from_gguf(file, spec.n_layers)
-    plan = make_plan(table, spec, config, site.device_box)
+    plan = make_plan(table, spec, config, site.device_box, dense_bytes(file, spec, config))
     client = EngineClient(CLIENT, config.ctx_size)
     engine = RunningEngine(client, plan, {})
     try:
-        _spawn_all(engine, site, spawn)
+        _spawn_all(engine, config, site, spawn)
         _join_all(engine, _fabric_spec(spec, config, site), config, site)
         _open_all(engine, file, spec, config, site)
         _start_all(engine, site)
@@ -116,23 +119,30 @@ def launch(
     return engine
 
 
-def _spawn_all(engine: RunningEngine, site: Site, spawn: Spawn) -> None:
+def _spawn_all(engine: RunningEngine, config: EngineConfig, site: Site, spawn: Spawn) -> None:
+    role = "layers" if config.hosts_layers else "gpu"
     engine.handles[DRIVER] = spawn("driver", DRIVER, 0)
     for box in range(len(site.boxes)):
         engine.handles[storage_name(box)] = spawn("storage", storage_name(box), box)
     for device, box in enumerate(site.device_box):
-        engine.handles[device_name(device)] = spawn("gpu", device_name(device), box)
+        engine.handles[device_name(device)] = spawn(role, device_name(device), box)
 
 
 def _fabric_spec(spec: ModelSpec, config: EngineConfig, site: Site) -> FabricSpec:
     peers = [CLIENT, *(storage_name(b) for b in range(len(site.boxes)))]
     peers += [device_name(d) for d in range(len(site.device_box))]
-    layout = StepArena(config.prefill_chunk, spec.hidden, spec.moe.top_k, spec.moe.n_experts)
     return FabricSpec(
         processes=(DRIVER, *peers),
         rings=tuple(ring for peer in peers for ring in ((DRIVER, peer), (peer, DRIVER))),
-        arenas=tuple((arena_name(d), layout.nbytes) for d in range(len(site.device_box))),
+        arenas=_arenas(spec, config),
     )
+
+
+def _arenas(spec: ModelSpec, config: EngineConfig) -> tuple[tuple[str, int], ...]:
+    if config.hosts_layers:
+        return tuple((each.arena, each.layout.nbytes) for each in neighbours(config, spec))
+    layout = StepArena(config.prefill_chunk, spec.hidden, spec.moe.top_k, spec.moe.n_experts)
+    return tuple((arena_name(d), layout.nbytes) for d in range(len(config.devices)))
 
 
 def _join_all(engine: RunningEngine, fabric: FabricSpec, config: EngineConfig, site: Site) -> None:
@@ -159,26 +169,49 @@ def _open_all(
     """Reserve segments, map them in the devices, read the dense weights in the driver."""
     threads = config.threads or site.cores
     driver = engine.handles[DRIVER].call("open", config.to_dict(), list(site.device_box), threads)
-    table = engine.plan.table.to_dict()
-    slots = [engine.plan.segment_slots(box) for box in range(len(site.boxes))]
     segments = []
-    for box, held in enumerate(slots):
-        storage = StoragePlan(tuple(str(p) for p in file.shards), table, held.n_slots,
-                              held.nbytes, config.read_threads)  # fmt: skip
-        segments.append(engine.handles[storage_name(box)].call("open", storage))
+    for box in range(len(site.boxes)):
+        plan = _storage_plan(engine.plan, file, config, box)
+        segments.append(engine.handles[storage_name(box)].call("open", plan))
     handles = _results(segments, _CALL_S)
     calls = []
     for device, box in enumerate(site.device_box):
-        plan = DevicePlan(
-            device=config.devices[device].partition("@")[0], arena=arena_name(device), table=table,
-            n_slots=slots[box].n_slots, n_layers=spec.n_layers, n_experts=spec.moe.n_experts,
-            top_k=spec.moe.top_k, hidden=spec.hidden, width=spec.moe.expert_width,
-            max_tokens=config.prefill_chunk, threads=threads,
-            int8=config.activations == "int8",
-        )  # fmt: skip
-        calls.append(engine.handles[device_name(device)].call("open", plan, handles[box]))
-    _results(calls, _CALL_S)
+        handle = engine.handles[device_name(device)]
+        if config.hosts_layers:
+            layers = LayerPlan(config.to_dict(), device, site.device_box,
+                               staging(engine.plan.table).n_slots)  # fmt: skip
+            calls.append(handle.call("open", layers, handles[box]))
+        else:
+            n_slots = engine.plan.segment_slots(box).n_slots
+            experts = _device_plan(engine.plan, spec, config, device, (n_slots, threads))
+            calls.append(handle.call("open", experts, handles[box]))
+    _results(calls, _LOAD_S if config.hosts_layers else _CALL_S)
     driver.result(_LOAD_S)
+
+
+def _storage_plan(
+    plan: EnginePlan, file: GGUFFile, config: EngineConfig, box: int
+) -> StoragePlan:
+    """Return what a box's storage holds: all slots, or those through which experts pass."""
+    shards, table = tuple(str(p) for p in file.shards), plan.table.to_dict()
+    if config.hosts_layers:
+        through = staging(plan.table)
+        return StoragePlan(shards, table, through.n_slots, through.nbytes, config.read_threads)
+    held = plan.segment_slots(box)
+    return StoragePlan(shards, table, held.n_slots, held.nbytes, config.read_threads)
+
+
+def _device_plan(
+    plan: EnginePlan, spec: ModelSpec, config: EngineConfig, device: int, room: tuple[int, int]
+) -> DevicePlan:
+    n_slots, threads = room
+    return DevicePlan(
+        device=local_name(config.devices[device]), arena=arena_name(device),
+        table=plan.table.to_dict(), n_slots=n_slots, n_layers=spec.n_layers,
+        n_experts=spec.moe.n_experts, top_k=spec.moe.top_k, hidden=spec.hidden,
+        width=spec.moe.expert_width, max_tokens=config.prefill_chunk, threads=threads,
+        int8=config.activations == "int8",
+    )  # fmt: skip
 
 
 def _start_all(engine: RunningEngine, site: Site) -> None:

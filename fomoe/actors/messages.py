@@ -10,6 +10,10 @@ lie in an arena of the fabric (`layout.py`). Nothing here is pickled.
 | DONE     | device -> driver  | `DONE` struct, result in the step arena   |                 |
 | SWEEP    | driver -> device  | `STEP` struct: a wave of a prompt's sweep | DONE            |
 | ABORT    | driver -> device  | u64 step id: stop waiting for its experts | DONE, aborted   |
+| LAYERS   | driver -> device  | `LAYERS` struct: halves of layers to run  | DONE            |
+| COPY     | driver -> device  | array of `COPY`: experts to bring         | COPIED          |
+| COPIED   | device -> driver  | u32: copies that have ended, in order     |                 |
+| FAULT    | device -> driver  | UTF-8: why the device cannot go on        |                 |
 | FETCH    | driver -> storage | array of `READ` records                   | landed words    |
 | DROP     | driver -> storage | u32: forget the layer's unbegun prefetches| DROPPED         |
 | PRELOADED| storage -> driver | u32: preload jobs that have landed        |                 |
@@ -24,10 +28,11 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, fields
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import Any, TypeVar
 
 import msgpack
+import numpy as np
 
 from fomoe.engine.requests import (
     EngineStatus,
@@ -55,6 +60,24 @@ class Tag(IntEnum):
     FAILED = 9
     SWEEP = 10
     DROPPED = 11
+    LAYERS = 12
+    COPY = 13
+    COPIED = 14
+    FAULT = 15
+
+
+class Do(IntFlag):
+    """What a LAYERS message asks for; a device does it in this order."""
+
+    BEGIN = 1  # a pass begins: `tokens` tokens from `position` on, of state `state`
+    EMBED = 2  # the residual stream is the embedding of the arena's tokens
+    TAKE = 4  # or what lies in the arena of device `source`, once its word has reached `awaited`
+    BACK = 8  # run the chosen experts of `layer` and close it
+    FRONT = 16  # begin `layer`, after BACK the one behind it, and answer with its scores
+    WHOLE = 32  # run all layers, by the router's own choice, and answer with it
+    GIVE = 64  # put the residual stream into the arena and the step's id into its word
+    LOGITS = 128  # answer with the logits of the arena's first `rows` row numbers
+    COPY_STATE = 256  # make state `state` what state `source` is after `position` tokens
 
 
 class Priority(IntEnum):
@@ -72,8 +95,22 @@ STEP_FIRST, STEP_LAST = 1, 2
 # step id u64, aborted i32, experts computed i32, nanoseconds computing u64, waiting u64
 DONE = struct.Struct("<QiiQQ")
 STEP_ID = struct.Struct("<Q")
+# step id u64, awaited u64, flags (`Do`), layer, tokens, position, state, source, rows: i32
+LAYERS = struct.Struct("<QQiiiiiii")
 COUNT = struct.Struct("<I")
 DROPPED = struct.Struct("<iiQ")  # layer, expert, generation
+# An expert to copy into slot `to` of its layer's class on the device, out of the segment: from
+# `address`, relative to the first slot, as soon as landed word `slot` has reached `generation`.
+COPY = np.dtype(
+    [
+        ("address", "<i8"),
+        ("generation", "<u8"),
+        ("slot", "<i4"),
+        ("layer", "<i4"),
+        ("expert", "<i4"),
+        ("to", "<i4"),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fomoe.cli.options import EngineOptions, ModelOptions
 from fomoe.config import RoutingConfig
+from fomoe.devices import is_gpu
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
 from fomoe.quality import read_sensitivities
@@ -33,12 +34,13 @@ def llm_arguments(model: ModelOptions, engine: EngineOptions) -> dict[str, Any]:
     """Return the arguments of `LLM` for these options."""
     devices = model.device_names()
     vram_budget, ram_budget = model.vram_budget, model.ram_budget
-    if model.is_demo and not model.has_budget:
+    if model.is_demo and not model.has_budget and not is_gpu(devices[0]):
         table = ExpertTable.from_gguf(open_gguf(model.path))
         vram_budget, ram_budget = demo_budgets(table, len(devices))
     profile = engine.loss_profile
     return {
         "devices": list(devices),
+        "attention": engine.attention,
         "vram_budget": vram_budget,
         "ram_budget": ram_budget,
         "routing": RoutingConfig(

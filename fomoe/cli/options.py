@@ -14,6 +14,7 @@ import typer
 from fomoe.config import (
     BUNDLED_MODEL,
     Activations,
+    Attention,
     EngineConfig,
     KVDtype,
     LogicalEviction,
@@ -99,7 +100,9 @@ class ModelOptions:
     ] = None
     devices: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="Devices, with commas: cpu,cpu. Default: cpu."),
+        typer.Option(
+            metavar="LIST", help="Devices, with commas: cpu,cpu or cuda:0,cuda:1. Default: cpu."
+        ),
     ] = None
     vram_budget: Annotated[
         int | None,
@@ -223,6 +226,10 @@ class EngineOptions:
     activations: Annotated[
         Activations, typer.Option(help="Input of the quantised kernels; f32 is for comparisons.")
     ] = "int8"
+    attention: Annotated[
+        Attention,
+        typer.Option(help="Where attention runs; auto is on the GPUs, else in the driver."),
+    ] = "auto"
     ram_policy: Annotated[
         RamPolicy, typer.Option(help="Whether an expert on a device keeps its place in RAM.")
     ] = _DEFAULTS.ram_policy

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
 from fomoe.engine.brain import Brain
 from fomoe.engine.experts import ExpertHost
+from fomoe.engine.prefill import prefill
 from fomoe.engine.recorder import Recorder
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.waterfall import Lap, Stopwatch
 from fomoe.model.buffers import F32
 from fomoe.model.layers import DenseModel
-from fomoe.model.state import Batch
+from fomoe.model.spec import ModelSpec
+from fomoe.model.state import Batch, SequenceState, TwinState
+from fomoe.residency import LogicalCache
+from fomoe.routing import route_exact
 
 
 class Forward:
-    """Runs batches through the model; where experts lie is the host's business.
+    """Runs batches through the model in this process; see `LayerLoop`.
 
-    `recorder`, where there is one, gets the router's scores of every pass.
+    Where experts lie is the host's business.
     """
 
     def __init__(self, model: DenseModel, experts: ExpertHost, *, prefetch: bool) -> None:
@@ -28,6 +34,21 @@ class Forward:
         self.watch = Stopwatch()
         self.prefetch = prefetch
         self.recorder: Recorder | None = None
+        self._x: F32 = np.empty((0, model.spec.hidden), np.float32)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model."""
+        return self.model.spec
+
+    @property
+    def expert_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of one expert of each layer, int64 [L]."""
+        return self.experts.expert_bytes
+
+    def follow(self, logical: LogicalCache | None) -> None:
+        """Keep at hand what this cache takes as resident, as it changes; None: nothing."""
+        self.experts.follow(logical)
 
     def step(self, batch: Batch, sequences: tuple[Sequence, ...]) -> F32:
         """Return the last residual stream [T, D]; sequences have advanced by their tokens.
@@ -56,6 +77,7 @@ class Forward:
             watch.lap(Lap.AWAIT)
             model.close(x, routed, shared)
         batch.advance()
+        self._x = x
         return x
 
     def _begin(
@@ -82,12 +104,43 @@ class Forward:
         for depth in range(1, min(experts.guess_depth, last) + 1):
             experts.look_ahead(layer + depth, self.model.look_ahead(layer + depth, x), depth)
 
-    def logits(self, x: F32, rows: npt.NDArray[np.intp]) -> F32:
-        """Return the logits [n, V] of some rows of the last residual stream."""
+    def prefill(
+        self, batch: Batch, sequences: tuple[Sequence, ...], on_layer: Callable[[int], None]
+    ) -> F32:
+        """Run a chunk of a prompt, each expert read once; see `fomoe.engine.prefill`."""
+        self._x = prefill(self, batch, sequences, on_layer)
+        return self._x
+
+    def logits(self, rows: npt.NDArray[np.intp]) -> F32:
+        """Return the logits [n, V] of some rows of the last pass."""
         self.watch.start()
-        logits = self.model.logits(x, rows)
+        logits = self.model.logits(self._x, rows)
         self.watch.lap(Lap.DENSE)
         return logits
+
+    def twin(self, state: SequenceState) -> TwinState:
+        """Return a second state beside a sequence's."""
+        return TwinState(state)
+
+    def step_exactly(self, batch: Batch) -> npt.NDArray[np.int32]:
+        """Run one token with the router's own choice; returns it, int32 [L, k]."""
+        model, experts, watch, top_k = self.model, self.experts, self.watch, self.spec.moe.top_k
+        chosen = np.zeros((self.spec.n_layers, top_k), np.int32)
+        watch.start()
+        x = model.embed(batch)
+        for layer in range(model.spec.n_layers):
+            model.mix(layer, x, batch)
+            h, scores = model.scores(layer, x)
+            watch.lap(Lap.DENSE)
+            route = route_exact(scores, top_k)
+            chosen[layer] = route.ids[0]
+            experts.begin(layer, h, route, decoding=True)
+            watch.lap(Lap.BRAIN)
+            routed = experts.finish()
+            watch.lap(Lap.AWAIT)
+            model.close(x, routed, model.shared(layer, h))
+        self._x = x
+        return chosen
 
     def step_serial(self, batch: Batch, sequences: tuple[Sequence, ...]) -> F32:
         """The same pass with nothing overlapped and nothing prefetched; gives the same bits."""
@@ -107,4 +160,5 @@ class Forward:
             watch.lap(Lap.AWAIT)
             model.close(x, routed, model.shared(layer, h))
         batch.advance()
+        self._x = x
         return x

@@ -11,9 +11,8 @@ import numpy as np
 
 from fomoe.config import RoutingConfig
 from fomoe.engine.contract import Contract
-from fomoe.engine.forward import Forward
+from fomoe.engine.loop import LayerLoop
 from fomoe.engine.meter import Meter
-from fomoe.engine.prefill import prefill
 from fomoe.engine.recorder import Recorder
 from fomoe.engine.requests import (
     Event,
@@ -52,14 +51,14 @@ class Generation:
         self,
         request: GenerateRequest,
         sequence: Sequence,
-        forward: Forward,
+        forward: LayerLoop,
         meter: Meter,
         *,
         chunk: int,
         routing: RoutingConfig,
         serial: bool = False,
     ) -> None:
-        check_request(request, sequence.state.ctx_size, forward.model.spec.vocab)
+        check_request(request, sequence.state.ctx_size, forward.spec.vocab)
         self.request = request
         self.finished = False
         self._sequence = sequence
@@ -84,7 +83,7 @@ class Generation:
         sequence.hold(self._contract.rule)
         sequence.decoding = False
         sequence.touched = request.null_share
-        forward.experts.follow(None if sequence.exact else sequence.logical)
+        forward.follow(None if sequence.exact else sequence.logical)
         self._shadow: Shadow | None = None
         meter.start(quality, cached=self._cached)
         recorder = forward.recorder
@@ -116,7 +115,8 @@ class Generation:
             self._shadow.take()
         sequence.decoding = True
         sequence.prices = None if price is None else np.array([price], np.float32)
-        logits: F32 = self._forward.logits(self._run([token]), _LAST)[0]
+        self._run([token])
+        logits: F32 = self._forward.logits(_LAST)[0]
         if contract.quality.is_exact:
             return logits
         missing, loss = sequence.reads, None
@@ -125,7 +125,7 @@ class Generation:
             with meter.shadow():
                 exact, more = self._shadow.repeat(token)
             missing, loss = missing + more, divergence(exact, logits)
-        spent = int(missing @ self._forward.experts.expert_bytes)
+        spent = int(missing @ self._forward.expert_bytes)
         meter.stepped(price or 0.0, spent)
         whole = contract.stepped(spent, loss)
         if loss is not None:
@@ -156,19 +156,18 @@ class Generation:
         self._sequence.reset()
         return self._finish("cancelled")
 
-    def _run(self, tokens: list[int]) -> F32:
+    def _run(self, tokens: list[int]) -> None:
         forward, sequence = self._forward, self._sequence
         batch = Batch.of([(sequence.state, tokens)])
         if self._serial:
-            hidden = forward.step_serial(batch, (sequence,))
+            forward.step_serial(batch, (sequence,))
         elif sequence.decoding:
-            hidden = forward.step(batch, (sequence,))
+            forward.step(batch, (sequence,))
         else:
-            hidden = prefill(forward, batch, (sequence,), self._on_layer)
+            forward.prefill(batch, (sequence,), self._on_layer)
         if forward.recorder is not None:
             self._record(forward.recorder, tokens)
         sequence.tokens.extend(tokens)
-        return hidden
 
     def _record(self, recorder: Recorder, tokens: list[int]) -> None:
         sequence, request = self._sequence, self.request
@@ -183,7 +182,7 @@ class Generation:
         """Report a long chunk's progress: the layers done count as so many of its tokens."""
         self._checkpoint()
         now = time.monotonic()
-        done, n_layers = len(self._sequence.tokens), self._forward.model.spec.n_layers
+        done, n_layers = len(self._sequence.tokens), self._forward.spec.n_layers
         part = min(self._chunk, len(self.request.prompt) - done)
         self._processed = done + part * (layer + 1) // n_layers
         if now - self._reported < PROGRESS_S or layer + 1 == n_layers:
@@ -203,10 +202,10 @@ class Generation:
     def _prefill(self) -> list[Event]:
         request, done = self.request, len(self._sequence.tokens)
         part = request.prompt[done : done + self._chunk]
-        hidden = self._run(part)
+        self._run(part)
         done += len(part)
         if request.echo:
-            self._score_prompt(hidden, done - len(part), len(part))
+            self._score_prompt(done - len(part), len(part))
         events: list[Event] = [self._progress(done)]
         if done < len(request.prompt):
             return events
@@ -220,14 +219,14 @@ class Generation:
         if request.max_tokens == 0:
             return [*events, self._finish("length")]
         last = np.array([len(part) - 1])
-        return events + self._choose(self._forward.logits(hidden, last)[0])
+        return events + self._choose(self._forward.logits(last)[0])
 
-    def _score_prompt(self, hidden: F32, start: int, count: int) -> None:
+    def _score_prompt(self, start: int, count: int) -> None:
         """Collect the log probability of each prompt token that follows a row of this chunk."""
         prompt, n_top = self.request.prompt, max(0, self.request.logprobs)
         for row in range(0, count, HEAD_ROWS):
             rows = np.arange(row, min(row + HEAD_ROWS, count))
-            logits = self._forward.logits(hidden, rows)
+            logits = self._forward.logits(rows)
             for offset, one in zip(rows, logits, strict=True):
                 following = start + int(offset) + 1
                 if following < len(prompt):

@@ -8,6 +8,7 @@ import numpy as np
 
 from fomoe.engine.experts import ResidentExperts
 from fomoe.engine.forward import Forward
+from fomoe.engine.loop import LayerLoop
 from fomoe.engine.sequences import Sequence
 from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
@@ -40,14 +41,14 @@ def local_logits(
     return sequence_logits(forward, sequence, tokens, chunk)
 
 
-def sequence_logits(forward: Forward, sequence: Sequence, tokens: list[int], chunk: int) -> F32:
+def sequence_logits(forward: LayerLoop, sequence: Sequence, tokens: list[int], chunk: int) -> F32:
     """Feed `tokens` to an empty sequence in chunks; returns float32 [T, V]."""
-    out = np.empty((len(tokens), forward.model.spec.vocab), np.float32)
+    out = np.empty((len(tokens), forward.spec.vocab), np.float32)
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
-        hidden = forward.step(Batch.of([(sequence.state, part)]), (sequence,))
+        forward.step(Batch.of([(sequence.state, part)]), (sequence,))
         sequence.tokens.extend(part)
         for row in range(0, len(part), HEAD_ROWS):
             rows = np.arange(row, min(row + HEAD_ROWS, len(part)))
-            out[start + rows] = forward.model.logits(hidden, rows)
+            out[start + rows] = forward.logits(rows)
     return out

@@ -9,7 +9,7 @@ import numpy as np
 from fomoe.config import Budgets, EngineConfig, RoutingConfig, format_bytes
 from fomoe.engine.chunk import auto_chunk
 from fomoe.engine.transfers import SegmentSlots
-from fomoe.errors import ConfigError
+from fomoe.errors import BudgetError, ConfigError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.model.spec import ModelSpec
 from fomoe.residency import ExpertSizes, LogicalRules, Topology, plan_budgets
@@ -17,6 +17,8 @@ from fomoe.residency import ExpertSizes, LogicalRules, Topology, plan_budgets
 # Of the memory that is free when fomoe starts, the share that experts may take by default; the
 # rest is for the page cache, other programs and what the processes need themselves.
 DEFAULT_SHARE = 0.8
+VRAM_RESERVE_BYTES = 768 << 20  # of a GPU's free memory: its driver, modules, other programs
+HOSTED_CHUNK = 2048  # prompt tokens that go through the layers of GPUs together
 FALLBACK_CAPACITY = 6  # lossy modes without explicit budgets: a sixth of the experts of a layer
 
 
@@ -88,9 +90,12 @@ class EnginePlan:
 
 
 def make_plan(
-    table: ExpertTable, spec: ModelSpec, config: EngineConfig, device_node: tuple[int, ...]
-) -> EnginePlan:
+    table: ExpertTable, spec: ModelSpec, config: EngineConfig, device_node: tuple[int, ...],
+    dense_bytes: tuple[int, ...] = (),
+) -> EnginePlan:  # fmt: skip
     """Return the plan for explicit budgets; layer l lives on device l mod n.
+
+    `dense_bytes` are what devices that host layers need of their budget before any expert.
 
     Raises:
         BudgetError: a budget cannot hold one layer's top-k of each size class.
@@ -114,7 +119,7 @@ def make_plan(
     )
     topology = plan_budgets(
         sizes,
-        vram_budget_bytes=[budgets.vram_bytes] * n,
+        vram_budget_bytes=_left_for_experts(budgets.vram_bytes, dense_bytes or (0,) * n),
         ram_budget_bytes=[budgets.ram_bytes] * (max(device_node) + 1),
         top_k=spec.moe.top_k,
         ram=config.ram_policy,
@@ -122,7 +127,31 @@ def make_plan(
     plan = EnginePlan(topology, table, budgets.vram_bytes, budgets.ram_bytes,
                       _logical_capacity(topology, spec, config))  # fmt: skip
     plan.logical_rules(config.routing).check(spec.n_layers, spec.moe.n_experts)
+    if config.hosts_layers:
+        _require_all(plan, dense_bytes)
     return plan
+
+
+def _left_for_experts(vram_bytes: int, dense_bytes: tuple[int, ...]) -> list[int]:
+    for device, dense in enumerate(dense_bytes):
+        if dense > vram_bytes:
+            what = f"device {device}: dense weights, sequences' state and work memory"
+            raise BudgetError(what, dense, vram_bytes)
+    return [vram_bytes - dense for dense in dense_bytes]
+
+
+def _require_all(plan: EnginePlan, dense_bytes: tuple[int, ...]) -> None:
+    """Refuse GPUs that do not hold every expert; this version moves none between tiers."""
+    t = plan.topology
+    for device, dense in enumerate(dense_bytes):
+        layers = np.flatnonzero(t.layer_device == device).tolist()
+        whole = dense + sum(plan.table.slot_bytes(layer) * t.n_experts for layer in layers)
+        if whole > plan.vram_bytes:
+            what = (
+                f"device {device}: this version keeps all experts of a GPU's {len(layers)} layers "
+                "on it; name more devices, or raise --vram-budget"
+            )
+            raise BudgetError(what, whole, plan.vram_bytes)
 
 
 def _logical_capacity(topology: Topology, spec: ModelSpec, config: EngineConfig) -> int:
@@ -145,18 +174,43 @@ def _logical_capacity(topology: Topology, spec: ModelSpec, config: EngineConfig)
 
 
 def resolve(
-    config: EngineConfig, table: ExpertTable, spec: ModelSpec, free_bytes: int
-) -> EngineConfig:
+    config: EngineConfig, table: ExpertTable, spec: ModelSpec, free_bytes: int,
+    free_vram: tuple[int, ...] = (),
+) -> EngineConfig:  # fmt: skip
     """Return `config` with every budget and the prompt chunk explicit.
 
-    Missing budgets come from measured free memory.
+    Missing budgets come from measured free memory: `free_bytes` of the node, `free_vram` of each
+    device that hosts layers.
     """
+    if config.hosts_layers:
+        return _resolve_hosted(config, free_vram)
     config = _resolve_budgets(config, table, spec, free_bytes)
     if config.prefill_chunk:
         return config
     n_devices = len(config.devices)
     given = n_devices * (config.budgets.vram_bytes or 0) + (config.budgets.ram_bytes or 0)
     return replace(config, prefill_chunk=auto_chunk(spec, config.ctx_size, n_devices, given))
+
+
+def _resolve_hosted(config: EngineConfig, free_vram: tuple[int, ...]) -> EngineConfig:
+    """Budgets of GPUs; their chunk goes by the model alone, for chunks may change their bits."""
+    if config.budgets.ram_bytes:
+        raise ConfigError(
+            f"--ram-budget {format_bytes(config.budgets.ram_bytes)}: this version keeps every "
+            "expert on the GPUs; leave it out"
+        )
+    vram = config.budgets.vram_bytes
+    if vram is None:
+        shares = [
+            (free - VRAM_RESERVE_BYTES) // config.devices.count(name)
+            for name, free in zip(config.devices, free_vram, strict=True)
+        ]
+        vram = max(0, min(shares))
+    return replace(
+        config,
+        budgets=Budgets(vram_bytes=vram, ram_bytes=0),
+        prefill_chunk=config.prefill_chunk or min(HOSTED_CHUNK, config.ctx_size),
+    )
 
 
 def _resolve_budgets(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fomoe.engine.forward import Forward
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.waterfall import Lap
 from fomoe.model.buffers import F32
 from fomoe.model.state import Batch
+
+if TYPE_CHECKING:
+    from fomoe.engine.forward import Forward
 
 GUESS_ROWS = 256  # tokens of a chunk that tell what the next layers will want
 LAYERS_AHEAD = 2  # where layers alternate between two sizes of slots, both kinds are read ahead

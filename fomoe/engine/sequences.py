@@ -24,14 +24,14 @@ class Sequence:
     `decoding` says whether the next step is a decode step. `lossy` stays set once a substituted
     expert may have touched the state, or a price the decision hash, so that no exact request
     continues from it. Its logical cache begins as `frequencies` float32 [L, E] say, where they are
-    given.
+    given. `state` stands in for one that is held in this process.
     """
 
     def __init__(
         self, spec: ModelSpec, ctx_size: int, kv_dtype: str, rules: LogicalRules,
-        frequencies: F32 | None = None,
+        frequencies: F32 | None = None, state: SequenceState | None = None,
     ) -> None:  # fmt: skip
-        self.state = SequenceState(spec, ctx_size, kv_dtype)
+        self.state = SequenceState(spec, ctx_size, kv_dtype) if state is None else state
         self.logical = LogicalCache(spec.n_layers, spec.moe.n_experts, rules)
         if frequencies is not None:
             self.logical.caches.warm(frequencies)

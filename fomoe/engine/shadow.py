@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.engine.forward import Forward
+from fomoe.engine.loop import LayerLoop
 from fomoe.engine.sequences import Sequence
-from fomoe.engine.waterfall import Lap
 from fomoe.evaluation.divergence import kl_of_logs, log_softmax
 from fomoe.model.buffers import F32
-from fomoe.model.state import Batch, TwinState
-from fomoe.routing import route_exact
+from fomoe.model.state import Batch
 from fomoe.routing.price import NANO
 
 _LAST = np.array([0])
@@ -27,10 +25,10 @@ class Shadow:
     The twin comes second, so that it is charged for what the step itself did not read.
     """
 
-    def __init__(self, forward: Forward, sequence: Sequence) -> None:
-        self._forward = forward
+    def __init__(self, loop: LayerLoop, sequence: Sequence) -> None:
+        self._loop = loop
         self._sequence = sequence
-        self._twin = TwinState(sequence.state)
+        self._twin = loop.twin(sequence.state)
 
     def take(self) -> None:
         """Copy the state from which the next step starts."""
@@ -43,26 +41,11 @@ class Shadow:
             Its logits float32 [V], a view that the next pass overwrites; and int64 [L], its
             experts of each layer that are not logically resident.
         """
-        model, experts, watch = self._forward.model, self._forward.experts, self._forward.watch
-        logical, top_k = self._sequence.logical, model.spec.moe.top_k
-        missing = np.zeros(model.spec.n_layers, np.int64)
-        batch = Batch.of([(self._twin, [token])])
-        watch.start()
         with self._twin.borrowed_row():
-            x = model.embed(batch)
-            for layer in range(model.spec.n_layers):
-                model.mix(layer, x, batch)
-                h, scores = model.scores(layer, x)
-                watch.lap(Lap.DENSE)
-                route = route_exact(scores, top_k)
-                missing[layer] = np.count_nonzero(~logical.mask(layer)[route.ids])
-                experts.begin(layer, h, route, decoding=True)
-                watch.lap(Lap.BRAIN)
-                routed = experts.finish()
-                watch.lap(Lap.AWAIT)
-                model.close(x, routed, model.shared(layer, h))
-        logits: F32 = self._forward.logits(x, _LAST)[0]
-        return logits, missing
+            chosen = self._loop.step_exactly(Batch.of([(self._twin.state, [token])]))
+            logits: F32 = self._loop.logits(_LAST)[0]
+        resident = np.take_along_axis(self._sequence.logical.caches.resident[0], chosen, axis=1)
+        return logits, np.count_nonzero(~resident, axis=1)
 
 
 def divergence(exact: F32, other: F32) -> int:

@@ -54,7 +54,9 @@ class SequenceState:
     def __init__(self, spec: ModelSpec, ctx_size: int, kv_dtype: str) -> None:
         self.length = 0
         self.ctx_size = ctx_size
-        self.layers = tuple(_layer_state(spec, kind, ctx_size, kv_dtype) for kind in spec.layers)
+        self.layers: tuple[LayerState, ...] = tuple(
+            _layer_state(spec, kind, ctx_size, kv_dtype) for kind in spec.layers
+        )
 
     def reset(self) -> None:
         """Forget everything; the memory stays reserved."""
@@ -91,6 +93,19 @@ class SequenceState:
         return sum(first.nbytes + second.nbytes for first, second in map(_arrays, self.layers))
 
 
+class HostedState(SequenceState):
+    """A state whose arrays lie on devices, which know it by `number`; here tokens are counted.
+
+    A pass that begins at position 0 begins with an empty state.
+    """
+
+    def __init__(self, ctx_size: int, number: int = 0) -> None:
+        self.length = 0
+        self.ctx_size = ctx_size
+        self.number = number
+        self.layers = ()
+
+
 class TwinState(SequenceState):
     """A state to try one token on: recurrent memory of its own, keys and values of the original.
 
@@ -108,6 +123,11 @@ class TwinState(SequenceState):
             else DeltaState(np.empty_like(layer.conv), np.empty_like(layer.memory))
             for layer in original.layers
         )
+
+    @property
+    def state(self) -> SequenceState:
+        """Itself: what a trial's batch is made of."""
+        return self
 
     def take(self) -> None:
         """Take the original's state as it is now."""

@@ -69,7 +69,7 @@ def draw(seed, path):
 
 def read_every_guess(engine):
     """Let the driver read whatever is named, sure or not, so that much is read in vain."""
-    governor = engine.handles["driver"].actor._experts.governor
+    governor = engine.handles["driver"].actor._hands.host.governor
     governor.arrays.allowed[:] = True
     governor.arrays.credit[0] = 1 << 40
     governor.token = lambda: None
@@ -87,7 +87,7 @@ def play(path, prompt, seed, delay):
             events = list(engine.client.stream(request(prompt, mode)))
             heard[mode] = told(events)
             prefetched += finished(events).receipt.prefetched
-        residency = engine.handles["driver"].actor._experts.residency
+        residency = engine.handles["driver"].actor._hands.host.residency
         residency.check_integrity()
     return heard, prefetched
 
@@ -120,7 +120,7 @@ def test_bytes_are_counted_as_they_were_read(model_paths, prompt, delays):
         prefetch_depth=2, prefetch_budget=1.0, read_threads=1,
     ) as engine:  # fmt: skip
         storage = engine.handles["storage-0"].actor
-        experts = engine.handles["driver"].actor._experts
+        experts = engine.handles["driver"].actor._hands.host
         read_every_guess(engine)
         before = storage.stats()["bytes"]
         dropped = 0

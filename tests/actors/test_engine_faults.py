@@ -83,7 +83,7 @@ class TestReads:
             events = run(engine, greedy(prompt, 8))
             assert tokens_of(events) == right
             assert finished(events).receipt.cached_tokens == 0
-            engine.handles["driver"].actor._experts.residency.check_integrity()
+            engine.handles["driver"].actor._hands.host.residency.check_integrity()
 
     def test_resident_experts_need_no_file(self, start, file, prompt, right):
         with start(vram=1 << 30, ram=0) as engine:
@@ -125,7 +125,7 @@ class TestReads:
                 assert finished(events).error is None
                 assert tokens_of(events) == right
             assert len(failures) > 3
-            engine.handles["driver"].actor._experts.residency.check_integrity()
+            engine.handles["driver"].actor._hands.host.residency.check_integrity()
 
     def test_a_guess_and_its_demand_fail(self, start, prompt, right):
         """The one is joined by the other while it runs, and both must be heard of."""

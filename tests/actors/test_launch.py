@@ -8,6 +8,7 @@ from support.local_engine import local_engine
 from support.local_model import greedy, tokens_of
 from support.process_counts import own_files, own_threads
 
+from fomoe.actors import gpu
 from fomoe.actors.channel import Fabric
 from fomoe.errors import BudgetError, ChannelError, DeviceError, StorageError
 
@@ -53,10 +54,14 @@ class TestFailures:
         ):
             pytest.fail("it came up")
 
-    def test_a_device_that_is_not_there(self, model_paths):
+    def test_a_device_that_is_not_there(self, model_paths, monkeypatch):
+        def refuse(name, **options):
+            raise DeviceError(f"device {name!r}: no such device")
+
+        monkeypatch.setattr(gpu, "open_device", refuse)
         with (
-            pytest.raises(DeviceError, match="hip:0"),
-            local_engine(model_paths["small"], devices=("cpu", "hip:0"), vram=1 << 24, ram=0),
+            pytest.raises(DeviceError, match="cpu:7"),
+            local_engine(model_paths["small"], devices=("cpu:7",), vram=1 << 24, ram=0),
         ):
             pytest.fail("it came up")
 

@@ -64,7 +64,7 @@ def test_what_is_given_up_late_is_not_the_next_requests(path, prompt):
     with local_engine(path, vram=total, ram=0) as engine:
         driver, storage = (engine.handles[name].actor for name in ("driver", "storage-0"))
         list(engine.client.stream(greedy(prompt, 2)))
-        counters, before = driver._experts.counters, driver.status().counters
+        counters, before = driver._hands.host.counters, driver.status().counters
         counted = counters.nvme_bytes
         guess = Fetch(slot=0, address=0, generation=1 << 40, layer=1, expert=2, priority=PREFETCH)
         storage._report_dropped((guess,))
@@ -81,7 +81,7 @@ def test_what_is_given_up_late_is_not_the_next_requests(path, prompt):
 def test_only_a_lossy_request_is_followed(path, prompt):
     total, _ = slot_bytes(path)
     with local_engine(path, vram=total // 3, ram=0) as engine:
-        experts = engine.handles["driver"].actor._experts
+        experts = engine.handles["driver"].actor._hands.host
         ends = (
             lambda: list(engine.client.stream(greedy(prompt, 2, quality="exact"))),
             lambda: engine.client.logits(prompt, 300),

@@ -64,7 +64,7 @@ def start(path, share, **options):
 
 
 def residency_of(engine):
-    return engine.handles["driver"].actor._experts.residency
+    return engine.handles["driver"].actor._hands.host.residency
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.8])
@@ -111,7 +111,7 @@ def test_guesses_are_read_ahead_and_counted(path, long_prompt, right):
         events = list(engine.client.stream(greedy(long_prompt, 1)))
         assert tokens_of(events) == right[:1]
         guessed = [f for f in reads.begun if f.priority == PREFETCH]
-        host = engine.handles["driver"].actor._experts.counters
+        host = engine.handles["driver"].actor._hands.host.counters
         counters = residency_of(engine).counters
         assert guessed
         assert host.prefetch_issued >= len(guessed)
@@ -214,7 +214,7 @@ def test_a_cancelled_prompt_ends_inside_a_layer(path, long_prompt, right, layer)
         stream = engine.client.stream(greedy(long_prompt, 6, request_id="gone"))
         reader = threading.Thread(target=lambda: list(stream))
         reader.start()
-        while not driver._experts.sweeps.active:
+        while not driver._hands.host.sweeps.active:
             time.sleep(0.001)
         time.sleep(0.05)
         engine.client.cancel("gone")

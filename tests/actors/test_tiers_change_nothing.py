@@ -88,7 +88,7 @@ def test_the_same_bits(name, case, model_paths, reference, prompt, delays):
         assert answer(events) == want
         assert end.receipt.decision_hash == want_hash
         check_receipt(end.receipt, engine, len(prompt), c)
-        engine.handles["driver"].actor._experts.residency.check_integrity()
+        engine.handles["driver"].actor._hands.host.residency.check_integrity()
 
 
 def check_receipt(receipt, engine, n_prompt, case):

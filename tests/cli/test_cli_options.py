@@ -46,6 +46,7 @@ def test_options_reach_the_model(
     assert llm.last.path == model
     assert llm.last.arguments == {
         "devices": ["cpu", "cpu:1"],
+        "attention": "auto",
         "vram_budget": 3 << 19,
         "ram_budget": 2_000_000,
         "routing": config.RoutingConfig(

@@ -74,13 +74,14 @@ def test_a_written_size_reads_back_within_its_digits(n_bytes: int) -> None:
 def full_config() -> EngineConfig:
     return EngineConfig(
         model=Path("a/model.gguf"),
-        devices=("cpu", "cpu", "hip:0"),
+        devices=("hip:0", "hip:0", "hip:1@desk"),
+        attention="device",
         budgets=Budgets(vram_bytes=5, ram_bytes=0),
         routing=RoutingConfig(
             quality="bytes=0.5GB/token", car_capacity=12, sensitivities=(0.5, 2.0)
         ),
         threads=3,
-        kv_dtype="f32",
+        activations="f32",
         seed=(1 << 64) - 1,
     )
 
@@ -97,7 +98,13 @@ def test_the_engine_config_survives_msgpack(config_: EngineConfig) -> None:
         ({"devices": ()}, "no device"),
         ({"devices": ("gpu",)}, "'gpu' is not a device"),
         ({"devices": ("hip",)}, "'hip' is not a device"),
-        ({"devices": ("hip:0", "hip:0")}, "named twice"),
+        ({"devices": ("cpu:1", "cpu:1")}, "cpu:1 is named twice"),
+        ({"devices": ("hip:0@desk:1", "cuda:0")}, "of 2 kinds.*one kind at a time"),
+        ({"devices": ("cpu", "hip:0")}, "of 2 kinds.*one kind at a time"),
+        ({"devices": ("hip:0",), "attention": "driver"}, "attention is 'driver' on hip:0"),
+        ({"attention": "device"}, "attention is 'device' on cpu"),
+        ({"attention": "gpu"}, "attention is 'gpu'; choose one of auto, driver, device"),
+        ({"devices": ("cuda:0",), "kv_dtype": "f32"}, "kv_dtype is 'f32'; a GPU keeps"),
         ({"ctx_size": 0}, "ctx_size is 0.*from 1 to"),
         ({"ctx_size": True}, "ctx_size is True"),
         ({"sequences": 0}, "sequences is 0"),

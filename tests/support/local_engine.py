@@ -10,6 +10,7 @@ from typing import Any
 
 from fomoe.actors.driver import DriverActor
 from fomoe.actors.gpu import GPUActor
+from fomoe.actors.layers import LayerActor
 from fomoe.actors.launch import Box, Handle, RunningEngine, Site, ThreadHandle, launch
 from fomoe.actors.storage import StorageActor
 from fomoe.config import Budgets, EngineConfig
@@ -19,7 +20,9 @@ from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
 from fomoe.storage.fetch import Fetch
 
-_CLASSES = {"driver": DriverActor, "gpu": GPUActor, "storage": StorageActor}
+_CLASSES = {
+    "driver": DriverActor, "gpu": GPUActor, "layers": LayerActor, "storage": StorageActor,
+}  # fmt: skip
 
 
 class DelayedStorage(StorageActor):

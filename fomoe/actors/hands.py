@@ -1,0 +1,224 @@
+"""What the driver does its work with: a layer loop, and what fills the tiers behind it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from fomoe.actors.channel import Fabric
+from fomoe.actors.dispatch import TieredExperts
+from fomoe.actors.layer_fill import ExpertLoader, StagingNode
+from fomoe.actors.layer_host import DeviceLayers, LayerLink
+from fomoe.actors.layer_layout import LayerArena
+from fomoe.actors.layout import StepArena
+from fomoe.actors.names import arena_name, device_name, storage_name
+from fomoe.actors.step import DeviceLink, Links, NodeLink, StepBuffer
+from fomoe.config import EngineConfig
+from fomoe.engine.ahead import AheadArrays, Governor
+from fomoe.engine.device_forward import DeviceForward
+from fomoe.engine.fill import PROFILE_TOKENS, Frequencies, fill_order
+from fomoe.engine.forward import Forward
+from fomoe.engine.hosting import host_options, n_states, staging
+from fomoe.engine.loop import LayerLoop
+from fomoe.engine.meter import HostCounters
+from fomoe.engine.placed import Placed
+from fomoe.engine.plan import EnginePlan
+from fomoe.errors import PeerStalledError
+from fomoe.model.layers import DenseModel
+from fomoe.model.spec import ModelSpec
+from fomoe.residency import LFRU, LRU, Placement, Residency
+
+_PRELOAD_STALL_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Engine:
+    """What is run: configuration, model and plan, equal in every process."""
+
+    config: EngineConfig
+    spec: ModelSpec
+    plan: EnginePlan
+
+    def residency(self) -> Residency:
+        """Return an empty residency for the plan."""
+        policy = LRU() if self.config.eviction == "lru" else LFRU()
+        return Residency(self.plan.topology, policy, self.config.ram_policy)
+
+
+class Hands(Protocol):
+    """The driver's hands: experts on CPU devices, or whole layers on GPUs."""
+
+    @property
+    def loop(self) -> LayerLoop:
+        """What passes go through."""
+
+    @property
+    def counters(self) -> HostCounters:
+        """Running totals."""
+
+    @property
+    def residency(self) -> Residency:
+        """Where experts lie."""
+
+    def fill(self, frequencies: Frequencies | None, on_progress: Callable[[float], None]) -> None:
+        """Load experts into free slots until they are full; told 0 to 1."""
+
+    def settle(self) -> None:
+        """Take what has been reported while nobody waited."""
+
+    def watch(self, checkpoint: Callable[[], None]) -> None:
+        """Call this while waiting inside a long pass; what it raises ends the pass."""
+
+    def reach(self, depth: int) -> None:
+        """Look so many layers ahead from the next token on."""
+
+
+class ExpertHands:
+    """The dense model in this process, experts on `cpu` devices."""
+
+    def __init__(self, fabric: Fabric, engine: Engine, model: DenseModel) -> None:
+        self._fabric = fabric
+        self._engine = engine
+        self.host = _connect_experts(fabric, engine)
+        # Where every expert has a slot there is nothing to read ahead.
+        prefetch = engine.config.prefetch and not engine.plan.holds_all
+        self.loop = Forward(model, self.host, prefetch=prefetch)
+
+    @property
+    def counters(self) -> HostCounters:
+        """Running totals."""
+        return self.host.counters
+
+    @property
+    def residency(self) -> Residency:
+        """Where experts lie."""
+        return self.host.residency
+
+    def fill(self, frequencies: Frequencies | None, on_progress: Callable[[float], None]) -> None:
+        """Load experts into free slots until they are full, before anyone waits for a token."""
+        reads = self.host.reads
+        placements = _placements(self._engine, self.residency, frequencies)
+        wanted, landed = reads.preload(placements), 0
+        moved = time.monotonic()
+        while landed < wanted:
+            bell = self._fabric.bell()
+            new = reads.preloaded()
+            if new:
+                landed, moved = landed + new, time.monotonic()
+                on_progress(landed / wanted)
+            elif time.monotonic() - moved > _PRELOAD_STALL_S:
+                raise PeerStalledError(storage_name(0), _PRELOAD_STALL_S)
+            else:
+                self._fabric.wait(bell, 0, 100)
+
+    def settle(self) -> None:
+        """Take what storage has reported while nobody waited for a step."""
+        self.host.reads.settle()
+
+    def watch(self, checkpoint: Callable[[], None]) -> None:
+        """Call this while waiting inside a prompt; what it raises ends the pass."""
+        self.host.sweeps.checkpoint = checkpoint
+
+    def reach(self, depth: int) -> None:
+        """Look so many layers ahead from the next token on."""
+        self.host.governor.reach(depth)
+
+
+class LayerHands:
+    """Whole layers on GPUs; this process decides."""
+
+    def __init__(self, fabric: Fabric, engine: Engine) -> None:
+        self._fabric = fabric
+        self._engine = engine
+        config, spec, plan = engine.config, engine.spec, engine.plan
+        placed = Placed(plan, engine.residency(), spec.moe.top_k)
+        self.host = DeviceLayers(
+            fabric, layer_links(fabric, engine), placed, n_states=n_states(config)
+        )
+        self.loop = DeviceForward(spec, self.host)
+
+    @property
+    def counters(self) -> HostCounters:
+        """Running totals."""
+        return self.host.counters
+
+    @property
+    def residency(self) -> Residency:
+        """Where experts lie."""
+        return self.host.placed.residency
+
+    def fill(self, frequencies: Frequencies | None, on_progress: Callable[[float], None]) -> None:
+        """Load every expert onto its device."""
+        plan, fabric = self._engine.plan, self._fabric
+        through, topology = staging(plan.table), plan.topology
+        nodes = [
+            StagingNode.of(fabric, storage_name(node), through.n_slots)
+            for node in range(max(topology.device_node) + 1)
+        ]
+        loader = ExpertLoader(
+            fabric, nodes, self.host.links, topology.layer_device.tolist(), through.slot_bytes
+        )
+        placements = _placements(self._engine, self.residency, frequencies)
+        self.host.placed.fill(placements)
+        loader.run(placements, on_progress)
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
+
+    def watch(self, checkpoint: Callable[[], None]) -> None:
+        """The loop calls it after each layer."""
+
+    def reach(self, depth: int) -> None:
+        """Nothing is read ahead."""
+
+
+def _placements(
+    engine: Engine, residency: Residency, frequencies: Frequencies | None
+) -> list[Placement]:
+    """Give slots to experts, the most frequent first; returns them in the order of loading."""
+    if frequencies is not None:
+        residency.warm(frequencies, PROFILE_TOKENS)
+    return residency.fill(fill_order(engine.plan.topology, frequencies))
+
+
+def _connect_experts(fabric: Fabric, engine: Engine) -> TieredExperts:
+    config, spec, plan = engine.config, engine.spec, engine.plan
+    topology = plan.topology
+    layout = StepArena(config.prefill_chunk, spec.hidden, spec.moe.top_k, spec.moe.n_experts)
+    devices = []
+    for i, node in enumerate(topology.device_node):
+        name, arena = device_name(i), arena_name(i)
+        views = layout.views(fabric.arena(arena))
+        buffers = tuple(StepBuffer(arena, n, view) for n, view in enumerate(views))
+        shares_cores = node == 0 and config.devices[i].startswith("cpu")
+        devices.append(DeviceLink(name, node, shares_cores, fabric.sender(name),
+                                  fabric.receiver(name), buffers))  # fmt: skip
+    nodes = []
+    for i in range(max(topology.device_node) + 1):
+        name = storage_name(i)
+        nodes.append(
+            NodeLink(name, fabric.sender(name), fabric.receiver(name), plan.segment_slots(i))
+        )
+    sizes = [plan.table.expert_bytes(i) for i in range(spec.n_layers)]
+    governor = Governor(
+        AheadArrays(spec.n_layers, spec.moe.n_experts, config.prefetch_budget),
+        depth=config.prefetch_depth,
+        expert_bytes=sum(sizes) // len(sizes),
+    )
+    return TieredExperts(
+        fabric, Links(devices, nodes), topology, engine.residency(), sizes, layout, governor
+    )
+
+
+def layer_links(fabric: Fabric, engine: Engine) -> list[LayerLink]:
+    """Return the driver's ends of the devices that host layers."""
+    links = []
+    for i, options in enumerate(host_options(engine.config, engine.spec)):
+        name, arena = device_name(i), arena_name(i)
+        layout = LayerArena(engine.spec, options.max_tokens, head=options.head)
+        node, views = engine.plan.topology.device_node[i], layout.views(fabric.arena(arena))
+        ports = fabric.sender(name), fabric.receiver(name)
+        links.append(LayerLink(name, i, node, arena, layout, views, *ports))
+    return links

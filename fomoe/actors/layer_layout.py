@@ -1,0 +1,94 @@
+"""Where the arrays of a pass lie in the arena of a device that hosts layers; the same on both ends.
+
+One arena per device. The driver writes `tokens`, `rows`, `ids` and `weights` before the message
+that names them, the device all others before its answer; the rings order the accesses. `word` is
+for the next device: it holds the last step whose residual stream `hidden` is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.actors.channel import Regions
+from fomoe.model.layers import HEAD_ROWS
+from fomoe.model.spec import ModelSpec
+
+_ALIGN = 256  # of device memory, too
+
+
+@dataclass(frozen=True, slots=True)
+class LayerViews:
+    """Arrays over an arena's bytes.
+
+    Attributes:
+        word: uint64 [1].
+        tokens: int32 [T].
+        rows: int32 [HEAD_ROWS].
+        hidden: float32 [T, D].
+        scores: float32 [T, E].
+        ids: int32 [T, k]; of a token in ascending order, of a prompt's best rank first.
+        weights: float32 [T, k], in the order of `ids`.
+        chosen: int32 [L, T, k], laid out for the T of the pass.
+        logits: float32 [HEAD_ROWS, V]; no rows where the device has no head.
+    """
+
+    word: npt.NDArray[np.uint64]
+    tokens: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int32]
+    hidden: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    ids: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+    chosen: npt.NDArray[np.int32]
+    logits: npt.NDArray[np.float32]
+
+    def chosen_of(self, tokens: int) -> npt.NDArray[np.int32]:
+        """Return `chosen` of a pass of so many tokens, int32 [L, tokens, k]."""
+        n_layers, _, top_k = self.chosen.shape
+        flat = self.chosen.reshape(-1)[: n_layers * tokens * top_k]
+        return flat.reshape(n_layers, tokens, top_k)
+
+
+class LayerArena:
+    """Layout for passes of at most `max_tokens` tokens; `head` says whether logits come from it."""
+
+    def __init__(self, spec: ModelSpec, max_tokens: int, *, head: bool) -> None:
+        top_k = spec.moe.top_k
+        parts: tuple[tuple[str, npt.DTypeLike, tuple[int, ...]], ...] = (
+            ("word", np.uint64, (1,)),
+            ("tokens", np.int32, (max_tokens,)),
+            ("rows", np.int32, (HEAD_ROWS,)),
+            ("hidden", np.float32, (max_tokens, spec.hidden)),
+            ("scores", np.float32, (max_tokens, spec.moe.n_experts)),
+            ("ids", np.int32, (max_tokens, top_k)),
+            ("weights", np.float32, (max_tokens, top_k)),
+            ("chosen", np.int32, (spec.n_layers, max_tokens, top_k)),
+            ("logits", np.float32, (HEAD_ROWS if head else 0, spec.vocab)),
+        )
+        self._places: dict[str, tuple[int, npt.DTypeLike, tuple[int, ...]]] = {}
+        at = 0
+        for name, dtype, shape in parts:
+            self._places[name] = at, dtype, shape
+            nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            at += -(-nbytes // _ALIGN) * _ALIGN
+        self.nbytes = at
+
+    def views(self, arena: npt.NDArray[np.uint8]) -> LayerViews:
+        """Return the arrays over the arena's bytes."""
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for name, (at, dtype, shape) in self._places.items():
+            nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            arrays[name] = arena[at : at + nbytes].view(dtype).reshape(shape)
+        return LayerViews(**arrays)
+
+    def regions(self, arena: str, **counts: int) -> Regions:
+        """Return the ranges of an arena that hold the first values of arrays, by name."""
+        out = []
+        for name, count in counts.items():
+            at, dtype, _ = self._places[name]
+            out.append((arena, at, count * np.dtype(dtype).itemsize))
+        return tuple(out)

@@ -1,0 +1,193 @@
+"""A device that hosts layers, played by the CPU kernels: same verbs, bits of the CPU path."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+
+import numpy as np
+
+from fomoe.actors.expert_copies import part_bytes
+from fomoe.engine.experts import expert_shape
+from fomoe.gguf.extents import ExpertTable
+from fomoe.kernels.device import open_device
+from fomoe.model.layers import DenseModel
+from fomoe.model.state import Batch, DeltaState, SequenceState
+from fomoe.routing import group_by_expert, route_exact
+
+ALIGN = 256
+
+
+class CpuRuntime:
+    """The part of a driver that actors call; everything has happened when a call returns."""
+
+    def __init__(self):
+        self.registered = []
+        self.streams = 0
+
+    def attach(self):
+        pass
+
+    def register(self, array):
+        self.registered.append(array.ctypes.data)
+        return array.ctypes.data
+
+    def unregister(self, array):
+        self.registered.remove(array.ctypes.data)
+
+    def stream(self):
+        self.streams += 1
+        return self.streams
+
+    def event(self, timing=False):
+        return 1
+
+    def record(self, event, stream):
+        pass
+
+    def done(self, event):
+        return True
+
+    def copy(self, to, source, nbytes, stream):
+        ctypes.memmove(to, source, nbytes)
+
+
+class CpuSlots:
+    """Slots of experts in plain memory; the device's table is what `publish` has shown it."""
+
+    def __init__(self, table, layers):
+        self._table = table
+        self._classes = sorted({table.size_class(layer) for layer in layers})
+        self._parts = {table.size_class(layer): part_bytes(table, layer) for layer in layers}
+        self._memory = {}
+        for layer in layers:
+            c = table.size_class(layer)
+            count = sum(table.size_class(other) == c for other in layers) * table.n_experts
+            self._memory.setdefault(c, np.zeros(count * self.slot_bytes(c), np.uint8))
+        self._set = np.zeros((table.n_layers, table.n_experts), np.uint64)
+        self.published = self._set.copy()
+
+    def _offsets(self, size_class):
+        starts, at = [], 0
+        for nbytes in self._parts[size_class]:
+            starts.append(at)
+            at += -(-nbytes // ALIGN) * ALIGN
+        return tuple(starts), at
+
+    def slot_bytes(self, size_class):
+        return self._offsets(size_class)[1]
+
+    def class_of(self, layer):
+        return self._table.size_class(layer)
+
+    def layout(self, layer):
+        return SimpleNamespace(offsets=self._offsets(self.class_of(layer))[0])
+
+    def slot_address(self, size_class, slot):
+        memory, size = self._memory[size_class], self.slot_bytes(size_class)
+        assert 0 <= slot < memory.nbytes // size
+        return memory.ctypes.data + slot * size
+
+    def set(self, layer, expert, slot):
+        address = 0 if slot is None else self.slot_address(self.class_of(layer), slot)
+        self._set[layer, expert] = address
+
+    def publish(self, layer=None):
+        which = slice(None) if layer is None else layer
+        self.published[which] = self._set[which]
+
+    def addresses(self, layer, ids):
+        base = self.published[layer, ids]
+        assert base.all(), f"layer {layer}: experts {ids[base == 0]} are not there"
+        return base[None] + np.array(self.layout(layer).offsets, np.uint64)[:, None]
+
+
+class CpuLayers:
+    """See `fomoe.actors.layer_device.LayerModel`."""
+
+    def __init__(self, file, spec, options):
+        self.runtime = CpuRuntime()
+        table = ExpertTable.from_gguf(file, spec.n_layers)
+        self.slots = CpuSlots(table, options.layers)
+        self.spec, self.options = spec, options
+        self._model = DenseModel(file, spec, options.max_tokens, int8=options.int8)
+        self._device = open_device("cpu", threads=1, int8=options.int8)
+        self._shapes = [expert_shape(table, spec, i) for i in range(spec.n_layers)]
+        self._states = [
+            SequenceState(spec, options.ctx_size, options.kv_dtype)
+            for _ in range(options.n_states)
+        ]
+        self.closed = False
+        self.calls = []
+
+    def begin(self, tokens, position, state):
+        self.calls.append("begin")
+        own = self._states[state]
+        own.length = position
+        self._batch = Batch.of([(own, tokens.tolist())])
+        self._x = np.zeros((len(tokens), self.spec.hidden), np.float32)
+
+    def embed(self):
+        assert self.options.embedding
+        self._x = self._model.embed(self._batch)
+
+    def put_hidden(self, address):
+        assert address - self._x.ctypes.data
+        ctypes.memmove(self._x.ctypes.data, address, self._x.nbytes)
+
+    def take_hidden(self, address):
+        ctypes.memmove(address, self._x.ctypes.data, self._x.nbytes)
+
+    def front(self, layer):
+        assert layer in self.options.layers
+        self._model.mix(layer, self._x, self._batch)
+        self._h, self._scores = self._model.scores(layer, self._x)
+
+    def scores(self, layer):
+        return self._scores
+
+    def back(self, layer, ids, weights):
+        tokens, k = ids.shape
+        assert tokens > 1 or (np.diff(ids[0]) > 0).all()
+        groups = group_by_expert(np.ascontiguousarray(ids))
+        pairs = np.zeros((tokens * k, self.spec.hidden), np.float32)
+        self._device.experts(
+            self._shapes[layer], self.slots.addresses(layer, groups.experts), self._h,
+            groups.pair_start, groups.pair_token, pairs,
+        )  # fmt: skip
+        routed = np.zeros((tokens, self.spec.hidden), np.float32)
+        self._device.reduce(pairs, groups.order, groups.arrange(weights), routed)
+        self._model.close(self._x, routed, self._model.shared(layer, self._h))
+
+    def run_whole(self):
+        self.calls.append("whole")
+        k = self.spec.moe.top_k
+        chosen = np.zeros((self.spec.n_layers, self._batch.size, k), np.int32)
+        self.embed()
+        for layer in range(self.spec.n_layers):
+            self.front(layer)
+            route = route_exact(self._scores, k)
+            order = np.argsort(route.ids, axis=1)
+            chosen[layer] = route.ids
+            self.back(
+                layer, np.take_along_axis(route.ids, order, 1),
+                np.take_along_axis(route.weights, order, 1),
+            )  # fmt: skip
+        return chosen
+
+    def logits(self, rows):
+        assert self.options.head
+        return self._model.logits(self._x, rows.astype(np.intp))
+
+    def reset(self, state):
+        self._states[state].reset()
+
+    def copy_state(self, to, origin, length):
+        for mine, its in zip(self._states[to].layers, self._states[origin].layers, strict=True):
+            if isinstance(mine, DeltaState):
+                mine.conv[:], mine.memory[:] = its.conv, its.memory
+            else:
+                mine.k[:length], mine.v[:length] = its.k[:length], its.v[:length]
+
+    def close(self):
+        self.closed = True
