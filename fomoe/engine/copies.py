@@ -15,30 +15,30 @@ Two lists reach a device.
 - The *step's*: the first `copies` records, with the STEP or SWEEP message whose entries they serve.
   Its DONE answers for all of them at once; they need no answer of their own.
 - The *ahead* list: the `ahead` records behind those, in a message of their own. It belongs to no
-  step. Each of its records but CANCEL is answered once, by sending the record back with `outcome`
-  set, in any order, at the latest when the device has nothing else to do.
+  step. Each of its records is answered once, by sending the record back with `outcome` set, in
+  any order, at the latest when the device has nothing else to do.
 
 What the device does with a record.
 
-- DEMOTE begins when the device hears of it and waits for nothing: the bytes are in VRAM by the order
-  of what was answered or is before it in its stream. When they are in the segment it stores
-  `generation` into the slot's landed word (release), as storage does after a read, and rings no
-  bell. It is carried out whatever becomes of its step.
+- DEMOTE begins when the device hears of it and waits for nothing: the bytes are in VRAM by what was
+  answered or stands before it in the stream. When they are in the segment the device stores
+  `generation` into the slot's landed word (release), as storage does after a read. It is carried
+  out whatever becomes of its step.
 - LOAD waits until the landed word of `slot` has reached `generation` (acquire), then begins. LOADs
-  begin in whatever order they land; those of a step before those of the ahead list. One of a step
-  with the `vram`, `slot` and `generation` of a LOAD that has begun, or ended, copies nothing: it
-  waits for that one. If that one has not begun, the step's takes its place (it is DROPPED).
+  begin as they land, those of steps before those of ahead lists. A step's LOAD with the `vram`,
+  `slot` and `generation` of an ahead LOAD that has begun, or ended, copies nothing: it waits for
+  that one. If that one has not begun, the step's takes its place (it is DROPPED).
 - A LOAD or DEMOTE takes effect after the copies of earlier records on the same `vram`: demotions
   stand before the loads that overwrite their slots. A LOAD of another expert into the `vram` of an
-  ahead LOAD that has not begun replaces it (DROPPED); one that has begun ends first.
-- CANCEL names ahead LOADs (`slot`, `generation`) whose bytes will never land: they are DROPPED unless
-  they have been answered. The device may drop any ahead LOAD that it has not begun; an ahead DEMOTE
-  never.
+  ahead LOAD that has not begun takes its place (DROPPED); one that has begun ends first.
+- CANCEL, in either list, names ahead LOADs by `slot` and `generation`: nobody wants them any more,
+  and their bytes may never land. They are DROPPED unless they have begun. It has no answer.
+- Nothing else is ever dropped.
 
 Entries of a step on a GPU: `slot` is the VRAM slot. `generation` 0 says that the bytes are there;
-otherwise the step's LOAD into that slot brings them. A negative `slot` is computed in RAM by
-storage's kernels: `~slot` is the slot of the segment, `address` and `generation` say where and when,
-as on a `cpu` device. A GPU reads a VRAM slot between STEP and DONE only.
+otherwise the step's LOAD into that slot brings them. One with a negative `slot` is computed in RAM
+by storage's kernels: `~slot` is the slot of the segment, `address` and `generation` say where and
+when, as on a `cpu` device. A GPU reads a VRAM slot between STEP and DONE only.
 
 What may run at the same time: copies in both directions, the compute of what is there, and reads of
 storage. Only the rules above order them. Nothing a device waits for waits for the driver: a LOAD
@@ -46,12 +46,13 @@ for storage alone, compute for its LOADs.
 
 DONE with `aborted` 0: every record of the step has ended, every entry is computed. With `aborted`
 set (the driver sent ABORT because a read failed): the DEMOTEs have ended, every LOAD has ended or
-will never begin, and no VRAM slot of the step is read any more. The driver starts no step of a
-layer whose last one it has not seen answered.
+will never begin, and no VRAM slot of the step is read any more. A device has one step at a time;
+the driver plans the next layer's on another device without waiting for the answer, unless
+`WavePlanner.is_tight`, and gives up what a failed pass has left under way before the next begins.
 
 Which answer frees what. A slot of the segment is free when the RAM tier does not hold its expert,
-the expert's VRAM slot has its bytes, and every record that names it is answered: `GpuSegment` counts
-those. The planner never gives a VRAM slot away between STEP and DONE, and a slot of the segment
+the expert's VRAM slot has its bytes, and every record that names it is answered: `GpuSegment`
+counts those. The planner never gives a VRAM slot away between STEP and DONE, and a slot of the segment
 never while a record names it. A read that storage may still be writing is no target of a DEMOTE.
 
 Prompts. A sweep's waves come in ascending expert id and end in that order. The device adds each

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.engine.copies import COPY, CopyKind, Outcome
-from fomoe.engine.transfers import ENTRY, Read, SegmentSlots
+from fomoe.engine.transfers import Read, SegmentSlots
 from fomoe.residency import Placement, Plan, Residency
 from fomoe.types import ExpertKey, Tier
 
@@ -108,7 +108,7 @@ class GpuSegment(SegmentSlots):
         for fetch in plan.fetches:
             key = ExpertKey(plan.layer, fetch.expert)
             if fetch.source == Tier.NVME:
-                reads.append(self._read(key, ahead))
+                reads.append(self.read(key, ahead=ahead))
             copies.append(self.load(key, fetch.slot, ahead=ahead))
         return reads, np.array(copies, COPY)
 
@@ -128,10 +128,16 @@ class GpuSegment(SegmentSlots):
             elif self.spare(place.key.layer, residency) < 1:
                 rest.append(place)
                 continue
-            reads.append(self._read(place.key, ahead))
+            reads.append(self.read(place.key, ahead=ahead))
             if place.tier == Tier.DEVICE:
                 copies.append(self.load(place.key, place.slot, ahead=ahead))
         return reads, np.array(copies, COPY), rest
+
+    def read(self, key: ExpertKey, *, ahead: bool) -> Read:
+        """Give a slot to an expert that no tier holds, for a read of it."""
+        read = self._assign(key)
+        self.reading[read.slot] = Reading.IDLE if ahead else Reading.DEMANDED
+        return read
 
     def load(self, key: ExpertKey, vram: int, *, ahead: bool) -> tuple[int, ...]:
         """Order the expert's bytes from its slot of the segment into a VRAM slot."""
@@ -168,8 +174,8 @@ class GpuSegment(SegmentSlots):
         return lost
 
     def end_all(self, records: _Records, residency: Residency, *, aborted: bool = False) -> None:
-        """A device has answered for records of a step or a sweep's wave."""
-        for record in records:
+        """A device has answered for the records of a sweep's wave."""
+        for record in records[records["kind"] != CopyKind.CANCEL]:
             done = record["kind"] == CopyKind.DEMOTE or not aborted
             self.end(record, residency, ahead=False, done=done)
 
@@ -182,22 +188,25 @@ class GpuSegment(SegmentSlots):
             return
         self._release(key, slot)
 
-    def forget(self, key: ExpertKey) -> None:
-        """Take back the slot of an expert that no tier holds any more."""
-        slot = int(self.slot_of[key.layer, key.expert])
-        if slot >= 0:
-            self._release(key, slot)
+    def drop(self, key: ExpertKey, *, read_ended: bool) -> _Records:
+        """Take back the slot of an expert that no tier holds any more.
 
-    def lose(self, key: ExpertKey) -> _Records:
-        """As `forget`, of an expert whose read failed or was dropped; returns a CANCEL, if any."""
+        Args:
+            key: the expert.
+            read_ended: its read has failed or was dropped; otherwise it may be under way.
+
+        Returns:
+            A CANCEL for its device where records still name the slot.
+        """
         slot = int(self.slot_of[key.layer, key.expert])
         if slot < 0:
             return np.empty(0, COPY)
-        self.reading[slot] = Reading.ENDED
-        record = self._record(CopyKind.CANCEL, key, -1, slot)
-        cancelled = np.array([record][: int(self.users[slot])], COPY)
+        if read_ended:
+            self.reading[slot] = Reading.ENDED
+        n = int(self.users[slot] > 0)
+        cancel = np.array([self._record(CopyKind.CANCEL, key, -1, slot)][:n], COPY)
         self._release(key, slot)
-        return cancelled
+        return cancel
 
     def all_landed(self) -> None:
         """Every read asked for so far has landed, as storage says after the initial fill."""
@@ -230,10 +239,26 @@ class GpuSegment(SegmentSlots):
         """Return the slots of the layer's class that the RAM tier can do without."""
         return int(self.free_count[self.layer_class[layer]]) - residency.ram_free(layer)
 
-    def ahead_room(self, layer: int, reserve: int) -> int:
-        """Return how many experts may be brought ahead, where steps need `reserve` slots."""
+    def read_room(self, layer: int, residency: Residency) -> int:
+        """Return how many experts of the layer's class a sweep may read now."""
+        return max(0, self.spare(layer, residency))
+
+    def guess_room(self, layer: int, residency: Residency) -> int:
+        """Return how many experts of the layer's class a sweep may read ahead now."""
+        return min(self._ahead_slots(layer), self.read_room(layer, residency))
+
+    def ahead_room(self, layer: int) -> int:
+        """Return how many experts of the layer's class a step may bring ahead.
+
+        One expert takes up to two slots, for its read and for what it displaces.
+        """
+        return self._ahead_slots(layer) // 2
+
+    def _ahead_slots(self, layer: int) -> int:
+        """Return the slots that ahead lists may take: demand keeps half of the staging part."""
         number = self.layer_class[layer]
-        return max(0, int(self.staging[number]) - reserve - int(self.ahead[number])) // 2
+        staging = int(self.staging[number])
+        return max(0, staging - max(2, staging // 2) - int(self.ahead[number]))
 
     def _demote(
         self, key: ExpertKey, vram: int, residency: Residency, ahead: bool
@@ -248,11 +273,6 @@ class GpuSegment(SegmentSlots):
         self.slot_of[key.layer, key.expert] = slot
         self.generation[slot] += np.uint64(1)
         return [self._order(CopyKind.DEMOTE, key, vram, ahead)]
-
-    def _read(self, key: ExpertKey, ahead: bool) -> Read:
-        read = self._assign(key)
-        self.reading[read.slot] = Reading.IDLE if ahead else Reading.DEMANDED
-        return read
 
     def _take_quiet(self, number: int) -> int:
         """Take the free slot nearest the top of the stack that storage is not writing to."""
@@ -291,8 +311,3 @@ class GpuSegment(SegmentSlots):
 
     def _number(self, key: ExpertKey) -> int:
         return key.layer * self.slot_of.shape[1] + key.expert
-
-
-def entries_of(segment: GpuSegment, residency: Residency, keys: Iterable[ExpertKey]) -> _Records:
-    """Return the entries of experts, records of `ENTRY`."""
-    return np.array([segment.entry(key, residency) for key in keys], ENTRY)

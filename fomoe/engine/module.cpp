@@ -207,6 +207,16 @@ int64_t py_look_ahead(WavePlanner& w, int32_t layer, Array<const float, 2> score
   return w.look_ahead(layer, depth - 1, scores.data(), scores.shape(0));
 }
 
+void py_answered(WavePlanner& w, int32_t device, bool aborted) {
+  if (device < 0 || device >= w.n_devices()) throw nb::index_error("no such device");
+  w.answered(device, aborted);
+}
+
+bool py_is_tight(const WavePlanner& w, int32_t layer) {
+  check(w, layer, 0, w.state().n_experts);
+  return w.is_tight(layer);
+}
+
 void py_ended(WavePlanner& w, Records<Copy> copies) {
   for (int64_t i = 0; i < copies.size(); ++i) {
     const Copy& copy = copies.data()[i];
@@ -349,7 +359,8 @@ NB_MODULE(_engine, m) {
       .def("read_later", &py_read_later, "layer"_a, "experts"_a)
       .def("place", &py_place, "layer"_a, "ids"_a, "weights"_a, "substituted"_a, "out"_a)
       .def("wave", &WavePlanner::wave)
-      .def("answered", &WavePlanner::answered, "aborted"_a)
+      .def("answered", &py_answered, "device"_a, "aborted"_a)
+      .def("is_tight", &py_is_tight, "layer"_a)
       .def("ended", &py_ended, "copies"_a)
       .def("look_ahead", &py_look_ahead, "layer"_a, "scores"_a, "depth"_a)
       .def_prop_ro("first", &WavePlanner::first)

@@ -75,10 +75,11 @@ class VramSlots {
   int64_t spare(const residency::Planner& planner, int32_t layer) const {
     return s_.free_count[s_.layer_class[layer]] - planner.state().ram.free(layer);
   }
-  // How many experts of the layer's class may be brought ahead, where steps need `reserve` slots.
-  int64_t ahead_room(int32_t layer, int64_t reserve) const {
-    const int32_t c = s_.layer_class[layer];
-    const int64_t left = a_.staging[c] - reserve - a_.ahead[c];
+  // How many experts of the layer's class may be brought ahead: steps keep half of the staging
+  // slots, and one expert takes up to two of them.
+  int64_t ahead_room(int32_t layer) const {
+    const int32_t c = s_.layer_class[layer], steps = a_.staging[c] / 2;
+    const int64_t left = a_.staging[c] - (steps > 2 ? steps : 2) - a_.ahead[c];
     return left > 0 ? left / 2 : 0;
   }
 

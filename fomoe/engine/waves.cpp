@@ -30,7 +30,8 @@ WavePlanner::WavePlanner(residency::Planner& planner, std::vector<Segment> segme
   source_.resize(n);
   stays_.resize(n);
   in_ram_.reserve(n);
-  open_.reserve(3 * n);
+  const int32_t* const devices = a_.layer_device;
+  open_.resize(1 + *std::max_element(devices, devices + state().n_layers));
 }
 
 int64_t WavePlanner::route(const float* scores, int64_t tokens) {
@@ -42,7 +43,7 @@ int64_t WavePlanner::route(const float* scores, int64_t tokens) {
 
 void WavePlanner::begin(int32_t layer, int64_t tokens, const bool* substituted,
                         const StepArrays& out) {
-  if (!open_.empty()) throw Bug("the device has not answered for the last wave");
+  if (!open(layer).empty()) throw Bug("the device has not answered for its last wave");
   layer_ = layer;
   out_ = out;
   first_ = end_ = 0;
@@ -114,7 +115,7 @@ int64_t WavePlanner::wave() {
   const int64_t room = std::min(room_, planner_.capacity(layer_));
   if (end_ == n_experts_) throw Bug("the step has no experts left");
   if (room < 1) throw Bug("no slot of the layer's pool can be freed for its step");
-  if (!open_.empty()) throw Bug("the device has not answered for the last wave");
+  if (!open(layer_).empty()) throw Bug("the device has not answered for its last wave");
   first_ = end_;
   end_ = first_ + fitting(std::min(room, n_experts_ - first_));
   const int64_t n = end_ - first_;

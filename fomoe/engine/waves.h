@@ -86,8 +86,11 @@ class WavePlanner {
     *a_.counts = {};
     step_copies_ = ahead_copies_ = 0;
   }
-  // The device has answered for the last wave: all of it is done, or it was given up.
-  void answered(bool aborted);
+  // A device has answered for its last wave: all of it is done, or it was given up.
+  void answered(int32_t device, bool aborted);
+  // Whether a step of the layer has to wait until devices have answered: what they are at holds
+  // slots of the segment that it may need.
+  bool is_tight(int32_t layer) const;
   // The device has answered for a record of an ahead list.
   void ended(const Copy& copy);
   // Asks for what a layer `depth` + 1 further on will want for sure enough; returns the number of
@@ -105,6 +108,7 @@ class WavePlanner {
   int64_t first() const { return first_; }
   int64_t end() const { return end_; }
   int64_t n_experts() const { return n_experts_; }
+  int64_t n_devices() const { return int64_t(open_.size()); }
   int64_t step_copies() const { return step_copies_; }
   int64_t ahead_copies() const { return ahead_copies_; }
 
@@ -126,6 +130,7 @@ class WavePlanner {
     return slots ? &*slots : nullptr;
   }
   Entry locate(int32_t expert) const;
+  std::vector<Copy>& open(int32_t layer) { return open_[a_.layer_device[layer]]; }
   void address(Read* first, Read* end, int32_t priority);
 
   residency::Planner& planner_;
@@ -143,7 +148,7 @@ class WavePlanner {
   std::vector<int8_t> source_;   // [E], scratch
   std::vector<int32_t> in_ram_;  // of the wave, those computed in RAM
   std::vector<uint8_t> stays_;   // [E], whether the step computes it in RAM if it lies there
-  std::vector<Copy> open_;       // what the answer to the last wave ends
+  std::vector<std::vector<Copy>> open_;  // by device, what its answer to the last wave ends
   StepArrays out_{};
   int32_t layer_ = 0;
   int64_t room_ = 0, first_ = 0, end_ = 0, n_experts_ = 0;

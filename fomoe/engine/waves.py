@@ -108,7 +108,7 @@ class WavePlanner:
 
     On nodes of GPUs a call also leaves copies, see `fomoe.engine.copies`: `step_copies` go with the
     step, `ahead_copies` do not. There the answer to every wave is passed on by `answered` before
-    the next wave or step begins, and answers to ahead lists by `ended`.
+    the device's next one is planned, and answers to ahead lists by `ended`.
     """
 
     def __init__(
@@ -197,13 +197,20 @@ class WavePlanner:
         first = self._native.step_copies
         return self.arrays.copies[first : first + self._native.ahead_copies]
 
-    def answered(self, *, aborted: bool) -> None:
-        """The device has answered for the last wave; or it was never sent, which is an abort.
+    def answered(self, device: int, *, aborted: bool) -> None:
+        """A device has answered for its last wave; or it was never sent, which is an abort.
 
-        To be called before the residency releases the layer. After an abort the experts whose
-        loads the wave waited for are nowhere any more.
+        To be called before the residency releases the layer, and before the device's next wave.
+        After an abort the experts whose loads the wave waited for are nowhere any more.
         """
-        self._native.answered(aborted)
+        self._native.answered(device, aborted)
+
+    def is_tight(self, layer: int) -> bool:
+        """Whether a step of the layer must wait for the answers of steps under way elsewhere.
+
+        They hold slots of the segment that it may need. Never so without such steps.
+        """
+        return self._native.is_tight(layer)
 
     def ended(self, copies: npt.NDArray[np.void]) -> None:
         """A device has answered for records of ahead lists, by `outcome`."""
@@ -268,7 +275,7 @@ class WavePlanner:
         segment = self._segments[self.arrays.layer_node[key.layer]]
         if isinstance(segment, GpuSegment):
             device = int(self.arrays.layer_device[key.layer])
-            self._cancelled.setdefault(device, []).append(segment.lose(key))
+            self._cancelled.setdefault(device, []).append(segment.drop(key, read_ended=True))
         else:
             segment.forget(key)
         self.arrays.unproven[key.layer, key.expert] = Tier.DEVICE

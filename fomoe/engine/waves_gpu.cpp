@@ -51,7 +51,7 @@ Read* WavePlanner::move(const VramSlots& vram, int32_t layer, int64_t fetches, b
   for (const Copy* copy = first; copy < end.copies; ++copy)
     (copy->kind == kLoad ? a_.counts->ram_bytes : a_.counts->demoted_bytes) += copy->nbytes;
   (ahead ? ahead_copies_ : step_copies_) += end.copies - first;
-  if (!ahead) open_.assign(first, end.copies);
+  if (!ahead) open(layer).assign(first, end.copies);
   a_.counts->nvme_bytes += (end.reads - reads) * a_.expert_bytes[layer];
   return end.reads;
 }
@@ -60,6 +60,7 @@ Read* WavePlanner::move(const VramSlots& vram, int32_t layer, int64_t fetches, b
 // its copy, unless that has ended. Keeps what is computed in RAM. Returns the end of the reads.
 Read* WavePlanner::demand(const VramSlots& vram, const int32_t* experts, int64_t n,
                           uint64_t ticket, Read* reads) {
+  std::vector<Copy>& orders = open(layer_);
   for (int64_t i = 0; i < n; ++i) {
     const int32_t e = experts[i];
     a_.unproven.row(layer_)[e] = residency::kDevice;
@@ -69,11 +70,11 @@ Read* WavePlanner::demand(const VramSlots& vram, const int32_t* experts, int64_t
       *reads++ = {at.address, at.generation, at.slot, layer_, e, 0, 0, 0};
     }
     if (planner_.state().device.slot(layer_, e) < 0) {
-      open_.push_back(vram.compute(layer_, e));
+      orders.push_back(vram.compute(layer_, e));
     } else if (!vram.is_in_vram(planner_, layer_, e) &&
                !vram.is_ordered(planner_, layer_, e, ticket)) {
-      open_.push_back(vram.load(planner_, layer_, e, false));
-      a_.copies[step_copies_++] = open_.back();
+      orders.push_back(vram.load(planner_, layer_, e, false));
+      a_.copies[step_copies_++] = orders.back();
     }
   }
   return reads;
@@ -88,18 +89,22 @@ Entry WavePlanner::locate(int32_t expert) const {
   return entry;
 }
 
-// Steps need a read and a demotion of each expert of a token; the rest of the staging slots may be
-// taken ahead of them.
 int64_t WavePlanner::ahead_room(int32_t layer, int64_t n) const {
   const VramSlots* const slots = vram(layer);
-  return slots ? std::min(n, slots->ahead_room(layer, 2 * shape_.top_k)) : n;
+  return slots ? std::min(n, slots->ahead_room(layer)) : n;
 }
 
-void WavePlanner::answered(bool aborted) {
-  for (const Copy& copy : open_)
+bool WavePlanner::is_tight(int32_t layer) const {
+  const VramSlots* const slots = vram(layer);
+  if (!slots || slots->spare(planner_, layer) >= 2 * shape_.top_k) return false;
+  return std::any_of(open_.begin(), open_.end(), [](const auto& copies) { return !copies.empty(); });
+}
+
+void WavePlanner::answered(int32_t device, bool aborted) {
+  for (const Copy& copy : open_[device])
     if (vram(copy.layer)->end(planner_, copy, false, copy.kind == kDemote || !aborted))
       a_.unproven.row(copy.layer)[copy.expert] = residency::kDevice;
-  open_.clear();
+  open_[device].clear();
 }
 
 void WavePlanner::ended(const Copy& copy) {

@@ -1,4 +1,4 @@
-"""Experts on GPUs: whatever comes when, each one computed finds its own bytes, and nothing is lost."""
+"""Experts on GPUs: whatever comes when, each finds its own bytes, and nothing is lost."""
 
 import numpy as np
 import pytest
@@ -35,6 +35,19 @@ def test_decode_steps(ram, seed, staging, arm):
 def test_failed_reads(ram, seed, staging, arm):
     m = machine(seed, ram, staging=staging, arm=arm, fails=0.1)
     for _ in range(6):
+        for layer in range(m.topology.n_layers):
+            m.decode(layer)
+    m.come_to_rest()
+
+
+@pytest.mark.parametrize("ram", ["exclusive", "inclusive"])
+@given(seed=seeds, staging=st.integers(2, 24), fails=st.sampled_from([0.0, 0.05]))
+@settings(max_examples=30, deadline=None)
+def test_prompts_between_answers(ram, seed, staging, fails):
+    m = machine(seed, ram, staging=staging, fails=fails)
+    m.fill()
+    for _ in range(3):
+        m.prompt(int(m.rng.integers(2, 20)))
         for layer in range(m.topology.n_layers):
             m.decode(layer)
     m.come_to_rest()

@@ -11,6 +11,8 @@ from fomoe.types import ExpertKey, Tier
 class ReferenceWaves:
     """Works on a residency and segments of its own; `priorities` are those of `Priorities`."""
 
+    in_ram = ()  # of the wave, those that are computed there
+
     def __init__(self, residency, segments, layout, priorities, ahead, max_tokens, top_k):
         self.ahead, self.guesses = ahead, {}
         self.residency, self.segments, self.layout = residency, segments, layout
@@ -42,7 +44,7 @@ class ReferenceWaves:
 
     def read_later(self, layer, experts):
         self.counts = np.zeros(14, np.int64)
-        plan = self.residency.prefetch(layer, experts, len(experts), eager=True)
+        plan = self._prefetch(layer, experts)
         reads = self._fetch(plan)
         self.reads = self._records(reads, self.background_priority)
         nbytes = int(self.layout.expert_bytes[layer])
@@ -120,7 +122,7 @@ class ReferenceWaves:
             affordable = self.ahead.credit[0] >= 2 * nbytes * (len(sure) + 1)
             if self.ahead.allowed[depth - 1, level] and affordable:
                 sure.append(expert)
-        plan = self.residency.prefetch(layer, np.array(sure, np.int32), len(sure), eager=True)
+        plan = self._prefetch(layer, np.array(sure, np.int32))
         self.reads = self._records(self._fetch(plan), self.prefetch)
         for fetch in plan.fetches:
             self.unproven[layer, fetch.expert] = fetch.source
@@ -134,6 +136,9 @@ class ReferenceWaves:
         self._segment(key.layer).forget(key)
         self.unproven[key.layer, key.expert] = Tier.DEVICE
 
+    def _prefetch(self, layer, experts):
+        return self.residency.prefetch(layer, experts, len(experts), eager=True)
+
     def _segment(self, layer):
         return self.segments[self.layout.layer_node[layer]]
 
@@ -144,6 +149,9 @@ class ReferenceWaves:
         for fetch in plan.fetches:
             if source[fetch.expert] != Tier.NVME:
                 source[fetch.expert] = fetch.source
+        for expert in self.in_ram:
+            if source[expert] != Tier.NVME:
+                source[expert] = Tier.RAM
         for at, of in ((0, self.pairs), (3, self.replaced)):
             tiers = np.bincount(source[experts], weights=of[self.first : self.end], minlength=3)
             counts[at : at + 3] = tiers

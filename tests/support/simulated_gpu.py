@@ -1,7 +1,7 @@
 """Storage and GPUs that move tags instead of bytes, in any order that their contracts allow.
 
-`fomoe.engine.copies` is the contract. A slot's content is the (layer, expert) whose bytes it has, or
-None while somebody writes to it. Every reader checks what it finds, when it begins and when it ends.
+`fomoe.engine.copies` is the contract. A slot's content is the (layer, expert) whose bytes it has,
+None while somebody writes to it. Readers check what they find, when they begin and when they end.
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ class Memory:
 
 
 class Storage:
-    """Reads into slots: per slot in order of asking, else in any order; idle ones can be dropped."""
+    """Reads into slots: per slot as asked, else in any order; idle ones can be dropped."""
 
     def __init__(self, memory, demand):
         self.memory, self.demand = memory, demand
@@ -148,7 +148,7 @@ class Gpu:
         self.steps.append(_Step(step_id, layer, entries, self.order(records, step_id), adds))
 
     def abort(self, step_id):
-        """Give the wave up: loads that have not begun never will."""
+        """Give a step's waves up: loads that have not begun never will."""
         for step in self.steps:
             if step.id == step_id:
                 step.aborted = True
@@ -160,12 +160,6 @@ class Gpu:
     def take_answers(self):
         answers, self.answers = self.answers, []
         return np.array(answers, COPY)
-
-    def shed(self, rng):
-        """Drop ahead loads that have not begun, for no reason."""
-        for copy in list(self.copies):
-            if copy.step is None and copy.kind == CopyKind.LOAD and rng.random() < 0.3:
-                self._drop(copy)
 
     def actions(self):
         moves = [lambda copy=copy: self._advance(copy) for copy in self.copies if self._may(copy)]

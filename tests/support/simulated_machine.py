@@ -1,22 +1,26 @@
-"""The driver's loop over simulated storage and GPUs: plans, waves, guesses, failed reads, prompts."""
+"""The driver's loop over simulated storage and GPUs: plans, waves, guesses, failed reads."""
+
+from collections import deque
+from dataclasses import dataclass, field
 
 import numpy as np
+from support.simulated_gpu import Gpu, Memory, Storage
 
 from fomoe.engine.ahead import AheadArrays
 from fomoe.engine.gpu_segment import GpuSegment, VramLayout
+from fomoe.engine.gpu_sweep import order_again, order_guess, order_wave
 from fomoe.engine.transfers import ENTRY, READ
 from fomoe.engine.waves import Priorities, StepArrays, WaveLayout, WavePlanner
-from fomoe.residency import Residency, Topology
-from fomoe.routing import route_exact
+from fomoe.residency import ChunkUse, Residency, Sweep, Topology
+from fomoe.routing import group_by_expert, route_exact
 from fomoe.types import ExpertKey, Tier
-from support.simulated_gpu import Gpu, Memory, Storage
 
 MAX_TOKENS = 4
 DEMAND, PREFETCH, BACKGROUND = 0, 1, 3
 
 
 def draw_topology(rng, *, most_devices=3):
-    """A small model on GPUs; pools hold a token's experts of each class, most of them little more."""
+    """A small model on GPUs; pools hold a token's experts of each class, or some more."""
     n_layers, n_experts = int(rng.integers(1, 6)), int(rng.integers(5, 24))
     top_k = int(rng.integers(1, min(n_experts, 6)))
     device_node = [(0,), (0, 0), (0, 1), (0, 1, 0)][rng.integers(4)][:most_devices]
@@ -46,6 +50,19 @@ def gpu_segments(topology, staging):
     return segments
 
 
+@dataclass
+class Wave:
+    """A wave that a device has not answered."""
+
+    id: int
+    layer: int
+    experts: list[int]
+    is_last: bool
+    aborted: bool = False
+    all_computed: list[int] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)  # of the whole step
+
+
 def layer_bytes(topology):
     return 1000 + topology.layer_class.astype(np.int64)
 
@@ -67,6 +84,7 @@ class Machine:
 
     def __init__(self, chance, policy, ram, *, staging, arm=False, fails=0.0):
         self.rng, self.fails = chance, fails
+        self.haste = chance.choice([1.0, 0.1])  # of storage, beside the GPUs
         self.top_k, self.topology = draw_topology(chance)
         t = self.topology
         self.residency = Residency(t, policy, ram)
@@ -90,9 +108,7 @@ class Machine:
         self.device = t.layer_device.tolist()
         self.step = StepMemory(self.top_k, t.n_experts)
         self.step_id = 0
-        self.computed = []  # of the last step
-        self.wanted = (-1, ())
-        self.aborted = False
+        self.open = {}  # the wave under way, by device
         self.popularity = 2 * chance.normal(size=(t.n_layers, t.n_experts))
 
     def scores(self, layer, tokens):
@@ -104,7 +120,8 @@ class Machine:
     def tick(self):
         """Let one thing happen; False when nothing can."""
         moves = [(gpu, move) for gpu in self.gpus for move in gpu.actions()]
-        moves += [(s, move) for s in self.storages for move in s.actions()]
+        if not moves or self.rng.random() < self.haste:
+            moves += [(s, move) for s in self.storages for move in s.actions()]
         if not moves:
             return False
         whose, move = moves[self.rng.integers(len(moves))]
@@ -119,12 +136,12 @@ class Machine:
         key = ExpertKey(layer, expert)
         if not self.segments[node].is_current(key, generation):
             return
-        is_wanted = self.wanted[0] == layer and expert in self.wanted[1]
         self.planner.forget(key)
         self.cancel()
-        if is_wanted:
-            self.aborted = True
-            self.gpus[self.device[layer]].abort(self.step_id)
+        wave = self.open.get(self.device[layer])
+        if wave is not None and wave.layer == layer and expert in wave.experts:
+            wave.aborted = True
+            self.gpus[self.device[layer]].abort(wave.id)
 
     def send_reads(self, layer, reads):
         """Send READ records; failures are drawn for demanded ones."""
@@ -148,16 +165,20 @@ class Machine:
 
     def hear(self):
         for gpu in self.gpus:
-            if self.rng.random() < 0.1:
-                gpu.shed(self.rng)
             self.planner.ended(gpu.take_answers())
 
     # What the driver does.
 
     def decode(self, layer, tokens=1):
-        """A step of a layer, wave by wave, with guesses for others meanwhile."""
+        """A step of a layer, wave by wave, with guesses for others meanwhile.
+
+        The last wave may stay under way while the next layer begins on another device.
+        """
+        device = self.device[layer]
+        self.finish(device)
+        while self.planner.is_tight(layer):
+            self.finish(next(iter(self.open)))
         route = route_exact(self.scores(layer, tokens), self.top_k)
-        self.computed, self.aborted = [], False
         self.send_wave(layer, self.planner.place(layer, route, self.step.arrays))
         if self.rng.random() < 0.3:
             dropped = self.storages[self.node[layer]].drop(layer)
@@ -166,25 +187,123 @@ class Machine:
             self.guess((layer + 1 + int(self.rng.integers(2))) % self.topology.n_layers)
         if self.rng.random() < 0.2:
             some = self.rng.permutation(self.topology.n_experts)[: self.top_k].astype(np.int32)
-            n = self.planner.read_later(layer, some)
-            self.send_ahead(layer, n)
-        while self.await_done(layer):
-            self.residency.release(layer)
-            if self.planner.end == self.planner.n_experts:
-                assert sorted(self.computed) == np.unique(route.ids).tolist()
+            self.send_ahead(layer, self.planner.read_later(layer, some))
+        while not self.open[device].is_last:
+            wave = self.finish(device)
+            if wave.aborted:
                 return
-            self.send_wave(layer, self.planner.wave())
-        self.residency.release(layer)
+            while self.planner.is_tight(layer):
+                self.finish(next(iter(self.open)))
+            self.send_wave(layer, self.planner.wave(), wave.all_computed)
+        self.open[device].wanted = np.unique(route.ids).tolist()
+        if self.rng.random() < 0.5:
+            self.finish(device)
 
-    def send_wave(self, layer, n_reads):
+    def send_wave(self, layer, n_reads, computed=()):
         planner = self.planner
         self.step_id += 1
         entries = self.step.entries[planner.first : planner.end]
-        self.wanted = layer, entries["expert"].tolist()
+        self.open[self.device[layer]] = Wave(
+            self.step_id, layer, entries["expert"].tolist(), planner.end == planner.n_experts,
+            all_computed=list(computed),
+        )  # fmt: skip
         self.send_reads(layer, planner.arrays.reads[:n_reads].copy())
         self.gpus[self.device[layer]].start(
             self.step_id, layer, entries, planner.step_copies, adds=False
         )
+
+    def prompt(self, tokens):
+        """A chunk of a prompt through all layers, with guesses at the next layer's experts."""
+        for device in list(self.open):
+            self.finish(device)
+        for layer in range(self.topology.n_layers):
+            if not self.sweep(layer, tokens):
+                return
+
+    def sweep(self, layer, tokens):
+        """A layer's sweep; False when it was given up."""
+        device, segment = self.device[layer], self.segments[self.node[layer]]
+        groups = group_by_expert(route_exact(self.scores(layer, tokens), self.top_k).ids)
+        last = groups.pair_token[groups.pair_start[1:] - 1].astype(np.int64)
+        use = ChunkUse(tokens, groups.experts, np.diff(groups.pair_start).astype(np.int64), last)
+        sweep = Sweep(self.residency, layer, use, borrows=True)
+        self.step_id += 1
+        wave = Wave(self.step_id, layer, use.experts.tolist(), is_last=True)
+        self.open[device] = wave
+        flying, computed = deque(), []
+        again = order_again(segment, sweep)
+        self.planner.arrays.unproven[layer, use.experts] = Tier.DEVICE
+        self.send_reads(layer, read_records(again, self.device, DEMAND))
+        while not sweep.is_done:
+            while not wave.aborted and self.send_sweep(sweep, wave, flying):
+                pass
+            if self.rng.random() < 0.5:
+                self.guess_at(sweep, (layer + 1) % self.topology.n_layers)
+            done = self.gpus[device].done()
+            if done is not None:
+                end, copies = flying.popleft()
+                segment.end_all(copies, self.residency, aborted=done[1])
+                if not done[1]:
+                    sweep.computed(end)
+                    computed += done[2]
+            elif wave.aborted and not flying:
+                break
+            else:
+                assert self.tick(), "nothing can happen and the sweep is not done"
+                if self.rng.random() < 0.3:
+                    self.hear()
+        del self.open[device]
+        sweep.abandon()
+        assert wave.aborted or computed == use.experts.tolist()
+        return not wave.aborted
+
+    def send_sweep(self, sweep, wave, flying):
+        segment = self.segments[self.node[wave.layer]]
+        part = sweep.next_wave(4, segment.read_room(wave.layer, self.residency))
+        if part is None:
+            return False
+        orders = order_wave(segment, self.residency, sweep, part)
+        flying.append((part.end, orders.copies))
+        gpu = self.gpus[self.device[wave.layer]]
+        gpu.start(wave.id, wave.layer, orders.entries, orders.copies, adds=True)
+        self.send_reads(wave.layer, read_records(orders.reads, self.device, DEMAND))
+        return True
+
+    def guess_at(self, sweep, layer):
+        if layer == sweep.layer:
+            return
+        segment = self.segments[self.node[layer]]
+        expected = self.rng.random(self.topology.n_experts) < 0.5
+        guess = sweep.guess(layer, expected, segment.guess_room(layer, self.residency))
+        reads, copies = order_guess(segment, self.residency, guess)
+        for place in guess.placed:
+            self.planner.arrays.unproven[layer, place.key.expert] = Tier.NVME
+        self.send_reads(layer, read_records(reads, self.device, PREFETCH))
+        self.gpus[self.device[layer]].order(copies)
+
+    def fill(self):
+        """Place and bring experts until both tiers are full, through what staging there is."""
+        keys = (ExpertKey(i, e) for e in range(self.topology.n_experts)
+                for i in range(self.topology.n_layers))  # fmt: skip
+        rest = self.residency.fill(keys)
+        while rest:
+            left = []
+            for node, segment in enumerate(self.segments):
+                mine = [p for p in rest if self.node[p.key.layer] == node]
+                reads, copies, waiting = segment.bring(mine, self.residency, ahead=True)
+                left += waiting
+                self.storages[node].ask(read_records(reads, self.device, 2))
+                for device, gpu in enumerate(self.gpus):
+                    of_device = [self.device[copy["layer"]] == device for copy in copies]
+                    gpu.order(copies[np.array(of_device, bool)])
+            assert len(left) < len(rest) or self.tick()
+            rest = left
+            self.hear()
+        while self.tick():
+            pass
+        self.hear()
+        for segment in self.segments:
+            segment.all_landed()
 
     def guess(self, layer):
         self.send_ahead(layer, self.planner.look_ahead(layer, self.scores(layer, 1)))
@@ -194,29 +313,32 @@ class Machine:
         self.send_reads(layer, self.planner.arrays.reads[:n_reads].copy())
         self.gpus[self.device[layer]].order(copies)
 
-    def await_done(self, layer):
-        """Wait for the wave; False when it was given up."""
-        while (done := self.gpus[self.device[layer]].done()) is None:
+    def finish(self, device):
+        """Wait for the device's wave, if there is one; returns it."""
+        wave = self.open.get(device)
+        if wave is None:
+            return None
+        while (done := self.gpus[device].done()) is None:
             assert self.tick(), "nothing can happen and the step is not done"
             if self.rng.random() < 0.3:
                 self.hear()
-        assert done[:2] == (self.step_id, self.aborted)
-        self.computed += done[2]
-        self.wanted = -1, ()
-        self.planner.answered(aborted=self.aborted)
-        self.cancel()
-        return not self.aborted
+        assert done[:2] == (wave.id, wave.aborted)
+        wave.all_computed += done[2]
+        del self.open[device]
+        self.planner.answered(device, aborted=wave.aborted)
+        self.residency.release(wave.layer)
+        if wave.is_last and not wave.aborted:
+            assert sorted(wave.all_computed) == wave.wanted
+        return wave
 
     def come_to_rest(self):
         """Let everything end that has begun, and check that nothing is lost."""
+        for device in list(self.open):
+            self.finish(device)
         while self.tick():
             pass
-        while any(gpu.copies for gpu in self.gpus):  # reads that were dropped: nobody brings them
-            for gpu in self.gpus:
-                gpu.shed(self.rng)
-        for gpu in self.gpus:
-            self.planner.ended(gpu.take_answers())
-        self.cancel()
+        self.hear()
+        assert not any(gpu.copies for gpu in self.gpus), "a copy waits for what nobody brings"
         self.residency.check_integrity()
         self.nothing_is_lost()
 
