@@ -14,8 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
+from fomoe.checks import (
+    require,
+    require_choice,
+    require_range,
+    require_sensitivities,
+    require_share,
+)
 from fomoe.devices import check_devices, is_gpu
 from fomoe.devices import parse_devices as parse_devices
 from fomoe.errors import ConfigError
@@ -48,8 +55,6 @@ _ENVIRONMENT = {
     "FOMOE_API_KEY_FILE": "api_key_file",
 }
 
-_LEAST_SENSITIVE = 1e-3
-_MOST_BACKFILL, _MOST_PARTS = 64, 10**6
 _Part = TypeVar("_Part", "Budgets", "RoutingConfig", "EngineConfig", "ServerConfig")
 
 
@@ -115,45 +120,10 @@ def runtime_dir() -> Path:
     return directory
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _require_choice(name: str, value: str, literal: Any) -> None:
-    choices = get_args(literal)
-    _require(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}")
-
-
-def _require_range(name: str, value: Any, low: int, high: int) -> None:
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    _require(
-        is_integer and low <= value <= high,
-        f"{name} is {value!r}; it must be a whole number from {low:,} to {high:,}",
-    )
-
-
-def _is_sensitivity(value: Any) -> bool:
-    is_number = isinstance(value, (int, float))
-    return is_number and _LEAST_SENSITIVE <= value <= 1 / _LEAST_SENSITIVE
-
-
-def _require_share(name: str, value: Any) -> None:
-    try:
-        share = Fraction(value)
-    except (TypeError, ValueError, ZeroDivisionError):
-        share = Fraction(-1)
-    _require(
-        0 <= share <= _MOST_BACKFILL and share.denominator <= _MOST_PARTS,
-        f"{name} is {value!r}; give experts per layer and token, 0 to {_MOST_BACKFILL} and no "
-        "finer than a millionth, for example 0.5 or 28/60",
-    )
-
-
 def _from_dict(cls: type[_Part], values: Mapping[str, Any]) -> _Part:
     known = {part.name for part in fields(cls)}
     unknown = sorted(values.keys() - known)
-    _require(
+    require(
         not unknown,
         f"unknown option {', '.join(unknown)} for {cls.__name__}; "
         f"known: {', '.join(sorted(known))}",
@@ -177,7 +147,7 @@ class Budgets:
         for name in ("vram_bytes", "ram_bytes"):
             value = getattr(self, name)
             if value is not None:
-                _require_range(name, value, 0, 1 << 50)
+                require_range(name, value, 0, 1 << 50)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,20 +182,15 @@ class RoutingConfig:
         if isinstance(given, str):
             object.__setattr__(self, "quality", parse_quality(given))
         else:
-            _require(isinstance(given, Quality), f"quality is {given!r}; give a text or a Quality")
-        _require_choice("logical_eviction", self.logical_eviction, LogicalEviction)
-        _require_share("backfill", self.backfill)
-        _require_range("warmup", self.warmup, 0, 1 << 40)
+            require(isinstance(given, Quality), f"quality is {given!r}; give a text or a Quality")
+        require_choice("logical_eviction", self.logical_eviction, LogicalEviction)
+        require_share("backfill", self.backfill)
+        require_range("warmup", self.warmup, 0, 1 << 40)
         if self.car_capacity is not None:
-            _require_range("car_capacity", self.car_capacity, 1, 1 << 16)
-        _require_range("shadow_every", self.shadow_every, 0, 1 << 20)
+            require_range("car_capacity", self.car_capacity, 1, 1 << 16)
+        require_range("shadow_every", self.shadow_every, 0, 1 << 20)
         object.__setattr__(self, "sensitivities", tuple(self.sensitivities))
-        wrong = [s for s in self.sensitivities if not _is_sensitivity(s)]
-        _require(
-            not wrong,
-            f"a layer's sensitivity is {wrong[:1]}; it must lie between {_LEAST_SENSITIVE} and "
-            f"{1 / _LEAST_SENSITIVE:.0f}",
-        )
+        require_sensitivities(self.sensitivities)
 
     @property
     def backfill_share(self) -> Fraction:
@@ -293,24 +258,24 @@ class EngineConfig:
                 object.__setattr__(self, name, Path(getattr(self, name)))
         object.__setattr__(self, "devices", tuple(self.devices))
         self._check_devices()
-        _require_choice("kv_dtype", self.kv_dtype, KVDtype)
-        _require_choice("activations", self.activations, Activations)
-        _require_choice("ram_policy", self.ram_policy, RamPolicy)
-        _require_choice("eviction", self.eviction, Eviction)
-        _require_choice("transport", self.transport, Transport)
-        _require_range("ctx_size", self.ctx_size, 1, 1 << 20)
-        _require_range("sequences", self.sequences, 1, 256)
-        _require_range("prefill_chunk", self.prefill_chunk, 0, 4096)
-        _require_range("read_threads", self.read_threads, 1, 64)
-        _require_range("prefetch_depth", self.prefetch_depth, 0, 2)
+        require_choice("kv_dtype", self.kv_dtype, KVDtype)
+        require_choice("activations", self.activations, Activations)
+        require_choice("ram_policy", self.ram_policy, RamPolicy)
+        require_choice("eviction", self.eviction, Eviction)
+        require_choice("transport", self.transport, Transport)
+        require_range("ctx_size", self.ctx_size, 1, 1 << 20)
+        require_range("sequences", self.sequences, 1, 256)
+        require_range("prefill_chunk", self.prefill_chunk, 0, 4096)
+        require_range("read_threads", self.read_threads, 1, 64)
+        require_range("prefetch_depth", self.prefetch_depth, 0, 2)
         budget: Any = self.prefetch_budget
-        _require(
+        require(
             isinstance(budget, (int, float)) and 0.0 <= budget <= 1.0,
             f"prefetch_budget is {budget!r}; it must lie between 0 and 1",
         )
-        _require_range("seed", self.seed, 0, (1 << 64) - 1)
+        require_range("seed", self.seed, 0, (1 << 64) - 1)
         if self.threads is not None:
-            _require_range("threads", self.threads, 1, 1024)
+            require_range("threads", self.threads, 1, 1024)
 
     @property
     def hosts_layers(self) -> bool:
@@ -319,16 +284,12 @@ class EngineConfig:
 
     def _check_devices(self) -> None:
         check_devices(self.devices)
-        _require_choice("attention", self.attention, Attention)
+        require_choice("attention", self.attention, Attention)
         wrong = {True: "driver", False: "device"}[self.hosts_layers]
-        _require(
+        require(
             self.attention != wrong,
             f"attention is {wrong!r} on {', '.join(self.devices)}; this version runs it on the "
             "GPUs where there are any, and else in the driver: leave it at auto",
-        )
-        _require(
-            not self.hosts_layers or self.kv_dtype == "f16",
-            f"kv_dtype is {self.kv_dtype!r}; a GPU keeps keys and values as f16",
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -391,9 +352,9 @@ class ServerConfig:
     model_name: str | None = None
 
     def __post_init__(self) -> None:
-        _require_range("port", self.port, 0, 65535)
-        _require(self.api_key != "", "the API key is empty; give a key or leave the option out")
-        _require(
+        require_range("port", self.port, 0, 65535)
+        require(self.api_key != "", "the API key is empty; give a key or leave the option out")
+        require(
             self.api_key is not None or is_loopback(self.host),
             f"host {self.host} can be reached from other machines, so an API key is needed: add "
             "--api-key-file FILE (or --api-key KEY), or listen on 127.0.0.1",

@@ -48,6 +48,11 @@ class Repeated:
         self._start = start
         self.nbytes = nbytes
 
+    @property
+    def parts(self) -> tuple[U8, int, int]:
+        """The bytes that repeat, uint8 [n], the one that the tensor begins at, and its size."""
+        return self._source, self._start, self.nbytes
+
     def tofile(self, file: BinaryIO) -> None:
         """Write the bytes in large pieces."""
         left, start = self.nbytes, self._start

@@ -52,8 +52,8 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pending:
-    """A tensor of the header whose bytes are made when its turn to be written comes."""
+class Pending:
+    """A tensor of a recipe whose bytes are made when they are asked for."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ def write_model(path: Path, recipe: Recipe) -> None:
     writer = gguf.GGUFWriter(path, ARCH)
     add_metadata(writer, recipe)
     add_vocabulary(writer, recipe.shape.vocab)
-    pending = list(_tensors(recipe))
+    pending = list(tensors(recipe))
     for each in pending:
         dtype = np.dtype(np.float32)
         writer.add_tensor_info(each.name, each.shape, dtype, each.nbytes, raw_dtype=Kind[each.kind])
@@ -115,12 +115,12 @@ def add_metadata(writer: gguf.GGUFWriter, recipe: Recipe) -> None:
     writer.add_ssm_inner_size(s.inner)
 
 
-def _tensors(recipe: Recipe) -> Iterator[_Pending]:
+def tensors(recipe: Recipe) -> Iterator[Pending]:
     """Yield every tensor in file order; random numbers are drawn as they are made."""
     s, mix = recipe.shape, Mix(recipe.layers)
     rng = np.random.default_rng(recipe.seed)
     pools = BlockPools(rng)
-    yield _Pending(
+    yield Pending(
         "token_embd.weight", (s.vocab, s.hidden), "Q4_K", lambda: _token_embeddings(recipe)
     )
     yield _ones("output_norm.weight", s.hidden)
@@ -133,7 +133,7 @@ def _tensors(recipe: Recipe) -> Iterator[_Pending]:
             yield _matrix(pools, tensor)
 
 
-def _small(recipe: Recipe, layer: int, popularity: routing.F64) -> Iterator[_Pending]:
+def _small(recipe: Recipe, layer: int, popularity: routing.F64) -> Iterator[Pending]:
     """Yield the float32 tensors of a layer: norms, router, convolution, decay."""
     s, block = recipe.shape, f"blk.{layer}."
     rng = np.random.default_rng([recipe.seed, 1, layer])
@@ -176,9 +176,9 @@ def _token_embeddings(recipe: Recipe) -> Repeated:
     return Repeated(packed, 0, s.vocab * packed.shape[1])
 
 
-def _matrix(pools: BlockPools, tensor: Tensor) -> _Pending:
+def _matrix(pools: BlockPools, tensor: Tensor) -> Pending:
     std = tensor.gain * tensor.shape[-1] ** -0.5
-    return _Pending(
+    return Pending(
         tensor.name,
         tensor.shape,
         tensor.kind,
@@ -186,9 +186,9 @@ def _matrix(pools: BlockPools, tensor: Tensor) -> _Pending:
     )
 
 
-def _values(name: str, values: np.ndarray) -> _Pending:
-    return _Pending(name, values.shape, "F32", lambda: values.astype(np.float32))
+def _values(name: str, values: np.ndarray) -> Pending:
+    return Pending(name, values.shape, "F32", lambda: values.astype(np.float32))
 
 
-def _ones(name: str, size: int) -> _Pending:
+def _ones(name: str, size: int) -> Pending:
     return _values(name, np.ones(size))

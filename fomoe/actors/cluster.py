@@ -17,6 +17,7 @@ from fomoe.actors import placement
 from fomoe.actors.driver import DriverActor
 from fomoe.actors.gpu import GPUActor
 from fomoe.actors.launch import Handle, RunningEngine, launch
+from fomoe.actors.layers import LayerActor
 from fomoe.actors.metrics import RayMetrics
 from fomoe.actors.names import NAMESPACE
 from fomoe.actors.storage import StorageActor
@@ -52,6 +53,15 @@ class FomoeGPU(GPUActor):
         return self.name
 
 
+class FomoeLayers(LayerActor):
+    """A GPU as a Ray actor; it asks Ray for no GPU, because Ray does not see all of them."""
+
+    exits_when_orphaned = True
+
+    def __repr__(self) -> str:
+        return self.name
+
+
 class FomoeStorage(StorageActor):
     """A node's storage as a Ray actor."""
 
@@ -61,7 +71,9 @@ class FomoeStorage(StorageActor):
         return self.name
 
 
-_CLASSES: dict[str, type] = {"driver": FomoeDriver, "gpu": FomoeGPU, "storage": FomoeStorage}
+_CLASSES: dict[str, type] = {
+    "driver": FomoeDriver, "gpu": FomoeGPU, "layers": FomoeLayers, "storage": FomoeStorage,
+}  # fmt: skip
 
 
 class RayHandle:
@@ -145,6 +157,7 @@ class Cluster:
             options = kind.options(
                 name=f"{name}-{process}", namespace=NAMESPACE, num_cpus=0, max_restarts=0,
                 max_task_retries=0, scheduling_strategy=strategy,
+                runtime_env=placement.gpu_environment() if role == "layers" else None,
             )  # fmt: skip
             return RayHandle(ray, _create(options, process))
 

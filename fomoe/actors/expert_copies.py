@@ -67,9 +67,7 @@ class ExpertCopies:
     An expert counts as resident when its copy has ended.
     """
 
-    def __init__(
-        self, runtime: Runtime, slots: Slots, source: Source, table: ExpertTable
-    ) -> None:
+    def __init__(self, runtime: Runtime, slots: Slots, source: Source, table: ExpertTable) -> None:
         self._runtime = runtime
         self._slots = slots
         self._source = source

@@ -189,9 +189,7 @@ def _open_all(
     driver.result(_LOAD_S)
 
 
-def _storage_plan(
-    plan: EnginePlan, file: GGUFFile, config: EngineConfig, box: int
-) -> StoragePlan:
+def _storage_plan(plan: EnginePlan, file: GGUFFile, config: EngineConfig, box: int) -> StoragePlan:
     """Return what a box's storage holds: all slots, or those through which experts pass."""
     shards, table = tuple(str(p) for p in file.shards), plan.table.to_dict()
     if config.hosts_layers:

@@ -14,7 +14,7 @@ from fomoe.actors.channel import Fabric, Sender, load_acquire_u64, store_release
 from fomoe.actors.expert_copies import Slots
 from fomoe.actors.layer_layout import LayerArena, LayerViews
 from fomoe.actors.messages import DONE, LAYERS, Do, Tag
-from fomoe.errors import DeviceError, PeerDeadError
+from fomoe.errors import DeviceError
 from fomoe.model.buffers import F32
 
 if TYPE_CHECKING:
@@ -63,11 +63,14 @@ class LayerModel(Protocol):
     def back(self, layer: int, ids: I32, weights: F32) -> None:
         """Run the experts int32 [T, k] and close the layer; one token's ids ascend."""
 
-    def run_whole(self) -> I32:
-        """Run all layers by the router's own choice; returns it, int32 [L, T, k]."""
+    def own_back(self, layer: int) -> None:
+        """Run the router's own choice, with the bits of a whole pass, and close the layer."""
+
+    def prefill(self, tokens: I32, position: int, state: int) -> I32:
+        """Run a whole pass by the router's own choice; returns it, int32 [L, T, k], any order."""
 
     def logits(self, rows: I32) -> F32:
-        """Return logits float32 [n, V] of rows of the pass."""
+        """Return logits float32 [n, V] of rows of the last pass."""
 
     def reset(self, state: int) -> None:
         """Empty a state."""
@@ -124,11 +127,14 @@ class LayerServer:
         if do & Do.COPY_STATE:
             model.copy_state(state, peer, position)
         if do & Do.BEGIN:
-            self._begin(tokens, position, state)
+            self._begin(do, tokens, position, state)
         if do & Do.EMBED:
             model.embed()
         if do & Do.TAKE:
             waited = self._await_hidden(peer, awaited)
+            if waited < 0:
+                self._to_driver.send(Tag.DONE, DONE.pack(step, 1, 0, 0, 0), (), _SEND_BOUND_S)
+                return
             model.put_hidden(self._views[peer].hidden.ctypes.data)
         self._run(do, layer)
         if do & Do.GIVE:
@@ -139,25 +145,34 @@ class LayerServer:
             np.copyto(self._mine.logits[:rows], model.logits(self._mine.rows[:rows]))
         self._answer(step, do, rows, time.perf_counter_ns() - started - waited, waited)
 
-    def _begin(self, tokens: int, position: int, state: int) -> None:
+    def _begin(self, do: Do, tokens: int, position: int, state: int) -> None:
+        model, ids = self._model, self._mine.tokens[:tokens]
         self._tokens = tokens
         if position == 0:
-            self._model.reset(state)
-        self._model.begin(self._mine.tokens[:tokens], position, state)
+            model.reset(state)
+        if do & Do.WHOLE:
+            np.copyto(self._mine.chosen_of(tokens), model.prefill(ids, position, state))
+        else:
+            model.begin(ids, position, state)
 
     def _run(self, do: Do, layer: int) -> None:
         model, mine, tokens = self._model, self._mine, self._tokens
         if do & Do.BACK:
-            model.back(layer, mine.ids[:tokens], mine.weights[:tokens])
+            if do & Do.CHOOSE:
+                model.own_back(layer)
+            else:
+                model.back(layer, mine.ids[:tokens], mine.weights[:tokens])
             layer += 1
         if do & Do.FRONT:
             model.front(layer)
             np.copyto(mine.scores[:tokens], model.scores(layer))
-        if do & Do.WHOLE:
-            np.copyto(mine.chosen_of(tokens), model.run_whole())
 
     def _await_hidden(self, peer: int, awaited: int) -> int:
-        """Wait for another device's residual stream; returns the nanoseconds it took."""
+        """Wait for another device's residual stream.
+
+        Returns:
+            The nanoseconds that it took; -1 where that device has died, of which the driver hears.
+        """
         started = time.perf_counter_ns()
         word, name = self._views[peer].word, self._devices[peer].name
         while True:
@@ -165,7 +180,7 @@ class LayerServer:
             if load_acquire_u64(word, 0) >= awaited:
                 return time.perf_counter_ns() - started
             if self._fabric.peer_dead(name):
-                raise PeerDeadError(name)
+                return -1
             if self._stopping() or time.perf_counter_ns() - started > _HIDDEN_BOUND_S * 1e9:
                 raise DeviceError(
                     f"{name} gave no residual stream within {_HIDDEN_BOUND_S:.0f} s; "
@@ -181,7 +196,7 @@ class LayerServer:
         if do & Do.WHOLE:
             counts["chosen"] = self._mine.chosen_of(tokens).size
         if do & Do.GIVE:
-            counts["hidden"] = tokens * self._mine.hidden.shape[1]
+            counts |= {"word": 1, "hidden": tokens * self._mine.hidden.shape[1]}
         if do & Do.LOGITS:
             counts["logits"] = rows * self._mine.logits.shape[1]
         payload = DONE.pack(step, 0, 0, compute_ns, wait_ns)

@@ -19,7 +19,7 @@ from fomoe.actors.messages import DONE, LAYERS, Do, Tag
 from fomoe.engine.decisions import Decider
 from fomoe.engine.device_forward import Pass
 from fomoe.engine.placed import Placed
-from fomoe.errors import DeviceError, PeerStalledError
+from fomoe.errors import DeviceError, EngineError, PeerStalledError
 from fomoe.model.buffers import F32
 from fomoe.residency import LogicalCache
 from fomoe.routing import Route
@@ -92,24 +92,25 @@ class DeviceLayers:
         """Route one sequence's token exactly, tell its logical cache, and begin the back."""
         views = self._home[layer].views
         self.placed.decide(layer, scores, logical, (views.ids[0], views.weights[0]))
-        self._carry_on(layer)
+        self._carry_on(layer, Do.BACK | Do.CHOOSE)
 
     def decide_by(self, layer: int, scores: F32, decider: Decider, prices: F32 | None) -> None:
         """Let a rule choose for one sequence's token, and begin the back."""
         views = self._home[layer].views
         self.placed.decide_by(layer, scores, decider, prices, (views.ids[0], views.weights[0]))
-        self._carry_on(layer)
+        self._carry_on(layer, Do.BACK)
 
-    def begin(self, layer: int, route: Route, *, decoding: bool) -> None:
-        """Begin the back with a route that was made elsewhere."""
+    def begin(self, layer: int, route: Route, *, decoding: bool, exact: bool) -> None:
+        """Begin the back with a route that was made elsewhere; `exact`: it is the router's own."""
         views, tokens = self._home[layer].views, len(route.ids)
         if tokens == 1:
             self.placed.place(layer, route, (views.ids[0], views.weights[0]), decoding=decoding)
         else:
             self.placed.count_hits(route.ids.size, decoding=decoding)
-            views.ids[:tokens] = route.ids
-            views.weights[:tokens] = route.weights
-        self._carry_on(layer)
+            if not exact:
+                views.ids[:tokens] = route.ids
+                views.weights[:tokens] = route.weights
+        self._carry_on(layer, Do.BACK | Do.CHOOSE if exact else Do.BACK)
 
     def read_later(self, layer: int, experts: I32) -> None:
         """Every expert is on its device already."""
@@ -154,34 +155,34 @@ class DeviceLayers:
         first = self._home[0]
         first.views.tokens[: len(step.tokens)] = step.tokens
 
-    def _carry_on(self, layer: int) -> None:
+    def _carry_on(self, layer: int, back: Do) -> None:
         """Send the back of `layer`, and the front of the next as far as nobody must be asked."""
         here, overlap = self._home[layer], self._pass.overlap
         if layer + 1 == len(self._home):
-            self._close(here, layer)
+            self._close(here, layer, back)
             return
         there = self._home[layer + 1]
         if there is here:
             if overlap:
-                self._send(here, Do.BACK | Do.FRONT, layer)
+                self._send(here, back | Do.FRONT, layer)
                 return
-            self._send(here, Do.BACK, layer)
+            self._send(here, back, layer)
             self._await(here)
             self._send(here, Do.FRONT, layer + 1)
             return
-        self._send(here, Do.BACK | Do.GIVE, layer, peer=there.number)
+        self._send(here, back | Do.GIVE, layer, peer=there.number)
         word = self._step_id
         if not overlap or here.node != there.node:
             self._await(here)
         self._send(there, Do.TAKE | Do.FRONT, layer + 1, peer=here.number, awaited=word)
 
-    def _close(self, link: LayerLink, layer: int) -> None:
+    def _close(self, link: LayerLink, layer: int, back: Do) -> None:
         """Send the last layer's back; a token's logits come with it."""
         if len(self._pass.tokens) == 1 and self._pass.overlap:
             self._has_logits = True
-            self._send(link, Do.BACK | Do.LOGITS, layer)
+            self._send(link, back | Do.LOGITS, layer)
         else:
-            self._send(link, Do.BACK, layer)
+            self._send(link, back, layer)
 
     def _send(
         self, link: LayerLink, flags: Do, layer: int, *, peer: int = 0, awaited: int = 0,
@@ -243,8 +244,15 @@ class DeviceLayers:
             if tag == Tag.FAULT:
                 text = self._buffer[:nbytes].decode(errors="replace")
                 raise DeviceError(f"{link.name}: {text}")
-            link.answered, _, _, computed_ns, waited_ns = DONE.unpack_from(self._buffer)
+            link.answered, aborted, _, computed_ns, waited_ns = DONE.unpack_from(self._buffer)
+            if aborted:
+                self._blame(link)
             self.counters.compute_s += computed_ns / 1e9
             self.counters.stall_s += waited_ns / 1e9
 
-
+    def _blame(self, link: LayerLink) -> None:
+        """Raise what made a device give a step up: the one before it has failed or died."""
+        for other in self.links:
+            if other is not link:
+                self._receive(other)
+        raise EngineError(f"{link.name} gave a step up, and no other device has failed")

@@ -16,6 +16,7 @@ from fomoe.actors.names import arena_name, device_name
 from fomoe.actors.process import FabricMember, LoopThread
 from fomoe.actors.storage import landed_bytes
 from fomoe.config import EngineConfig
+from fomoe.devices import local_name
 from fomoe.engine.hosting import host_options
 from fomoe.errors import DeviceError
 from fomoe.gguf.extents import ExpertTable
@@ -76,8 +77,9 @@ class LayerActor(FabricMember):
         self._from_driver = fabric.receiver("driver")
         self._to_driver = fabric.sender("driver")
         self._buffer = bytearray(fabric.spec.slot_bytes)
-        self._loop = loop = LoopThread(self, self.poll, self.status, _SPIN_US)
+        model.runtime.attach()  # this may be another thread than the one that opened it
         model.runtime.register(segment.view)
+        loop = LoopThread(self, self.poll, self.status, _SPIN_US)
         self._server = LayerServer(
             model, fabric, plan.device, self._neighbours, lambda: loop.stopping
         )
@@ -85,6 +87,7 @@ class LayerActor(FabricMember):
         source = Source(landed, segment.address + landed_bytes(plan.segment_slots))
         self._copies = ExpertCopies(model.runtime, model.slots, source, self._table)
         self._attached = False
+        self._loop = loop
         loop.start()
 
     def poll(self) -> bool:
@@ -149,10 +152,18 @@ class LayerActor(FabricMember):
     def leave(self) -> None:
         """Leave the fabric, the segment and the device."""
         super().leave()
-        if self._model is not None:
-            self._model.close()
+        if self._model is not None and (self._loop is None or not self._loop.alive):
+            self._release(self._model)
         if self._segment is not None:
             self._segment.close()
+
+    def _release(self, model: LayerModel) -> None:
+        """Give the device back; a loop that hangs in it would still use it."""
+        model.runtime.attach()
+        if self._loop is not None and self._segment is not None:
+            self._server.close()
+            model.runtime.unregister(self._segment.view)
+        model.close()
 
 
 def neighbours(config: EngineConfig, spec: ModelSpec) -> list[Neighbour]:
@@ -170,4 +181,11 @@ def open_model(file: GGUFFile, spec: ModelSpec, config: EngineConfig, device: in
 
     Imported here: who has no GPU needs no driver of one.
     """
-    raise NotImplementedError
+    from fomoe.kernels.gpu.gpu import open_gpu
+    from fomoe.model.gpu.host import GPUModel, planned_bytes, resident_bytes
+
+    options = host_options(config, spec)[device]
+    nbytes = planned_bytes(file, spec, options) + resident_bytes(file, spec, options)
+    model = GPUModel(open_gpu(local_name(config.devices[device]), nbytes), file, spec, options)
+    model.add_all_slots()
+    return model

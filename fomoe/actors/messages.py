@@ -70,14 +70,15 @@ class Do(IntFlag):
     """What a LAYERS message asks for; a device does it in this order."""
 
     BEGIN = 1  # a pass begins: `tokens` tokens from `position` on, of state `state`
-    EMBED = 2  # the residual stream is the embedding of the arena's tokens
-    TAKE = 4  # or what lies in the arena of device `source`, once its word has reached `awaited`
-    BACK = 8  # run the chosen experts of `layer` and close it
-    FRONT = 16  # begin `layer`, after BACK the one behind it, and answer with its scores
-    WHOLE = 32  # run all layers, by the router's own choice, and answer with it
-    GIVE = 64  # put the residual stream into the arena and the step's id into its word
+    WHOLE = 2  # and is run through all layers by the router's own choice, which is the answer
+    EMBED = 4  # the residual stream is the embedding of the arena's tokens
+    TAKE = 8  # or what lies in the arena of device `peer`, once its word has reached `awaited`
+    BACK = 16  # run the chosen experts of `layer` and close it
+    FRONT = 32  # begin `layer`, after BACK the one behind it, and answer with its scores
+    GIVE = 64  # put the residual stream into the arena, the step's id into its word, ring `peer`
     LOGITS = 128  # answer with the logits of the arena's first `rows` row numbers
-    COPY_STATE = 256  # make state `state` what state `source` is after `position` tokens
+    CHOOSE = 256  # with BACK: what the router chose on the device, not what the arena has
+    COPY_STATE = 512  # make state `state` what state `peer` is after `position` tokens
 
 
 class Priority(IntEnum):
@@ -95,7 +96,7 @@ STEP_FIRST, STEP_LAST = 1, 2
 # step id u64, aborted i32, experts computed i32, nanoseconds computing u64, waiting u64
 DONE = struct.Struct("<QiiQQ")
 STEP_ID = struct.Struct("<Q")
-# step id u64, awaited u64, flags (`Do`), layer, tokens, position, state, source, rows: i32
+# step id u64, awaited u64, flags (`Do`), layer, tokens, position, state, peer, rows: i32
 LAYERS = struct.Struct("<QQiiiiiii")
 COUNT = struct.Struct("<I")
 DROPPED = struct.Struct("<iiQ")  # layer, expert, generation

@@ -23,18 +23,43 @@ def prepare_environment() -> None:
     """Set what Ray must find in the environment before it is imported.
 
     Raises:
-        ConfigError: ROCR_VISIBLE_DEVICES stands alone, with which `import ray` fails.
+        ConfigError: variables say which GPUs are to be seen in a way that Ray refuses.
     """
-    visible = os.environ.get("ROCR_VISIBLE_DEVICES")
-    if visible is not None and "HIP_VISIBLE_DEVICES" not in os.environ:
-        raise ConfigError(
-            f"ROCR_VISIBLE_DEVICES={visible} is set without HIP_VISIBLE_DEVICES, which Ray "
-            "refuses: unset it and set HIP_VISIBLE_DEVICES instead"
-        )
+    check_visible_devices()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # for a cluster that fomoe starts itself
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+
+def check_visible_devices() -> None:
+    """Refuse variables with which `import ray`, or the first actor, would fail.
+
+    Raises:
+        ConfigError: ROCR_VISIBLE_DEVICES stands alone; or HIP_VISIBLE_DEVICES and
+            CUDA_VISIBLE_DEVICES, which HIP and some releases of Ray take for one thing, differ.
+    """
+    rocr, hip, cuda = (
+        os.environ.get(f"{kind}_VISIBLE_DEVICES") for kind in ("ROCR", "HIP", "CUDA")
+    )
+    if rocr is not None and hip is None:
+        raise ConfigError(
+            f"ROCR_VISIBLE_DEVICES={rocr} is set without HIP_VISIBLE_DEVICES, which Ray "
+            "refuses: unset it and set HIP_VISIBLE_DEVICES instead"
+        )
+    if hip is not None and cuda is not None and hip != cuda:
+        raise ConfigError(
+            f"HIP_VISIBLE_DEVICES={hip} and CUDA_VISIBLE_DEVICES={cuda} differ; HIP and some "
+            "releases of Ray take them for one thing: unset one of them"
+        )
+
+
+def gpu_environment() -> dict[str, dict[str, str]]:
+    """Return the runtime environment of actors that use a GPU without asking Ray for one.
+
+    Ray would hide all GPUs from them; also on a cluster that others have started.
+    """
+    return {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
 
 
 def uses_token() -> bool:

@@ -55,6 +55,11 @@ class Contract:
             every = KL_EVERY if self.steps < KL_SETTLED else KL_EVERY_LATER
         return is_sampled(self.steps, every)
 
+    @property
+    def needs_twin(self) -> bool:
+        """Whether a step may have to be computed exactly as well."""
+        return self.quality.kind == "kl" or self._every > 0
+
     def stepped(self, spent: int, step_loss: int | None) -> int:
         """Count a decode step.
 

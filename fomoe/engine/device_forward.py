@@ -19,7 +19,7 @@ from fomoe.engine.decisions import Decider
 from fomoe.engine.recorder import Recorder
 from fomoe.engine.sequences import Sequence
 from fomoe.engine.waterfall import Lap, Stopwatch
-from fomoe.errors import EngineError, RequestError
+from fomoe.errors import EngineError
 from fomoe.model.buffers import F32
 from fomoe.model.spec import ModelSpec
 from fomoe.model.state import Batch, HostedState, SequenceState
@@ -83,8 +83,11 @@ class LayerHost(Protocol):
         `decider.out` has the choice; `prices` float32 [1] stands in for the rule's own.
         """
 
-    def begin(self, layer: int, route: Route, *, decoding: bool) -> None:
-        """Begin the back with a route that was made elsewhere."""
+    def begin(self, layer: int, route: Route, *, decoding: bool, exact: bool) -> None:
+        """Begin the back with a route that was made elsewhere; `exact`: it is the router's own.
+
+        Devices may then weigh by their own softmax, whose bits are those of a whole pass.
+        """
 
     def read_later(self, layer: int, experts: I32) -> None:
         """Load experts that were wanted and did not run, behind all demand; never waits."""
@@ -181,7 +184,9 @@ class DeviceForward:
             self.brain.take(layer, sequence, decider.out)
         else:
             route = self.brain.route(layer, scores, batch, (sequence,))
-            host.begin(layer, route, decoding=sequence.decoding)
+            touched = sequence.decoding and sequence.touched > 0.0
+            exact = not touched and (decider is None or not sequence.decoding)
+            host.begin(layer, route, decoding=sequence.decoding, exact=exact)
             for later in self.brain.later:
                 host.read_later(layer, later)
 
@@ -202,19 +207,14 @@ class DeviceForward:
         self.watch.lap(Lap.AWAIT)
         return logits
 
-    def twin(self, state: SequenceState) -> HostedTwin:
-        """Return a second state beside a sequence's.
+    @property
+    def has_twin(self) -> bool:
+        """Whether the devices hold a second state."""
+        return self.host.n_states > 1
 
-        Raises:
-            RequestError: the devices hold no second state.
-        """
+    def twin(self, state: SequenceState) -> HostedTwin:
+        """Return a second state beside a sequence's."""
         assert isinstance(state, HostedState)
-        if self.host.n_states < 2:
-            raise RequestError(
-                "this contract needs a second state on the devices, and the engine was started "
-                "without: start it with --quality kl=... or with --shadow-every above 0",
-                "quality",
-            )
         return HostedTwin(self.host, state)
 
     def step_exactly(self, batch: Batch) -> I32:
@@ -222,7 +222,7 @@ class DeviceForward:
         host, watch, top_k = self.host, self.watch, self.spec.moe.top_k
         watch.start()
         if host.runs_whole:
-            chosen = host.run_whole(_pass_of(batch), decoding=True)[:, 0]
+            chosen = host.run_whole(_pass_of(batch), decoding=True)[:, 0].copy()
             watch.lap(Lap.AWAIT)
             return chosen
         chosen = np.zeros((self.spec.n_layers, top_k), np.int32)
@@ -232,7 +232,7 @@ class DeviceForward:
             watch.lap(Lap.AWAIT)
             route = route_exact(scores, top_k)
             chosen[layer] = route.ids[0]
-            host.begin(layer, route, decoding=True)
+            host.begin(layer, route, decoding=True, exact=True)
             watch.lap(Lap.BRAIN)
         host.finish()
         watch.lap(Lap.AWAIT)

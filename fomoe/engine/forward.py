@@ -118,6 +118,11 @@ class Forward:
         self.watch.lap(Lap.DENSE)
         return logits
 
+    @property
+    def has_twin(self) -> bool:
+        """There is room for a second state, taken when it is wanted."""
+        return True
+
     def twin(self, state: SequenceState) -> TwinState:
         """Return a second state beside a sequence's."""
         return TwinState(state)

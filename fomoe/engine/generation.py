@@ -75,11 +75,17 @@ class Generation:
         self._echo: list[float | None] = [None]
         self._echo_top: list[list[tuple[int, float]]] = [[]]
         quality = routing.quality if request.quality is None else parse_quality(request.quality)
+        self._contract = Contract(quality, routing.shadow_every, routing.sensitivities)
+        if self._contract.needs_twin and not forward.has_twin:
+            raise RequestError(
+                f"quality {quality} needs a second state on the devices, which they have no room "
+                "set aside for; start with --quality kl=... or a --shadow-every above 0",
+                "quality",
+            )
         afresh = request.echo or not quality.is_exact or request.null_share > 0.0
         self._cached = 0 if afresh else sequence.reusable_prefix(request.prompt)
         if not self._cached:
             sequence.reset()
-        self._contract = Contract(quality, routing.shadow_every, routing.sensitivities)
         sequence.hold(self._contract.rule)
         sequence.decoding = False
         sequence.touched = request.null_share

@@ -51,9 +51,9 @@ def dense_bytes(file: GGUFFile, spec: ModelSpec, config: EngineConfig) -> tuple[
 
 def planned_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
     """Return what a device needs for weights, states and work; no device is asked."""
-    from fomoe.model.gpu import host  # kernels' builders, which a machine without GPUs can spare
+    from fomoe.model.gpu import planning  # kernels' builders, which CPU machines can spare
 
-    return host.planned_bytes(file, spec, options)
+    return planning.planned_bytes(file, spec, options)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,12 +71,12 @@ class LayerLoop(Protocol):
     def logits(self, rows: npt.NDArray[np.intp]) -> F32:
         """Return the logits [n, V] of some rows of the last pass, until the next call."""
 
-    def twin(self, state: SequenceState) -> Twin:
-        """Return a second state beside a sequence's.
+    @property
+    def has_twin(self) -> bool:
+        """Whether there is room for a second state."""
 
-        Raises:
-            RequestError: there is no room for one.
-        """
+    def twin(self, state: SequenceState) -> Twin:
+        """Return a second state beside a sequence's."""
 
     def step_exactly(self, batch: Batch) -> npt.NDArray[np.int32]:
         """Run one token with the router's own choice, of which nobody is told.

@@ -1,18 +1,24 @@
 """Layers on devices: the bits, text and decisions of the CPU path, whatever way a pass takes."""
 
+import os
+import signal
+import sys
+
 import numpy as np
 import pytest
-from support.cpu_layers import CpuLayers
+from support import cpu_layers
+from support import local_engine as support
 from support.local_engine import local_engine
 from support.local_model import finished, greedy, tokens_of
 
 from fomoe.actors import layers
+from fomoe.actors.processes import CLASSES, ProcessHandle
 from fomoe.config import RoutingConfig
 from fomoe.engine import hosting
 from fomoe.engine.local import local_logits
 from fomoe.engine.requests import TokenEvent
+from fomoe.errors import BudgetError, ConfigError, DeviceError, StorageError
 
-DENSE = 4 << 20
 VRAM = 1 << 30
 CAPACITY = 6
 MODES = {
@@ -25,17 +31,17 @@ MODES = {
 
 
 @pytest.fixture(autouse=True)
-def devices(monkeypatch):
+def opened(monkeypatch):
     """Devices played by the CPU kernels; returns those that were opened."""
-    opened = []
+    found = []
 
-    def open_model(file, spec, config, device):
-        opened.append(CpuLayers(file, spec, hosting.host_options(config, spec)[device]))
-        return opened[-1]
+    def open_model(*args):
+        found.append(cpu_layers.open_model(*args))
+        return found[-1]
 
     monkeypatch.setattr(layers, "open_model", open_model)
-    monkeypatch.setattr(hosting, "planned_bytes", lambda file, spec, options: DENSE)
-    return opened
+    monkeypatch.setattr(hosting, "planned_bytes", cpu_layers.planned_bytes)
+    return found
 
 
 def told(events):
@@ -69,3 +75,167 @@ def test_text_and_decisions_are_those_of_the_cpu_path(
         for mode, ask in MODES.items():
             got = told(list(engine.client.stream(greedy(prompt, 24, logprobs=4, **ask))))
             assert got == want[mode], mode
+
+
+def test_a_request_takes_one_message_a_token_where_all_is_on_one_device(
+    model_paths, local_models, prompt, opened
+):
+    with local_engine(model_paths["mixed"], devices=("cuda:0",), vram=VRAM) as engine:
+        got = list(engine.client.stream(greedy(prompt, 9)))
+        calls, server = opened[0].calls, engine.handles["gpu-0"].actor._server
+        assert calls.count("whole") == 9  # the prompt, then a token at a time
+        assert server.steps == 10  # and the prompt's logits
+    assert tokens_of(got) == tokens_of(local_models["mixed"].run(greedy(prompt, 9)))
+    receipt = finished(got).receipt
+    assert receipt.hits_device == 8 * 4 * 3
+    assert receipt.nvme_bytes == 0
+
+
+def test_one_message_a_layer_where_the_driver_decides(model_paths, prompt):
+    with local_engine(
+        model_paths["mixed"], devices=("cuda:0",), vram=VRAM,
+        routing=RoutingConfig(shadow_every=0),
+    ) as engine:  # fmt: skip
+        server = engine.handles["gpu-0"].actor._server
+        list(engine.client.stream(greedy(prompt, 2, quality="car=0.6")))
+        before = server.steps
+        list(engine.client.stream(greedy(prompt, 10, quality="car=0.6")))
+        prompts = 4 + 1 + 1  # layers, the first front, and the logits
+        assert server.steps - before == prompts + 9 * (4 + 1)
+
+
+def test_logits_and_echoes_are_those_of_the_cpu_path(model_paths, prompt, local_models):
+    with local_engine(
+        model_paths["fused"], devices=("hip:0", "hip:1"), vram=VRAM, prefill_chunk=7
+    ) as engine:  # fmt: skip
+        want = local_logits(model_paths["fused"], prompt)
+        assert np.array_equal(engine.client.logits(prompt, 300), want)
+        ask = greedy(prompt, 3, echo=True, logprobs=2)
+        got = list(engine.client.stream(ask))
+        want = local_models["fused"].run(ask)
+        assert [e for e in got if hasattr(e, "logprobs")] == [
+            e for e in want if hasattr(e, "logprobs")
+        ]
+
+
+def test_a_text_goes_on_where_the_last_one_ended(model_paths, prompt, local_models):
+    with local_engine(model_paths["mixed"], devices=("hip:0",), vram=VRAM) as engine:
+        first = tokens_of(list(engine.client.stream(greedy(prompt, 4))))
+        longer = [*prompt, *first[:3], 5, 9]
+        got = list(engine.client.stream(greedy(longer, 4)))
+        assert finished(got).receipt.cached_tokens == len(prompt) + 3
+        assert tokens_of(got) == tokens_of(local_models["mixed"].run(greedy(longer, 4)))
+
+
+def test_devices_of_two_boxes(model_paths, want, prompt):
+    with local_engine(
+        model_paths["mixed"], devices=("hip:0", "hip:0"), device_box=(0, 1), vram=VRAM,
+        transport="tcp", routing=RoutingConfig(car_capacity=CAPACITY),
+    ) as engine:  # fmt: skip
+        got = told(list(engine.client.stream(greedy(prompt, 24, logprobs=4))))
+        assert got == want["exact"]
+
+
+def test_experts_pass_through_few_slots(model_paths, prompt, local_models, monkeypatch, opened):
+    monkeypatch.setattr(hosting, "_MOST_STAGED", 5)
+    with local_engine(model_paths["mixed"], devices=("hip:0", "hip:1"), vram=VRAM) as engine:
+        segment = engine.handles["storage-0"].actor._segment
+        assert segment.nbytes < 2 << 20
+        for device in (0, 1):
+            table = opened[device].slots.published
+            assert np.count_nonzero(table) == 2 * 20
+        got = tokens_of(list(engine.client.stream(greedy(prompt, 4))))
+    assert got == tokens_of(local_models["mixed"].run(greedy(prompt, 4)))
+    assert all(device.closed and not device.runtime.registered for device in opened)
+
+
+class TestRefusals:
+    def start(self, path, **options):
+        with local_engine(path, **options):
+            pytest.fail("it came up")
+
+    def test_a_gpu_that_does_not_hold_its_experts(self, model_paths):
+        with pytest.raises(BudgetError, match=r"device 0.*all experts.*4 layers.*--vram-budget"):
+            self.start(model_paths["mixed"], devices=("hip:0",), vram=12 << 20)
+
+    def test_a_gpu_that_does_not_hold_its_dense_part(self, model_paths):
+        with pytest.raises(BudgetError, match="dense weights"):
+            self.start(model_paths["mixed"], devices=("hip:0",), vram=1 << 20)
+
+    def test_a_ram_tier(self, model_paths):
+        with pytest.raises(ConfigError, match="--ram-budget"):
+            self.start(model_paths["mixed"], devices=("hip:0",), vram=VRAM, ram=1 << 20)
+
+    def test_a_contract_that_needs_a_second_state(self, model_paths, prompt):
+        with local_engine(
+            model_paths["mixed"], devices=("hip:0",), vram=VRAM,
+            routing=RoutingConfig(shadow_every=0),
+        ) as engine:  # fmt: skip
+            events = list(engine.client.stream(greedy(prompt, 4, quality="kl=0.1")))
+            assert "quality kl=0.1 needs a second state" in finished(events).error
+            assert engine.client.status().state == "ready"
+            assert len(tokens_of(list(engine.client.stream(greedy(prompt, 4))))) == 4
+
+
+class TestFaults:
+    def test_a_device_that_fails_while_loading(self, model_paths, monkeypatch):
+        def run_away(self, *args):
+            raise DeviceError("out of everything")
+
+        monkeypatch.setattr(cpu_layers.CpuRuntime, "copy", run_away)
+        with (
+            pytest.raises(DeviceError, match="gpu-0: hip:3: out of everything"),
+            local_engine(model_paths["small"], devices=("hip:3",), vram=VRAM),
+        ):
+            pytest.fail("it came up")
+
+    @pytest.mark.parametrize("n_devices", [1, 2])
+    def test_a_device_that_fails_in_a_token(
+        self, model_paths, prompt, monkeypatch, n_devices, wait_for
+    ):
+        def run_away(self, *args):
+            raise DeviceError("the kernel has run away")
+
+        with local_engine(
+            model_paths["small"], devices=("hip:0",) * n_devices, vram=VRAM
+        ) as engine:  # fmt: skip
+            events = []
+            for event in engine.client.stream(greedy(prompt, 400)):
+                events.append(event)
+                if len(tokens_of(events)) == 3:
+                    monkeypatch.setattr(cpu_layers.CpuLayers, "back", run_away)
+            assert "gpu-0: hip:0: the kernel has run away" in finished(events).error
+            wait_for(lambda: engine.client.status().state == "degraded")
+            assert "run away" in engine.client.status().detail
+
+    def test_a_read_that_fails_while_loading(self, model_paths, tmp_path):
+        own = tmp_path / "own.gguf"
+        data = model_paths["small"].read_bytes()
+        own.write_bytes(data)
+
+        def cut(fetch):
+            os.truncate(own, len(data) // 2)
+            return 0.0
+
+        with (
+            pytest.raises(StorageError),
+            local_engine(own, devices=("hip:0",), vram=VRAM, delay=cut),
+        ):
+            pytest.fail("it came up")
+
+    def test_a_killed_device(self, model_paths, prompt, monkeypatch, wait_for):
+        kinds = CLASSES | {
+            "driver": "support.cpu_layers:CpuDriver", "layers": "support.cpu_layers:CpuLayerActor",
+        }  # fmt: skip
+        for role, kind in kinds.items():
+            monkeypatch.setitem(support._CLASSES, role, lambda name, kind=kind: (kind, name))
+        monkeypatch.setattr(support, "ThreadHandle", lambda made: ProcessHandle(*made))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        with local_engine(model_paths["mixed"], devices=("hip:0", "hip:0"), vram=VRAM) as engine:
+            events = []
+            for event in engine.client.stream(greedy(prompt, 4000)):
+                events.append(event)
+                if len(tokens_of(events)) == 2:
+                    os.kill(engine.handles["gpu-1"].process.pid, signal.SIGKILL)
+            assert "gpu-1 has died" in finished(events).error
+            wait_for(lambda: engine.client.status().state == "degraded", 2)

@@ -76,6 +76,16 @@ class TestEnvironment:
         with pytest.raises(ConfigError, match="ROCR_VISIBLE_DEVICES=1"):
             placement.prepare_environment()
 
+    @pytest.mark.parametrize(("hip", "cuda"), [("0", "1"), ("0,1", "")])
+    def test_variables_that_say_different_things_are_refused(self, monkeypatch, hip, cuda):
+        monkeypatch.delenv("ROCR_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setenv("HIP_VISIBLE_DEVICES", hip)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hip)
+        placement.check_visible_devices()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", cuda)
+        with pytest.raises(ConfigError, match=f"HIP_VISIBLE_DEVICES={hip} and .*={cuda} differ"):
+            placement.prepare_environment()
+
     def test_what_the_user_set_stays(self, monkeypatch):
         monkeypatch.delenv("ROCR_VISIBLE_DEVICES", raising=False)
         monkeypatch.setenv("RAY_worker_niceness", "7")

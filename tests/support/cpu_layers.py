@@ -7,7 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from fomoe.actors import layers
+from fomoe.actors.driver import DriverActor
 from fomoe.actors.expert_copies import part_bytes
+from fomoe.actors.layers import LayerActor
+from fomoe.engine import hosting
 from fomoe.engine.experts import expert_shape
 from fomoe.gguf.extents import ExpertTable
 from fomoe.kernels.device import open_device
@@ -16,6 +20,7 @@ from fomoe.model.state import Batch, DeltaState, SequenceState
 from fomoe.routing import group_by_expert, route_exact
 
 ALIGN = 256
+DENSE_BYTES = 4 << 20
 
 
 class CpuRuntime:
@@ -114,8 +119,7 @@ class CpuLayers:
         self._device = open_device("cpu", threads=1, int8=options.int8)
         self._shapes = [expert_shape(table, spec, i) for i in range(spec.n_layers)]
         self._states = [
-            SequenceState(spec, options.ctx_size, options.kv_dtype)
-            for _ in range(options.n_states)
+            SequenceState(spec, options.ctx_size, options.kv_dtype) for _ in range(options.n_states)
         ]
         self.closed = False
         self.calls = []
@@ -159,21 +163,23 @@ class CpuLayers:
         self._device.reduce(pairs, groups.order, groups.arrange(weights), routed)
         self._model.close(self._x, routed, self._model.shared(layer, self._h))
 
-    def run_whole(self):
+    def prefill(self, tokens, position, state):
+        self.begin(tokens, position, state)
         self.calls.append("whole")
         k = self.spec.moe.top_k
         chosen = np.zeros((self.spec.n_layers, self._batch.size, k), np.int32)
         self.embed()
         for layer in range(self.spec.n_layers):
             self.front(layer)
-            route = route_exact(self._scores, k)
-            order = np.argsort(route.ids, axis=1)
-            chosen[layer] = route.ids
-            self.back(
-                layer, np.take_along_axis(route.ids, order, 1),
-                np.take_along_axis(route.weights, order, 1),
-            )  # fmt: skip
+            chosen[layer] = self.own_back(layer)
         return chosen
+
+    def own_back(self, layer):
+        route = route_exact(self._scores, self.spec.moe.top_k)
+        order = np.argsort(route.ids, axis=1)
+        ids, weights = (np.take_along_axis(a, order, 1) for a in (route.ids, route.weights))
+        self.back(layer, ids, weights)
+        return ids
 
     def logits(self, rows):
         assert self.options.head
@@ -191,3 +197,33 @@ class CpuLayers:
 
     def close(self):
         self.closed = True
+
+
+def open_model(file, spec, config, device):
+    return CpuLayers(file, spec, hosting.host_options(config, spec)[device])
+
+
+def planned_bytes(file, spec, options):
+    return DENSE_BYTES
+
+
+def install():
+    """Put these devices in the place of GPUs, for the rest of this process."""
+    layers.open_model = open_model
+    hosting.planned_bytes = planned_bytes
+
+
+class CpuDriver(DriverActor):
+    """A driver in a process of its own, beside such devices."""
+
+    def __init__(self, name):
+        install()
+        super().__init__(name)
+
+
+class CpuLayerActor(LayerActor):
+    """Such a device in a process of its own."""
+
+    def __init__(self, name):
+        install()
+        super().__init__(name)

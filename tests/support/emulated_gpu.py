@@ -1,4 +1,4 @@
-"""GPUs for tests: the real HipRuntime over a stand-in for AMD's libraries, on the CPU.
+"""GPUs for tests: the real runtimes over a stand-in for the vendors' libraries, on the CPU.
 
 `hip:0` has waves of 32 lanes, `hip:1` of 64. A seed chooses the order of lanes, waves, groups and
 streams. hip-python loads its libraries once per process, so they are put in place here.
@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fomoe.config import cache_dir
-from fomoe.kernels.gpu.gpu import GPU, open_gpu
+from fomoe.kernels.gpu.arena import Arena
+from fomoe.kernels.gpu.compiler import Compiler
+from fomoe.kernels.gpu.gpu import GPU, open_gpu, open_runtime
 
 _SOURCES = Path(__file__).parent / "standin"
 _HEADERS = Path(__file__).parents[2] / "fomoe" / "kernels" / "hip"
@@ -28,8 +30,9 @@ _BUILD_S = 120
 @functools.cache
 def install_standin() -> Path:
     """Build the stand-in libraries where they are missing, and make hip-python load them."""
-    files = [*sorted(_SOURCES.iterdir()), _HEADERS / "cpu_engine.h"]
-    version = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
+    files = sorted(f for f in _SOURCES.rglob("*") if f.is_file())
+    texts = [f.read_bytes() for f in [*files, _HEADERS / "cpu_engine.h", Path(__file__)]]
+    version = hashlib.sha256(b"".join(texts)).hexdigest()[:8]
     root = cache_dir() / f"standin-{version}"
     if not root.is_dir():
         _build(root, int(version, 16) & 0x7FFFFFFF)
@@ -42,24 +45,20 @@ def _build(root: Path, version: int) -> None:
     with tempfile.TemporaryDirectory(dir=root.parent) as folder:
         lib = Path(folder) / "made" / "lib"
         lib.mkdir(parents=True)
-        command = [
-            "g++",
-            "-O2",
-            "-std=c++17",
-            "-shared",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-pthread",
-        ]
-        command += [f"-I{_HEADERS}", f"-DSTANDIN_VERSION={version}"]
-        command += [*map(str, sorted(_SOURCES.glob("*.cpp"))), "-o", str(lib / "libamdhip64.so")]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_BUILD_S, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        (lib / "libhiprtc.so").symlink_to("libamdhip64.so")
+        hip, cuda = lib / "libamdhip64.so", lib / "libcuda.so.1"
+        _library(hip, _SOURCES, f"-I{_HEADERS}", f"-DSTANDIN_VERSION={version}", "-pthread")
+        (lib / "libhiprtc.so").symlink_to(hip.name)
+        soname = f"-Wl,-soname,{cuda.name},-rpath,$ORIGIN"
+        _library(cuda, _SOURCES / "cuda", f"-L{lib}", "-Wl,--no-as-needed", "-lamdhip64", soname)
         with contextlib.suppress(OSError):  # another process was first
             lib.parent.rename(root)
+
+
+def _library(path: Path, sources: Path, *options: str) -> None:
+    command = ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden"]
+    command += [*map(str, sorted(sources.glob("*.cpp"))), *options, "-o", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @contextlib.contextmanager
@@ -70,6 +69,22 @@ def emulated_gpu(
     root = install_standin()
     ctypes.CDLL(str(root / "lib" / "libamdhip64.so")).fm_standin_seed(ctypes.c_ulonglong(seed))
     gpu = open_gpu(_DEVICES[wave], arena_bytes, units)
+    try:
+        yield gpu
+    finally:
+        gpu.close()
+
+
+@contextlib.contextmanager
+def emulated_cuda(arena_bytes: int = 64 << 20, units: Path | None = None) -> Iterator[GPU]:
+    """Open `cuda:0` of the stand-in: the real CudaRuntime, with kernels compiled as for hip:0.
+
+    From then on cuda.bindings has this driver for as long as the process lives.
+    """
+    root = install_standin()
+    ctypes.CDLL(str(root / "lib" / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    runtime = open_runtime("cuda:0")
+    gpu = GPU(runtime, Compiler.open("hip", "cpu", units), Arena(runtime, arena_bytes))
     try:
         yield gpu
     finally:

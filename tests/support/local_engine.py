@@ -10,8 +10,8 @@ from typing import Any
 
 from fomoe.actors.driver import DriverActor
 from fomoe.actors.gpu import GPUActor
-from fomoe.actors.layers import LayerActor
 from fomoe.actors.launch import Box, Handle, RunningEngine, Site, ThreadHandle, launch
+from fomoe.actors.layers import LayerActor
 from fomoe.actors.storage import StorageActor
 from fomoe.config import Budgets, EngineConfig
 from fomoe.engine.plan import resolve

@@ -185,5 +185,5 @@ class HipRuntime:
 
 
 def _text(error: Any) -> str:
-    text = hip.hipGetErrorString(error)
+    text = hip.hipGetErrorString(error)[-1]
     return text.decode() if isinstance(text, bytes) else str(text)

@@ -11,7 +11,7 @@ Argument = Any  # a ctypes object; int stands for a device address
 
 
 def _dim(size: int | Sequence[int]) -> Dim:
-    x, y, z = (*((size,) if isinstance(size, int) else size), 1, 1)[:3]
+    x, y, z = (*(size if isinstance(size, Sequence) else (size,)), 1, 1)[:3]
     return int(x), int(y), int(z)
 
 
@@ -37,7 +37,7 @@ class Launch:
         self.grid = _dim(grid)
         self.group = _dim(group)
         self.shared = shared
-        self.args = [ctypes.c_uint64(a) if isinstance(a, int) else a for a in args]
+        self.args = [ctypes.c_uint64(a) if hasattr(a, "__index__") else a for a in args]
         self._pointers = (ctypes.c_void_p * max(len(self.args), 1))(
             *(ctypes.addressof(a) for a in self.args)
         )

@@ -17,10 +17,11 @@ from fomoe.errors import DeviceError
 
 def hip_version() -> str:
     """Return hiprtc's version; DeviceError where it is not installed."""
-    from hip import hiprtc
+    from hip import hip, hiprtc
 
     try:
-        return "hiprtc {}.{}".format(*_values(hiprtc.hiprtcVersion()))
+        own = _values(hiprtc.hiprtcVersion())  # the same over many releases of ROCm
+        return "hiprtc {}.{} of HIP {}".format(*own, *_values(hip.hipRuntimeGetVersion()))
     except RuntimeError as problem:
         raise DeviceError(
             f"AMD's run-time compiler cannot be loaded ({problem}); install ROCm's hiprtc "

@@ -9,6 +9,8 @@ struct Index {
 
 constexpr unsigned kSlotBytes = 64;  // the most that a lane may show to its wave at once
 
+enum Operation : unsigned { kXor = 1, kRead, kTile, kSum, kMax, kSync };
+
 // One running group. The engine keeps the indices of the lane that runs; a lane calls the functions.
 struct Engine {
     Index thread, group, threads, groups;
@@ -17,7 +19,10 @@ struct Engine {
 
     // Shows `bytes` of `value` to the wave, waits until every lane has come to the same `kind` of
     // operation, and returns what all lanes showed, kSlotBytes apart, valid until the next call.
-    const unsigned char* (*exchange)(const void* value, unsigned bytes, unsigned kind);
+    const unsigned char* (*exchange)(const void* value, unsigned bytes, Operation kind);
+    // Sum or largest of the wave's values by the butterfly over masks 1, 2, 4 .. wave / 2, which is
+    // the order, and gives the bits, of all devices.
+    float (*reduce)(float value, Operation kind);
     void (*barrier)();                         // waits for every thread of the group
     void (*copy16)(void* to, const void* from);  // arrives when it is waited for, not before
     void (*copy_commit)();

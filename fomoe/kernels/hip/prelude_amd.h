@@ -36,12 +36,13 @@ static const __device__ fm_grid_size gridDim{};
 #endif
 
 #define FM_KERNEL(max_threads) extern "C" __global__ __launch_bounds__(max_threads)
-#define FM_DEV static __device__ __forceinline__
+#define FM_DEV __device__ __forceinline__
 #define FM_SHARED static __shared__ __attribute__((aligned(16)))
 #define FM_DYN_SHARED(T, name)                                                  \
     extern __shared__ __attribute__((aligned(16))) unsigned char fm_dynamic[]; \
     T* name = reinterpret_cast<T*>(fm_dynamic)
 #define FM_UNROLL _Pragma("unroll")
+#define FM_NO_UNROLL _Pragma("unroll 1")
 
 struct alignas(16) fm_u4 { unsigned x, y, z, w; };
 struct alignas(16) fm_i4 { int x, y, z, w; };
@@ -74,6 +75,17 @@ FM_DEV int fm_dp4a(int a, int b, int c) {
 #endif
 }
 #include "trig.h"
+
+// The bytes of a table of 16 that the low and the high nibbles of q's bytes choose.
+FM_DEV unsigned fm_level_bytes(unsigned nibbles, unsigned t0, unsigned t1, unsigned t2, unsigned t3) {
+    const unsigned place = nibbles & 0x07070707u, upper = (nibbles >> 3 & 0x01010101u) * 0xffu;
+    const unsigned a = __builtin_amdgcn_perm(t1, t0, place), b = __builtin_amdgcn_perm(t3, t2, place);
+    return (a & ~upper) | (b & upper);
+}
+FM_DEV void fm_levels(unsigned q, unsigned t0, unsigned t1, unsigned t2, unsigned t3, unsigned& low, unsigned& high) {
+    low = fm_level_bytes(q & 0x0f0f0f0fu, t0, t1, t2, t3);
+    high = fm_level_bytes(q >> 4 & 0x0f0f0f0fu, t0, t1, t2, t3);
+}
 
 // ---- memory
 typedef unsigned fm_vector4 __attribute__((ext_vector_type(4)));
@@ -145,6 +157,11 @@ template <class T>
 FM_DEV T fm_wave_read(T value, int lane) {
     return fm_bits<T>(fm_any_lane(fm_bits<int>(value), lane));
 }
+// Orders what the lanes of a wave wrote to shared memory, and what came there by fm_copy16.
+FM_DEV void fm_wave_sync() {
+    __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront", "local");
+    __builtin_amdgcn_wave_barrier();
+}
 FM_DEV float fm_wave_sum(float value) {
     FM_UNROLL
     for (int mask = 1; mask < FM_WAVE; mask *= 2) value += fm_wave_xor(value, mask);
@@ -175,14 +192,18 @@ struct fm_tile_c {
     __device__ __forceinline__ int& operator[](int i) { return reg[i]; }
     __device__ __forceinline__ const int& operator[](int i) const { return reg[i]; }
 };
+// The lanes of 16 rows together hold k 0 to 15 in their first halves, where there are two.
 FM_DEV fm_tile_part fm_tile_read(const signed char* shared, int stride) {
     const int lane = fm_lane();
     const signed char* row = shared + lane % 16 * stride;
-#if !defined(__GFX11__)
-    row += lane / 16 * FM_TILE_PART;
-#endif
     fm_tile_part part;
-    __builtin_memcpy(&part, __builtin_assume_aligned(row, FM_TILE_PART < 16 ? 8 : 16), sizeof(part));
+#if defined(__GFX11__)
+    __builtin_memcpy(&part, __builtin_assume_aligned(row, 16), sizeof(part));
+#else
+    row += lane / 16 * 8;
+    for (int i = 0; i < FM_TILE_PART / 8; i++)
+        __builtin_memcpy(part.word + 2 * i, __builtin_assume_aligned(row + 16 * i, 8), 8);
+#endif
     return part;
 }
 FM_DEV fm_tile_a fm_tile_load_a(const signed char* shared, int stride) { return {fm_tile_read(shared, stride)}; }
@@ -219,9 +240,21 @@ FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     sum = fm_tile_step(sum, a.part.word + FM_TILE_STEP, b.part.word + FM_TILE_STEP);
     c = fm_bits<fm_tile_c>(sum);
 }
+// The same over the 16 of k from 16 * HALF on.
+template <int HALF>
+FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
+    constexpr int kWord = HALF * FM_TILE_STEP;
+    c = fm_bits<fm_tile_c>(fm_tile_step(fm_bits<fm_vector_c>(c), a.part.word + kWord, b.part.word + kWord));
+}
 #elif defined(__gfx942__)
 FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     const long va = fm_bits<long>(a.part), vb = fm_bits<long>(b.part);
     c = fm_bits<fm_tile_c>(__builtin_amdgcn_mfma_i32_16x16x32_i8(va, vb, fm_bits<fm_vector_c>(c), 0, 0, 0));
+}
+// The same over the 16 of k from 16 * HALF on, which half of the lanes hold.
+template <int HALF>
+FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
+    const fm_tile_a nothing = {};
+    fm_tile_mma(c, fm_lane() / 32 == HALF ? a : nothing, b);
 }
 #endif

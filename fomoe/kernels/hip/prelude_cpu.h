@@ -39,10 +39,11 @@ unsigned sizes(void (*)(A...), unsigned* out) {
 
 // ---- declarations
 #define FM_KERNEL(max_threads) extern "C" __attribute__((annotate("fm_kernel")))
-#define FM_DEV static inline
+#define FM_DEV inline
 #define FM_SHARED alignas(16) __attribute__((section("fm_shared"))) static
 #define FM_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(fm_engine->dynamic)
 #define FM_UNROLL _Pragma("GCC unroll 16")
+#define FM_NO_UNROLL _Pragma("GCC unroll 1")
 #define threadIdx (fm_engine->thread)
 #define blockIdx (fm_engine->group)
 #define blockDim (fm_engine->threads)
@@ -80,6 +81,17 @@ FM_DEV int fm_dp4a(int a, int b, int c) {
 }
 #include "trig.h"
 
+// The bytes of `table` (16 of them in 4 words) that the low and the high nibbles of q's bytes choose.
+FM_DEV void fm_levels(unsigned q, unsigned t0, unsigned t1, unsigned t2, unsigned t3, unsigned& low, unsigned& high) {
+    const unsigned table[4] = {t0, t1, t2, t3};
+    low = high = 0;
+    for (int i = 0; i < 32; i += 8) {
+        const unsigned a = q >> i & 15, b = q >> i >> 4 & 15;
+        low |= (table[a / 4] >> a % 4 * 8 & 255) << i;
+        high |= (table[b / 4] >> b % 4 * 8 & 255) << i;
+    }
+}
+
 // ---- memory
 FM_DEV void fm_check_16(const void* p) {
     if (reinterpret_cast<uintptr_t>(p) % 16) fm_engine->fail("16 bytes at an address that is not a multiple of 16");
@@ -114,8 +126,6 @@ FM_DEV int fm_thread() {
     return int(t.x + n.x * (t.y + n.y * t.z));
 }
 
-enum { FM_OP_XOR = 1, FM_OP_READ, FM_OP_SUM, FM_OP_MAX, FM_OP_TILE };
-
 template <class T>
 FM_DEV T fm_from_lane(const unsigned char* shown, unsigned lane) {
     T value;
@@ -125,28 +135,20 @@ FM_DEV T fm_from_lane(const unsigned char* shown, unsigned lane) {
 template <class T>
 FM_DEV T fm_wave_xor(T value, int mask) {
     static_assert(sizeof(T) == 4, "4 bytes");
-    return fm_from_lane<T>(fm_engine->exchange(&value, sizeof(T), FM_OP_XOR), (fm_lane() ^ mask) % FM_WAVE);
+    return fm_from_lane<T>(fm_engine->exchange(&value, sizeof(T), fm_cpu::kXor), (fm_lane() ^ mask) % FM_WAVE);
 }
 template <class T>
 FM_DEV T fm_wave_read(T value, int lane) {
     static_assert(sizeof(T) == 4, "4 bytes");
-    return fm_from_lane<T>(fm_engine->exchange(&value, sizeof(T), FM_OP_READ), unsigned(lane) % FM_WAVE);
+    return fm_from_lane<T>(fm_engine->exchange(&value, sizeof(T), fm_cpu::kRead), unsigned(lane) % FM_WAVE);
 }
-// Lane by lane the butterfly over masks 1, 2, 4 .. WAVE/2: the order, and the bits, of all devices.
-template <class Join>
-FM_DEV float fm_reduce_lanes(const unsigned char* shown, Join join) {
-    float all[FM_WAVE];
-    for (int i = 0; i < FM_WAVE; i++) all[i] = fm_from_lane<float>(shown, i);
-    for (int mask = 1; mask < FM_WAVE; mask *= 2)
-        for (int i = 0; i < FM_WAVE; i += 2 * mask) all[i] = join(all[i], all[i + mask]);
-    return all[0];
+// Orders what the lanes of a wave wrote to shared memory, and what came there by fm_copy16.
+FM_DEV void fm_wave_sync() {
+    const int nothing = 0;
+    fm_engine->exchange(&nothing, sizeof(nothing), fm_cpu::kSync);
 }
-FM_DEV float fm_wave_sum(float value) {
-    return fm_reduce_lanes(fm_engine->exchange(&value, 4, FM_OP_SUM), [](float a, float b) { return a + b; });
-}
-FM_DEV float fm_wave_max(float value) {
-    return fm_reduce_lanes(fm_engine->exchange(&value, 4, FM_OP_MAX), [](float a, float b) { return fmaxf(a, b); });
-}
+FM_DEV float fm_wave_sum(float value) { return fm_engine->reduce(value, fm_cpu::kSum); }
+FM_DEV float fm_wave_max(float value) { return fm_engine->reduce(value, fm_cpu::kMax); }
 
 // ---- matrix tiles: a wave's fragments of int8 [16][32] and its share of int32 [16][16]
 constexpr int FM_TILE_REGS = 256 / FM_WAVE;
@@ -177,19 +179,26 @@ FM_DEV int fm_tile_row(int i) {
 FM_DEV int fm_tile_col(int i) {
     return FM_WAVE == 32 ? fm_lane() % 4 * 2 + i % 2 + 8 * (i / 4) : fm_lane() % 16;
 }
-FM_DEV int fm_tile_dot(const unsigned char* shown, int row, int col) {
+// Over k from `begin` to `end`, multiples of FM_TILE_PART.
+FM_DEV int fm_tile_dot(const unsigned char* shown, int row, int col, int begin, int end) {
     constexpr int kParts = 32 / FM_TILE_PART;
     int sum = 0;
-    for (int part = 0; part < kParts; part++) {
+    for (int part = begin / FM_TILE_PART; part < end / FM_TILE_PART; part++) {
         const unsigned char* a = shown + (row * kParts + part) * fm_cpu::kSlotBytes;
         const unsigned char* b = shown + (col * kParts + part) * fm_cpu::kSlotBytes + FM_TILE_PART;
         for (int k = 0; k < FM_TILE_PART; k++) sum += int8_t(a[k]) * int8_t(b[k]);
     }
     return sum;
 }
-// c += a * b^T over K = 32; all lanes of the wave come here.
-FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
+FM_DEV void fm_tile_mma_range(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b, int begin, int end) {
     struct { fm_tile_a a; fm_tile_b b; } both{a, b};
-    const unsigned char* shown = fm_engine->exchange(&both, sizeof(both), FM_OP_TILE);
-    for (int i = 0; i < FM_TILE_REGS; i++) c[i] += fm_tile_dot(shown, fm_tile_row(i), fm_tile_col(i));
+    const unsigned char* shown = fm_engine->exchange(&both, sizeof(both), fm_cpu::kTile);
+    for (int i = 0; i < FM_TILE_REGS; i++) c[i] += fm_tile_dot(shown, fm_tile_row(i), fm_tile_col(i), begin, end);
+}
+// c += a * b^T over K = 32; all lanes of the wave come here.
+FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) { fm_tile_mma_range(c, a, b, 0, 32); }
+// The same over the 16 of k from 16 * HALF on.
+template <int HALF>
+FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
+    fm_tile_mma_range(c, a, b, 16 * HALF, 16 * HALF + 16);
 }

@@ -7,12 +7,13 @@
 
 // ---- declarations
 #define FM_KERNEL(max_threads) extern "C" __global__ __launch_bounds__(max_threads)
-#define FM_DEV static __device__ __forceinline__
+#define FM_DEV __device__ __forceinline__
 #define FM_SHARED static __shared__ __align__(16)
 #define FM_DYN_SHARED(T, name)                                   \
     extern __shared__ __align__(16) unsigned char fm_dynamic[]; \
     T* name = reinterpret_cast<T*>(fm_dynamic)
 #define FM_UNROLL _Pragma("unroll")
+#define FM_NO_UNROLL _Pragma("unroll 1")
 
 typedef uint4 fm_u4;
 typedef int4 fm_i4;
@@ -49,6 +50,17 @@ FM_DEV float fm_max(float a, float b) { return fmaxf(a, b); }
 FM_DEV float fm_min(float a, float b) { return fminf(a, b); }
 FM_DEV int fm_dp4a(int a, int b, int c) { return __dp4a(a, b, c); }
 #include "trig.h"
+
+// The bytes of a table of 16 that the low and the high nibbles of q's bytes choose. A selector's top
+// bit means something else to __byte_perm, so each half of the table is asked with the lower three.
+FM_DEV void fm_levels(unsigned q, unsigned t0, unsigned t1, unsigned t2, unsigned t3, unsigned& low, unsigned& high) {
+    const unsigned place = q & 0x77777777u, half = 0x32103210u | (q & 0x88888888u) >> 1;
+    const unsigned first = __byte_perm(__byte_perm(t0, t1, place), __byte_perm(t2, t3, place), half);
+    const unsigned second =
+        __byte_perm(__byte_perm(t0, t1, place >> 16), __byte_perm(t2, t3, place >> 16), half >> 16);
+    low = __byte_perm(first, second, 0x6420);
+    high = __byte_perm(first, second, 0x7531);
+}
 
 // ---- memory
 FM_DEV fm_u4 fm_load16(const void* p) { return *static_cast<const fm_u4*>(p); }
@@ -101,6 +113,8 @@ template <class T>
 FM_DEV T fm_wave_read(T value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
 }
+// Orders what the lanes of a wave wrote to shared memory, and what came there by fm_copy16.
+FM_DEV void fm_wave_sync() { __syncwarp(); }
 FM_DEV float fm_wave_sum(float value) {
     FM_UNROLL
     for (int mask = 1; mask < FM_WAVE; mask *= 2) value += fm_wave_xor(value, mask);
@@ -151,6 +165,11 @@ FM_DEV void fm_tile_half(int* c, const fm_tile_a& a, unsigned b0, unsigned b1) {
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "r"(b0), "r"(b1));
 }
+FM_DEV void fm_tile_half_k16(int* c, unsigned a0, unsigned a1, unsigned b) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+}
 #else
 // sm_75 has the quarter of it: 8 rows and k 16.
 FM_DEV void fm_tile_quarter(int* c, unsigned a, unsigned b) {
@@ -158,15 +177,23 @@ FM_DEV void fm_tile_quarter(int* c, unsigned a, unsigned b) {
         : "+r"(c[0]), "+r"(c[1])
         : "r"(a), "r"(b));
 }
+FM_DEV void fm_tile_half_k16(int* c, unsigned a0, unsigned a1, unsigned b) {
+    fm_tile_quarter(c, a0, b);
+    fm_tile_quarter(c + 2, a1, b);
+}
 FM_DEV void fm_tile_half(int* c, const fm_tile_a& a, unsigned b0, unsigned b1) {
-    fm_tile_quarter(c, a.part[0], b0);
-    fm_tile_quarter(c + 2, a.part[1], b0);
-    fm_tile_quarter(c, a.part[2], b1);
-    fm_tile_quarter(c + 2, a.part[3], b1);
+    fm_tile_half_k16(c, a.part[0], a.part[1], b0);
+    fm_tile_half_k16(c, a.part[2], a.part[3], b1);
 }
 #endif
 // c += a * b^T over K = 32; all lanes of the wave come here.
 FM_DEV void fm_tile_mma(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
     fm_tile_half(c.reg, a, b.part[0], b.part[1]);
     fm_tile_half(c.reg + 4, a, b.part[2], b.part[3]);
+}
+// The same over the 16 of k from 16 * HALF on.
+template <int HALF>
+FM_DEV void fm_tile_mma_half(fm_tile_c& c, const fm_tile_a& a, const fm_tile_b& b) {
+    fm_tile_half_k16(c.reg, a.part[2 * HALF], a.part[2 * HALF + 1], b.part[HALF]);
+    fm_tile_half_k16(c.reg + 4, a.part[2 * HALF], a.part[2 * HALF + 1], b.part[2 + HALF]);
 }

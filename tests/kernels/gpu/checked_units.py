@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fomoe.kernels.gpu.sources import FOLDER
+from fomoe.kernels.gpu.sources import FOLDER, source_of
 
+AMD = {"gfx1100": 32, "gfx1200": 32, "gfx1201": 32, "gfx942": 64}  # lanes of a wave
 OWN = Path(__file__).parent / "units"
 
 
@@ -27,7 +28,49 @@ class Check:
     folder: Path = FOLDER
 
 
+_DELTA = {"N_K": 16, "N_V": 64, "DK": 128, "DV": 128, "CONV": 4}
+_ATTEND = {"HEADS": 32, "KV_HEADS": 2, "HEAD_DIM": 256, "ROPE_DIMS": 64, "THREADS": 256}
+
+# As project() and its like make them for the shapes of the 397B model, types by type.
+_WAVES = {"FM_WAVES": 8, "FM_STAGES": 2, "FM_TILE": 2304, "FM_HELD": 96, "FM_INT8": 1}
+_PROJECT = {**_WAVES, "FM_ADD": 0, "FM_PARTS": 4}
+_EXPERTS = {**_WAVES, "FM_HIDDEN": 4096, "FM_WIDTH": 1024, "FM_K": 10, "FM_STAGE_BYTES": 3392}
+_OUT = {**_EXPERTS, "FM_SHARED_WIDTH": 1024, "FM_TYPE_SHARED": 8, "FM_ROWS": 64}
+_QUANTS = (6, 8, 12, 13, 14, 23)
+
+
+def _project(types: tuple[int, ...], cols: int) -> dict[str, int]:
+    mask, inputs = sum(1 << t for t in types), cols * 4
+    sizes = {"FM_COLS": cols, "FM_INPUT_BYTES": inputs, "FM_STAGE_BYTES": 4352}
+    return {**_PROJECT, **sizes, "FM_TYPES": mask}
+
+
 CHECKS = (
+    *(Check("project", _project((t,), 4096), dots=True) for t in _QUANTS),
+    Check("project", _project((8, 12, 14), 8192), dots=True),
+    Check("project", _project((0, 1, 30), 4096)),
+    Check("project", {**_project(_QUANTS, 2048), "FM_INT8": 0}),
+    *(
+        Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True)
+        for t in (12, 14)
+    ),
+    *(Check("experts_out", {**_OUT, "FM_TYPE_DOWN": t}, dots=True) for t in (12, 13, 14)),
+    Check("delay"),
     Check("names", dots=True, tiles=True, folder=OWN),
     Check("probe", {"SCALE": 2}, folder=OWN),
+    Check("choose", {"EXPERTS": 512, "TOP_K": 10, "THREADS": 256}),
+    *(Check("embed", {"TYPE": kind, "COLS": 4096}) for kind in (0, 1, 6, 8, 12, 13, 14, 23, 30)),
+    Check("pick", {"THREADS": 256}),
+    Check("delta", {**_DELTA, "PARTS": 1, "THREADS": 512}),
+    Check("delta", {**_DELTA, "PARTS": 2, "THREADS": 512}),
+    Check("delta_chunk", {**_DELTA, "THREADS": 256}),
+    Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 4, "SPLITS": 16}),
+    Check("attend", {**_ATTEND, "KV_F32": 1, "ROWS": 8, "SPLITS": 33}),
+    Check("attend_chunk", {**_ATTEND, "KV_F32": 0, "ROWS": 16, "TOKENS": 1}),
+    Check("attend_chunk", {**_ATTEND, "HEADS": 16, "KV_F32": 1, "ROWS": 16, "TOKENS": 2}),
 )
+
+
+def source(check: Check, target: str, wave: int) -> str:
+    """Return what a compiler gets."""
+    return source_of(check.unit, {**check.defines, "FM_WAVE": wave}, target, check.folder)

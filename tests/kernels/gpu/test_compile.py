@@ -3,18 +3,13 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from kernels.gpu.checked_units import CHECKS
+from kernels.gpu.checked_units import AMD, CHECKS, source
 from support.gpu_compilers import compile_amd, compile_nvidia
 
-from fomoe.kernels.gpu.sources import FOLDER, source_of
+from fomoe.kernels.gpu.sources import FOLDER
 
-AMD = {"gfx1100": 32, "gfx1200": 32, "gfx1201": 32, "gfx942": 64}
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AT_ONCE = 2
-
-
-def source(check, target, wave):
-    return source_of(check.unit, {**check.defines, "FM_WAVE": wave}, target, check.folder)
 
 
 def problems(check, report):

@@ -1,39 +1,129 @@
-"""The way from a unit's source to its results: compiler, loader, launch, graph."""
+"""The way from a unit's source to its results by the real runtimes: load, launch, graph, events."""
 
+import contextlib
 import ctypes
-from pathlib import Path
 
 import numpy as np
 import pytest
-from support.emulated_gpu import emulated_gpu
+from kernels.gpu.checked_units import OWN
+from support.emulated_gpu import emulated_cuda, emulated_gpu
 
+from fomoe.errors import DeviceError
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.step import STEP
 
-UNITS = Path(__file__).parent / "units"
+OPEN = {
+    "hip:0": lambda: emulated_gpu(32, seed=7, units=OWN),
+    "hip:1": lambda: emulated_gpu(64, seed=7, units=OWN),
+    "cuda:0": lambda: emulated_cuda(units=OWN),
+}
 
 
-@pytest.fixture(params=[32, 64])
+@pytest.fixture(params=OPEN)
 def gpu(request):
-    with emulated_gpu(request.param, seed=7, units=UNITS) as gpu:
+    with OPEN[request.param]() as gpu:
+        assert gpu.runtime.name == request.param
         yield gpu
 
 
-def test_a_kernel_runs_alone_and_in_a_graph(gpu):
-    x = np.arange(600, dtype=np.float32)
-    step, xs, out = gpu.arena.take(STEP.itemsize), gpu.arena.take(x.nbytes), gpu.arena.take(20)
-    gpu.upload(xs, x)
-    gpu.upload(step, np.array((0, 5, 1, 0, 0), STEP))
-    gpu.upload(out, np.full(5, -1, np.float32))
-    function = gpu.kernel("probe", "sums", {"SCALE": 2})
-    launch = Launch(function, 3, 256, 0, [step, xs, out, ctypes.c_int(600)])
-    gpu.launch(launch)
-    sums = [x[:256].sum(), x[256:512].sum(), x[512:].sum()]
-    assert gpu.download(out, np.float32, 5).tolist() == [*(2 * s + 5 for s in sums), -1, -1]
+class Sums:
+    """The kernel `sums` of 600 numbers by three groups."""
 
+    def __init__(self, gpu):
+        self.gpu, self.x = gpu, np.arange(600, dtype=np.float32)
+        take = gpu.arena.take
+        self.step, self.out = take(STEP.itemsize), take(20)
+        xs = take(self.x.nbytes)
+        gpu.upload(xs, self.x)
+        gpu.upload(self.out, np.full(5, -1, np.float32))
+        function = gpu.kernel("probe", "sums", {"SCALE": 2})
+        self.count = ctypes.c_int(600)
+        self.launch = Launch(function, 3, 256, 0, [self.step, xs, self.out, self.count])
+
+    def at(self, position):
+        self.gpu.upload(self.step, np.array((0, position, 1, 0, 0), STEP))
+
+    def expected(self, position, n=600):
+        x = np.where(np.arange(768) < n, np.pad(self.x, (0, 168)), 0)
+        return [*(2 * x.reshape(3, 256).sum(1) + position), -1, -1]
+
+    def got(self):
+        return self.gpu.download(self.out, np.float32, 5).tolist()
+
+
+def test_a_launch_takes_the_arguments_of_its_moment(gpu):
+    sums = Sums(gpu)
+    sums.at(5)
+    gpu.launch(sums.launch)
+    sums.count.value = 300
+    assert sums.got() == sums.expected(5)
+    gpu.launch(sums.launch)
+    assert sums.got() == sums.expected(5, 300)
+
+
+def test_a_graph_replays_with_what_the_step_block_says(gpu):
+    sums, other, event = Sums(gpu), gpu.runtime.stream(), gpu.runtime.event()
+    copy = gpu.arena.take(20)
     gpu.runtime.begin_capture(gpu.stream)
-    gpu.launch(launch)
+    gpu.launch(sums.launch)
+    gpu.runtime.record(event, gpu.stream)  # a branch on a second stream, which joins again
+    gpu.runtime.wait(event, other)
+    gpu.runtime.copy(copy, sums.out, 20, other)
+    gpu.runtime.record(event, other)
+    gpu.runtime.wait(event, gpu.stream)
     graph = gpu.runtime.end_capture(gpu.stream)
-    gpu.upload(step, np.array((0, 9, 1, 0, 0), STEP))
-    gpu.runtime.run(graph, gpu.stream)
-    assert gpu.download(out, np.float32, 3).tolist() == [2 * s + 9 for s in sums]
+    assert sums.got() == [-1] * 5
+    for position in (3, 9):
+        sums.at(position)
+        gpu.runtime.run(graph, gpu.stream)
+        assert sums.got() == sums.expected(position)
+        assert gpu.download(copy, np.float32, 5).tolist() == sums.expected(position)
+    gpu.runtime.drop(graph)
+
+
+def test_events_and_memory(gpu):
+    runtime = gpu.runtime
+    start, end, plain = runtime.event(True), runtime.event(True), runtime.event()
+    assert runtime.done(plain)  # never recorded
+    address, host = gpu.arena.take(1 << 16), runtime.pinned(1 << 16)
+    runtime.record(start, gpu.stream)
+    runtime.fill(address, 0x5A, 1 << 16, gpu.stream)
+    runtime.copy(host.address, address, 1 << 16, gpu.stream)
+    runtime.record(end, gpu.stream)
+    runtime.record(plain, gpu.stream)
+    runtime.synchronize(gpu.stream)
+    assert runtime.done(plain)
+    assert 0 < runtime.elapsed_ms(start, end) < 10_000
+    assert (host.array == 0x5A).all()
+    runtime.unpin(host)
+
+
+def test_host_memory_is_pinned_where_it_lies(gpu):
+    host = np.arange(4096, dtype=np.uint8)
+    address, place = gpu.runtime.register(host), gpu.arena.take(4096)
+    gpu.runtime.copy(place, address, 4096, gpu.stream)
+    np.testing.assert_array_equal(gpu.download(place, np.uint8, 4096), host)
+    gpu.runtime.unregister(host)
+    with pytest.raises(DeviceError, match=r"Unregister: invalid argument \(1\)"):
+        gpu.runtime.unregister(host)
+
+
+def test_what_was_opened_is_given_back(gpu):
+    before = gpu.runtime.memory()[0]
+    with OPEN[gpu.runtime.name]() as second:
+        assert second.runtime.memory()[0] == before - second.arena.nbytes
+    assert gpu.runtime.memory()[0] == before
+
+
+def test_more_than_there_is(gpu):
+    with pytest.raises(DeviceError, match=r"no 17,179,869,184 bytes in one piece; 8,\d{3},"):
+        gpu.runtime.alloc(16 << 30)
+
+
+def test_work_that_does_not_end_is_an_error(gpu):
+    spin = Launch(gpu.kernel("delay", "delay", {}), 1, 64, 0, [ctypes.c_ulonglong(2_000_000)])
+    gpu.launch(spin)
+    with pytest.raises(DeviceError, match="has not ended after"):
+        gpu.runtime.synchronize(gpu.stream, within_s=0.001)
+    with contextlib.suppress(DeviceError):
+        gpu.runtime.synchronize(gpu.stream)

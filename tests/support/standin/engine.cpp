@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -35,7 +36,8 @@ fm_switch:
 namespace standin {
 namespace {
 
-constexpr size_t kStackBytes = 64 << 10;
+// Of one thread. Not a power of two: the tops of all stacks would share a few lines of the cache.
+constexpr size_t kStackBytes = (64 << 10) + 576;
 constexpr size_t kPage = 4096;
 constexpr size_t kDynamicBytes = 256 << 10;
 constexpr unsigned kMaxThreads = 1024;
@@ -52,6 +54,7 @@ struct Copy {
 
 struct Fiber {
     void* stack;
+    fm_cpu::Index thread;
     State state;
     unsigned kind;   // of the wave operation it waits at
     unsigned commits;
@@ -72,7 +75,7 @@ struct Run {
 
 fm_cpu::Engine engine;
 Run run_state;
-unsigned char slots[2][kMaxThreads][fm_cpu::kSlotBytes];
+alignas(64) unsigned char slots[2][kMaxThreads][fm_cpu::kSlotBytes];
 
 unsigned char* map(size_t bytes) {
     void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -106,6 +109,7 @@ void leave(State state) {
 }
 
 void fail(const char* what) {
+    if (!run_state.problem.empty()) leave(State::done);  // the first one is told
     char text[512];
     const auto &g = engine.group, &t = engine.thread;
     snprintf(text, sizeof(text), "kernel %s, group (%u, %u, %u), thread (%u, %u, %u): %s",
@@ -115,13 +119,29 @@ void fail(const char* what) {
     __builtin_unreachable();
 }
 
-const unsigned char* exchange(const void* value, unsigned bytes, unsigned kind) {
+const unsigned char* exchange(const void* value, unsigned bytes, fm_cpu::Operation kind) {
     const unsigned me = run_state.running, wave = run_state.kernel->wave, first = me / wave * wave;
     const unsigned row = run_state.turn[me / wave] & 1;
     memcpy(slots[row][me], value, bytes);
     run_state.fibers[me].kind = kind << 8 | bytes;
     leave(State::at_wave);
     return slots[row][first];
+}
+
+float reduce(float value, fm_cpu::Operation kind) {
+    float result;
+    memcpy(&result, exchange(&value, sizeof(value), kind), sizeof(result));
+    return result;
+}
+
+// Leaves the result of a reduction in the slot of the wave's first lane.
+void join_slots(unsigned first_lane, fm_cpu::Operation kind) {
+    const unsigned wave = run_state.kernel->wave;
+    auto* shown = slots[run_state.turn[first_lane / wave] & 1] + first_lane;
+    auto value = [&](unsigned lane) -> float& { return *reinterpret_cast<float*>(shown[lane]); };
+    for (unsigned mask = 1; mask < wave; mask *= 2)
+        for (unsigned i = 0; i < wave; i += 2 * mask)
+            value(i) = kind == fm_cpu::kSum ? value(i) + value(i + mask) : fmaxf(value(i), value(i + mask));
 }
 
 void barrier() { leave(State::at_barrier); }
@@ -171,9 +191,8 @@ void shuffle_order() {
 }
 
 void resume(unsigned fiber) {
-    const auto& n = engine.threads;
     run_state.running = fiber;
-    engine.thread = {fiber % n.x, fiber / n.x % n.y, fiber / (n.x * n.y)};
+    engine.thread = run_state.fibers[fiber].thread;
     engine.lane = fiber % run_state.kernel->wave;
     fm_switch(&run_state.scheduler, run_state.fibers[fiber].stack);
 }
@@ -195,27 +214,32 @@ const char* part_ways(const unsigned* lanes, unsigned n) {
 // Runs a wave until its lanes wait for the group or have ended. False: a problem.
 bool run_wave(const unsigned* lanes, unsigned wave) {
     for (;;) {
+        bool waits = false;
         for (unsigned i = 0; i < wave; i++) {
-            if (run_state.fibers[lanes[i]].state != State::ready) continue;
-            resume(lanes[i]);
-            if (!run_state.problem.empty()) return false;
+            Fiber& fiber = run_state.fibers[lanes[i]];
+            if (fiber.state == State::ready) resume(lanes[i]);
+            waits |= fiber.state == State::at_wave;
         }
-        const bool waits = std::any_of(lanes, lanes + wave, [](unsigned i) {
-            return run_state.fibers[i].state == State::at_wave;
-        });
+        if (!run_state.problem.empty()) return false;
         if (!waits) return true;
         if (const char* problem = part_ways(lanes, wave)) {
             run_state.problem = "kernel " + run_state.kernel->name + ": " + problem;
             return false;
         }
-        run_state.turn[lanes[0] / wave]++;
+        const auto kind = fm_cpu::Operation(run_state.fibers[lanes[0]].kind >> 8);
+        const unsigned number = lanes[0] / wave;
+        if (kind == fm_cpu::kSum || kind == fm_cpu::kMax) join_slots(number * wave, kind);
+        run_state.turn[number]++;
         for (unsigned i = 0; i < wave; i++) run_state.fibers[lanes[i]].state = State::ready;
     }
 }
 
 void begin_group(const Shape& shape) {
-    const unsigned n = run_state.fibers.size();
-    for (unsigned i = 0; i < n; i++) run_state.fibers[i] = {fresh_stack(i), State::ready, 0, 0, {}};
+    const unsigned n = run_state.fibers.size(), nx = shape.threads.x, ny = shape.threads.y;
+    for (unsigned i = 0; i < n; i++) {
+        const fm_cpu::Index thread{i % nx, i / nx % ny, i / (nx * ny)};
+        run_state.fibers[i] = {fresh_stack(i), thread, State::ready, 0, 0, {}};
+    }
     run_state.turn.assign(n / run_state.kernel->wave, 0);
     memset(run_state.kernel->shared_begin, kPoison, run_state.kernel->shared_end - run_state.kernel->shared_begin);
     engine.dynamic = dynamic_end() - (shape.dynamic_bytes + 15) / 16 * 16;
@@ -259,7 +283,7 @@ const char* refusal(const Kernel& kernel, const Shape& shape, uint64_t threads) 
 std::string run(const Kernel& kernel, const Shape& shape, void** arguments, uint64_t seed) {
     const uint64_t threads = uint64_t(shape.threads.x) * shape.threads.y * shape.threads.z;
     if (const char* problem = refusal(kernel, shape, threads)) return "kernel " + kernel.name + ": " + problem;
-    engine = {{}, {}, shape.threads, shape.groups, 0, nullptr, exchange, barrier, copy16, copy_commit, copy_wait, fail};
+    engine = {{}, {}, shape.threads, shape.groups, 0, nullptr, exchange, reduce, barrier, copy16, copy_commit, copy_wait, fail};
     kernel.bind(&engine);
     run_state.kernel = &kernel;
     run_state.arguments = arguments;

@@ -244,6 +244,7 @@ API hipError_t hipStreamWaitEvent(void* stream, void* event, unsigned) {
 }
 API hipError_t hipEventQuery(void* event) {
     std::lock_guard lock(Runtime::get().mutex);
+    Runtime::get().hurry();
     return event_of(event)->happened == event_of(event)->asked ? hipSuccess : hipErrorNotReady;
 }
 API hipError_t hipEventElapsedTime(float* ms, void* from, void* to) {

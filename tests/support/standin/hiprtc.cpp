@@ -7,8 +7,9 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
-#include <regex>
+#include <sstream>
 #include <string>
+#include <vector>
 
 #include "hip_types.h"
 
@@ -33,17 +34,28 @@ bool shell(const std::string& command) {
     return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
-// Entry points for every kernel that is left after preprocessing.
+// The names of the kernels that are left after preprocessing, from `annotate("fm_kernel"))) void NAME(`.
+std::vector<std::string> kernels(const std::string& preprocessed) {
+    const std::string mark = "annotate(\"fm_kernel\")))";
+    std::vector<std::string> names;
+    for (size_t at = 0; (at = preprocessed.find(mark, at)) != std::string::npos;) {
+        at += mark.size();
+        const size_t open = preprocessed.find('(', at);
+        std::istringstream words(preprocessed.substr(at, open - at));
+        std::string type, name;
+        if (words >> type >> name && type == "void") names.push_back(name);
+    }
+    return names;
+}
+
+// Entry points for every kernel.
 std::string entry_points(const std::string& preprocessed) {
-    static const std::regex kernel(R"(annotate\("fm_kernel"\)\)\)\s*void\s+(\w+)\s*\()");
     const std::string visible = "__attribute__((visibility(\"default\"))) ";
     std::string text = "\nextern \"C\" {\n"
         "__attribute__((section(\"fm_shared\"), used)) static char fm_shared_first[16];\n"
         "extern unsigned char __start_fm_shared[], __stop_fm_shared[];\n" + visible +
         "void fm_shared_range(unsigned char** b, unsigned char** e) { *b = __start_fm_shared; *e = __stop_fm_shared; }\n";
-    std::sregex_iterator found(preprocessed.begin(), preprocessed.end(), kernel), end;
-    for (; found != end; ++found) {
-        const std::string name = (*found)[1];
+    for (const std::string& name : kernels(preprocessed)) {
         text += visible + "void fm_call_" + name + "(void** p) { fm_cpu::call(&" + name + ", p); }\n";
         text += visible + "unsigned fm_sizes_" + name + "(unsigned* out) { return fm_cpu::sizes(&" + name + ", out); }\n";
     }

@@ -5,6 +5,8 @@
 
 namespace standin {
 
+constexpr std::chrono::microseconds kPatience{200};
+
 Runtime& Runtime::get() {
     static auto* runtime = new Runtime;  // lives as long as its thread: to the process's end
     return *runtime;
@@ -46,18 +48,21 @@ void Runtime::put(Stream* stream, Operation operation) {
 
 std::string Runtime::drain(Stream* stream) {
     std::unique_lock lock(mutex);
+    hurry();
     changed_.wait(lock, [&] { return stream->queue.empty() && !stream->busy; });
     return std::exchange(problem_, {});
 }
 
 std::string Runtime::poll(Stream* stream, bool& idle) {
     std::lock_guard lock(mutex);
+    hurry();
     idle = stream->queue.empty() && !stream->busy;
     return idle ? std::exchange(problem_, {}) : "";
 }
 
 std::string Runtime::drain_all() {
     std::unique_lock lock(mutex);
+    hurry();
     changed_.wait(lock, [&] {
         return std::all_of(streams_.begin(), streams_.end(), [](auto& s) { return s->queue.empty() && !s->busy; });
     });
@@ -67,6 +72,11 @@ std::string Runtime::drain_all() {
 void Runtime::end_capture(Graph* graph) {
     for (auto& stream : streams_)
         if (stream->captured_by == graph) stream->captured_by = nullptr;
+}
+
+void Runtime::hurry() {
+    hurried_ = std::any_of(streams_.begin(), streams_.end(), [](auto& s) { return !s->queue.empty(); });
+    changed_.notify_all();
 }
 
 Stream* Runtime::pick() {
@@ -82,19 +92,27 @@ Stream* Runtime::pick() {
 void Runtime::work() {
     std::unique_lock lock(mutex);
     for (;;) {
-        Stream* stream = nullptr;
-        changed_.wait(lock, [&] { return (stream = pick()) != nullptr; });
-        Operation operation = std::move(stream->queue.front());
-        stream->queue.pop_front();
-        stream->busy = true;
-        lock.unlock();
-        std::string problem = operation.work ? operation.work() : "";
-        operation = {};
-        lock.lock();
-        stream->busy = false;
-        if (!problem.empty() && problem_.empty()) problem_ = problem;
-        changed_.notify_all();
+        if (!pick()) hurried_ = false;
+        changed_.wait(lock, [&] { return pick() != nullptr; });
+        // The queues fill first: only then has the choice among them a meaning.
+        changed_.wait_for(lock, kPatience, [&] { return hurried_; });
+        hurried_ = true;
+        Stream* stream = pick();
+        if (stream) do_next(stream, lock);
     }
+}
+
+void Runtime::do_next(Stream* stream, std::unique_lock<std::mutex>& lock) {
+    Operation operation = std::move(stream->queue.front());
+    stream->queue.pop_front();
+    stream->busy = true;
+    lock.unlock();
+    std::string problem = operation.work ? operation.work() : "";
+    operation = {};
+    lock.lock();
+    stream->busy = false;
+    if (!problem.empty() && problem_.empty()) problem_ = problem;
+    changed_.notify_all();
 }
 
 }  // namespace standin

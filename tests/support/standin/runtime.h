@@ -1,5 +1,6 @@
 // Streams, events and graphs of the stand-in: a thread takes operations from the streams' queues,
-// in an order that a seed chooses, so that a missing wait shows.
+// in an order that a seed chooses, so that a missing wait shows. It lets them fill until somebody
+// waits, or for a moment.
 #pragma once
 #include <condition_variable>
 #include <deque>
@@ -51,17 +52,21 @@ public:
     std::string poll(Stream* stream, bool& idle);   // the same without waiting
     void end_capture(Graph* graph);  // for all streams that joined; holds `mutex`
 
+    void hurry();  // work goes on at once; holds `mutex`
+
     std::mutex mutex;  // guards streams, events and the seed
 
 private:
     Runtime();
     void work();
+    void do_next(Stream* stream, std::unique_lock<std::mutex>& lock);
     Stream* pick();
 
     std::condition_variable changed_;
     std::vector<std::unique_ptr<Stream>> streams_;
     std::mt19937_64 random_{1};
     std::string problem_;
+    bool hurried_ = false;  // somebody waits: no more patience
 };
 
 }  // namespace standin

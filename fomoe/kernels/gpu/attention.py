@@ -1,0 +1,168 @@
+"""Attention layers on a GPU: one token in one launch, a prompt's tokens in two."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.kernels.gpu.arguments import check, divisor, pointers, rows_out, zeros_at
+from fomoe.kernels.gpu.gpu import GPU
+from fomoe.kernels.gpu.launch import Launch
+from fomoe.kernels.gpu.state import TILE, AttentionShape, KVPlace
+from fomoe.kernels.gpu.step import Rows
+
+_LONG_CTX = 32768  # from here on reading keys once counts for more than short sums of parts
+_CHUNK_ROWS = 16  # query vectors of a group
+_MOST_SPLITS = 128
+
+
+class AttendWeights(NamedTuple):
+    """Addresses of the norms of queries and keys, float32 [head_dim], and of `rope_turns`.
+
+    `eps` belongs to the norms.
+    """
+
+    q_norm: int
+    k_norm: int
+    turns: int
+    eps: float
+
+
+class AttendInputs(NamedTuple):
+    """Addresses of float32 projections.
+
+    `q` [T, heads, 2, head_dim] is each head's query and gate; `k`, `v` [T, kv heads, head_dim].
+    """
+
+    q: int
+    k: int
+    v: int
+
+
+class AttendCall(NamedTuple):
+    """What a layer computes with: weights, inputs, its place in the state, and where rows go."""
+
+    weights: AttendWeights
+    inputs: AttendInputs
+    place: KVPlace
+    out: Rows
+
+
+class AttendPlan(NamedTuple):
+    """How decode is shared out: `rows` query heads of a group, `splits` of the positions."""
+
+    rows: int
+    splits: int
+
+
+def rope_turns(spec: AttentionShape) -> npt.NDArray[np.uint64]:
+    """Return the turn per position of each rotated pair in 2^-64 of a turn, [rope_dims / 2].
+
+    Pair i turns by base^(-2 i / rope_dims) radians per position (Su et al., arXiv:2104.09864).
+    """
+    pairs = range(spec.rope_dims // 2)
+    radians = (spec.rope_base ** (-2.0 * i / spec.rope_dims) for i in pairs)
+    return np.array([round(r / (2 * math.pi) * 2.0**64) for r in radians], np.uint64)
+
+
+def attend_plan(spec: AttentionShape, ctx: int, cores: int) -> AttendPlan:
+    """Return the plan that fills `cores` cores for contexts of up to `ctx` positions."""
+    shared = spec.n_heads // spec.n_kv_heads
+    rows = divisor(shared, 8 if ctx >= _LONG_CTX else 4)
+    splits = max(1, cores * rows // spec.n_heads)
+    return AttendPlan(rows, min(splits, _MOST_SPLITS, -(-ctx // TILE)))
+
+
+def attend(
+    gpu: GPU, step: int, spec: AttentionShape, call: AttendCall, plan: AttendPlan | None = None
+) -> Launch:
+    """Return the launch of one token: norms, rotation, cache, attention, gate, rows [H * head_dim].
+
+    `step` is the address of the step block.
+
+    Raises:
+        DeviceError: sizes that the kernel does not take.
+    """
+    rows, splits = plan or attend_plan(spec, call.place.ctx, gpu.runtime.cores)
+    shared = spec.n_heads // spec.n_kv_heads
+    check(
+        (shared % rows == 0, f"{rows} of {shared} query heads of a kv head a group: not a divisor"),
+        (1 <= splits <= _MOST_SPLITS, f"{splits} splits: from 1 to {_MOST_SPLITS}"),
+    )
+    defines = {**_sizes(spec, call.place), "ROWS": rows, "SPLITS": splits}
+    function = gpu.kernel("attend", "attend", defines)
+    subsets = spec.n_heads // rows
+    parts = gpu.arena.take(4 * subsets * splits * rows * (spec.head_dim + 2))
+    args = [
+        step,
+        call.place.keys,
+        call.place.values,
+        pointers(*call.weights[:3]),
+        pointers(*call.inputs),
+        ctypes.c_float(call.weights.eps),
+        pointers(parts, zeros_at(gpu, 4 * subsets)),
+        rows_out(call.out, spec.head_dim),
+    ]
+    return Launch(function, (splits, subsets), defines["THREADS"], 0, args)
+
+
+def attend_scratch_bytes(spec: AttentionShape, tokens: int) -> int:
+    """Return the bytes that `attend_chunk` needs between its launches for up to `tokens` tokens."""
+    return 4 * tokens * spec.n_heads * spec.head_dim
+
+
+def attend_chunk(
+    gpu: GPU, step: int, spec: AttentionShape, call: AttendCall, chunk: tuple[int, int]
+) -> list[Launch]:
+    """Return the launches for the step block's T tokens, which see the cache and each other.
+
+    `chunk` is the largest T and the address of `attend_scratch_bytes` bytes.
+
+    Raises:
+        DeviceError: sizes that the kernels do not take.
+    """
+    tokens, queries = chunk
+    heads = divisor(spec.n_heads // spec.n_kv_heads, _CHUNK_ROWS)
+    each = _CHUNK_ROWS // heads  # tokens of a group
+    defines = {**_sizes(spec, call.place), "ROWS": heads * each, "TOKENS": each}
+    inputs, rows = (
+        gpu.kernel("attend_chunk", name, defines) for name in ("attend_inputs", "attend_rows")
+    )
+    threads = defines["THREADS"]
+    places = call.place.keys, call.place.values
+    items = -(-(spec.n_heads + 2 * spec.n_kv_heads) // (threads // 32))
+    out = rows_out(call.out, spec.head_dim)
+    return [
+        Launch(inputs, (items, tokens), threads, 0,
+               [step, *places, pointers(*call.weights[:3]), pointers(*call.inputs),
+                ctypes.c_float(call.weights.eps), queries]),
+        Launch(rows, (spec.n_heads // heads, -(-tokens // each)), threads, 0,
+               [step, *places, queries, call.inputs.q, out]),
+    ]  # fmt: skip
+
+
+def _sizes(spec: AttentionShape, place: KVPlace) -> dict[str, int]:
+    dim = spec.head_dim
+    check(
+        (8 <= dim <= 256 and dim & (dim - 1) == 0, f"heads of {dim}: 8, 16, 32, 64, 128 or 256"),
+        (
+            spec.n_heads % spec.n_kv_heads == 0,
+            f"{spec.n_heads} query heads on {spec.n_kv_heads} kv heads: not a multiple",
+        ),
+        (
+            spec.rope_dims % 2 == 0 and spec.rope_dims <= dim,
+            f"{spec.rope_dims} rotated of {dim} dimensions: not pairs of them",
+        ),
+    )
+    return {
+        "HEADS": spec.n_heads,
+        "KV_HEADS": spec.n_kv_heads,
+        "HEAD_DIM": dim,
+        "ROPE_DIMS": spec.rope_dims,
+        "KV_F32": int(place.kv_dtype == "f32"),
+        "THREADS": max(64, dim),
+    }

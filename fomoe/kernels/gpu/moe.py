@@ -1,0 +1,174 @@
+"""Launches of a MoE layer's decode step: scores and shared expert, routed experts, their sum."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fomoe.errors import DeviceError
+from fomoe.gguf.quants import GGMLType
+from fomoe.kernels.gpu.gpu import GPU
+from fomoe.kernels.gpu.launch import Launch
+from fomoe.kernels.gpu.matrices import ExpertLayout, Matrix
+from fomoe.kernels.gpu.products import DEFAULT, Options, project
+from fomoe.kernels.gpu.step import Rows, picks
+from fomoe.kernels.gpu.tuning import RowShape, Tuning, fit, tuning_of
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMatrices:
+    """The shared expert: gate, up [F, D] and the vector [1, D] of its weight's logit."""
+
+    gate: Matrix
+    up: Matrix
+    scale: Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class MoEBuffers:
+    """Device addresses of what the launches of a layer leave to each other.
+
+    Attributes:
+        h: the experts' input [D] in all forms.
+        scores: router scores float32 [E].
+        gate: the shared expert's gate h, float32 [F shared].
+        up: its up h, float32 [F shared].
+        scale: the logit of its weight, float32 [1].
+        inner: silu(gate h) * (up h) of the routed experts, float32 [K, F].
+    """
+
+    h: Rows
+    scores: int
+    gate: int
+    up: int
+    scale: int
+    inner: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choose:
+    """Let the device choose: all experts of the layer are resident.
+
+    `table` is the address of uint64 [n_experts]: the slots' base addresses.
+    """
+
+    table: int
+    n_experts: int
+
+
+def scores(
+    gpu: GPU, x: int, norm: tuple[int, float], router: Matrix, shared: SharedMatrices,
+    out: MoEBuffers, *, options: Options = DEFAULT,
+) -> Launch:  # fmt: skip
+    """Return what needs the layer's input alone: h, router scores, the shared expert's first half.
+
+    `norm` is the address of the norm's weight and its epsilon.
+    """
+    parts = [
+        (router, out.scores),
+        (shared.gate, out.gate),
+        (shared.up, out.up),
+        (shared.scale, out.scale),
+    ]
+    return project(gpu, x, *norm, parts, keep=out.h, options=options)
+
+
+def experts_in(
+    gpu: GPU, layout: ExpertLayout, top_k: int, picked: int, buffers: MoEBuffers, *,
+    choose: Choose | None = None, options: Options = DEFAULT,
+) -> Launch:  # fmt: skip
+    """Return inner = silu(gate h) * (up h) of the `top_k` experts in `picked` (step.picks).
+
+    With `choose` the kernel takes the top-k of the scores itself and writes `picked`: by score
+    descending, then by lower id; weights are the softmax over the chosen ones.
+    """
+    if layout.types[0] != layout.types[1]:
+        names = [GGMLType(t).name for t in layout.types[:2]]
+        raise DeviceError(f"experts with gate {names[0]} and up {names[1]}: GPUs want one type")
+    shape = RowShape(GGMLType(layout.types[0]), layout.hidden, options.int8)
+    plan = _plan(gpu, [shape], _pick_bytes(top_k) + shape.input_bytes, options)
+    defines = _expert_defines(layout, top_k, plan, options)
+    defines |= {
+        "FM_TYPE_IN": layout.types[0],
+        "FM_EXPERTS": choose.n_experts if choose else 0,
+    }
+    wave = gpu.runtime.wave
+    sets = top_k * -(-layout.width // shape.side(wave))
+    groups = min(gpu.runtime.cores * plan.tuning.per_core, -(-sets // plan.tuning.waves))
+    resident = (ctypes.c_uint64 * 4)(
+        buffers.scores, choose.table if choose else 0, layout.offsets[1], layout.offsets[2]
+    )
+    kernel = gpu.kernel("experts_in", "experts_in", defines)
+    args = [*buffers.h, picked, buffers.inner, resident]
+    return Launch(kernel, groups, plan.tuning.waves * wave, plan.shared_bytes, args)
+
+
+def experts_out(
+    gpu: GPU, layout: ExpertLayout, picked: tuple[int, int], shared_down: Matrix,
+    buffers: MoEBuffers, x: int, *, options: Options = DEFAULT,
+) -> Launch:  # fmt: skip
+    """Return x = (sum of weight * down inner, ascending by id, + shared expert) + x, float32 [D].
+
+    `picked` is top_k and the address of the picks. The routed sum is a chain of fma from zero; the
+    shared expert's output is multiplied with the sigmoid of its logit.
+    """
+    top_k, picks_address = picked
+    wave = gpu.runtime.wave
+    routed = RowShape(GGMLType(layout.types[2]), layout.width, options.int8)
+    shared = RowShape(GGMLType(shared_down.type), shared_down.cols, options.int8)
+    wanted = options.tuning or tuning_of(gpu.runtime)
+    side = max(routed.side(wave), shared.side(wave))
+    rows = -(-layout.hidden // (gpu.runtime.cores * wanted.per_core * side)) * side
+    inputs = _pick_bytes(top_k) + _whole16(4 * (top_k + 1) * rows)
+    inputs += top_k * routed.input_bytes + shared.input_bytes
+    plan = _plan(gpu, [routed, shared], inputs, options)
+    defines = _expert_defines(layout, top_k, plan, options)
+    defines |= {
+        "FM_ROWS": rows,
+        "FM_TYPE_DOWN": layout.types[2],
+        "FM_SHARED_WIDTH": shared_down.cols,
+        "FM_TYPE_SHARED": shared_down.type,
+    }
+    kernel = gpu.kernel("experts_out", "experts_out", defines)
+    second = (ctypes.c_uint64 * 4)(buffers.gate, buffers.up, buffers.scale, shared_down.address)
+    groups = -(-layout.hidden // rows)
+    threads = plan.tuning.waves * wave
+    args = [picks_address, buffers.inner, second, x]
+    return Launch(kernel, groups, threads, plan.shared_bytes, args)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Tuning that fits the device, and the shared memory that it takes."""
+
+    tuning: Tuning
+    stage_bytes: int
+    shared_bytes: int
+
+
+def _plan(gpu: GPU, shapes: Sequence[RowShape], input_bytes: int, options: Options) -> _Plan:
+    wanted = options.tuning or tuning_of(gpu.runtime)
+    stage = max(shape.stage_bytes(gpu.runtime.wave, wanted.tile) for shape in shapes)
+    tuning = fit(wanted, gpu.runtime, input_bytes, stage)
+    return _Plan(tuning, stage, input_bytes + tuning.waves * tuning.stages * stage)
+
+
+def _expert_defines(
+    layout: ExpertLayout, top_k: int, plan: _Plan, options: Options
+) -> dict[str, int]:
+    return {
+        **plan.tuning.defines(plan.stage_bytes),
+        "FM_INT8": int(options.int8),
+        "FM_HIDDEN": layout.hidden,
+        "FM_WIDTH": layout.width,
+        "FM_K": top_k,
+    }
+
+
+def _pick_bytes(top_k: int) -> int:
+    return _whole16(picks(top_k).itemsize)
+
+
+def _whole16(nbytes: int) -> int:
+    return -(-nbytes // 16) * 16

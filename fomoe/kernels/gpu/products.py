@@ -1,0 +1,146 @@
+"""Launches of products of dense matrices with the vector of one token."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fomoe.errors import DeviceError
+from fomoe.gguf.quants import GGMLType
+from fomoe.kernels.gpu.gpu import GPU
+from fomoe.kernels.gpu.launch import Launch
+from fomoe.kernels.gpu.matrices import Matrix
+from fomoe.kernels.gpu.step import Rows
+from fomoe.kernels.gpu.tuning import RowShape, Tuning, fit, tuning_of
+
+Part = tuple[Matrix, int]  # W, and where y = W h float32 [rows] goes
+
+NOWHERE = Rows(0, 0, 0)
+_SCRATCH_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`int8`: quantised weights take int8 activations, else float32 ones; `tuning` of the kernels.
+
+    A `tuning` of None is the device's own.
+    """
+
+    int8: bool = True
+    tuning: Tuning | None = None
+
+
+DEFAULT = Options()
+
+
+def project(
+    gpu: GPU, x: int, norm: int, eps: float, parts: Sequence[Part], *,
+    keep: Rows = NOWHERE, options: Options = DEFAULT,
+) -> Launch:  # fmt: skip
+    """Return y_i = W_i h with h = x * norm / sqrt(mean(x^2) + eps), all in one launch.
+
+    `x` and `norm` are float32 [cols]; matrices have the same columns. Float matrices multiply h,
+    quantised ones its int8 form. All forms of h are written to `keep` where it has addresses.
+    """
+    plan = _plan(gpu, parts, options, {})
+    args = [x, norm, ctypes.c_float(eps), keep.x, keep.q, keep.s]
+    return _launch(gpu, "project", plan, args)
+
+
+def project_rows(
+    gpu: GPU, rows: Rows, matrix: Matrix, x: int, *, add: bool = True,
+    options: Options = DEFAULT,
+) -> Launch:  # fmt: skip
+    """Return x += W h (or x = W h without `add`) for one row h, x float32 [rows of W].
+
+    `rows` needs `x` for float matrices (or without int8), else `q` and `s`.
+    """
+    plan = _plan(gpu, [(matrix, x)], options, {"FM_ADD": int(add)})
+    if not (rows.q and rows.s if plan.shapes[0].is_int8 else rows.x):
+        raise DeviceError(f"activations for a {plan.shapes[0].qtype.name} matrix are missing")
+    return _launch(gpu, "project_rows", plan, list(rows))
+
+
+head = project
+
+
+class _Part(ctypes.Structure):
+    """`struct Part` of project.hip."""
+
+    _fields_ = (
+        ("weights", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("rows", ctypes.c_int),
+        ("type", ctypes.c_int),
+        ("first", ctypes.c_int),
+        ("groups", ctypes.c_int),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A launch but for the kernel's name and its vectors."""
+
+    parts: Sequence[Part]
+    shapes: Sequence[RowShape]
+    tuning: Tuning
+    groups: Sequence[int]  # of each part
+    defines: dict[str, int]
+    shared_bytes: int
+
+
+def _plan(gpu: GPU, parts: Sequence[Part], options: Options, defines: dict[str, int]) -> _Plan:
+    cols = {matrix.cols for matrix, _ in parts}
+    if len(cols) != 1:
+        raise DeviceError(f"matrices of one launch have {sorted(cols)} columns; they must agree")
+    wanted, wave = options.tuning or tuning_of(gpu.runtime), gpu.runtime.wave
+    shapes = [RowShape(GGMLType(m.type), m.cols, options.int8) for m, _ in parts]
+    stage = max(shape.stage_bytes(wave, wanted.tile) for shape in shapes)
+    input_bytes = max(shape.input_bytes for shape in shapes)
+    tuning = fit(wanted, gpu.runtime, _SCRATCH_BYTES + input_bytes, stage)
+    made = {
+        **tuning.defines(stage),
+        "FM_ADD": 0,
+        "FM_INT8": int(options.int8),
+        "FM_COLS": cols.pop(),
+        "FM_PARTS": len(parts),
+        "FM_TYPES": sum({1 << shape.qtype for shape in shapes}),
+        "FM_INPUT_BYTES": input_bytes,
+        **defines,
+    }
+    most = [
+        -(-matrix.rows // (shape.side(wave) * tuning.waves))
+        for (matrix, _), shape in zip(parts, shapes, strict=True)
+    ]
+    groups = share_groups(
+        [matrix.nbytes for matrix, _ in parts], most, gpu.runtime.cores * tuning.per_core
+    )
+    shared = _SCRATCH_BYTES + input_bytes + tuning.waves * tuning.stages * stage
+    return _Plan(parts, shapes, tuning, groups, made, shared)
+
+
+def share_groups(nbytes: Sequence[int], most: Sequence[int], groups: int) -> list[int]:
+    """Return the groups of each matrix: one at least, `most` at most, else in proportion to bytes.
+
+    The next group always goes to the matrix that has the most bytes for each of its groups.
+    """
+    given = [1] * len(nbytes)
+    for _ in range(groups - len(nbytes)):
+        open_parts = [i for i in range(len(nbytes)) if given[i] < most[i]]
+        if not open_parts:
+            break
+        given[max(open_parts, key=lambda i: nbytes[i] / given[i])] += 1
+    return given
+
+
+def _launch(gpu: GPU, name: str, plan: _Plan, args: list[object]) -> Launch:
+    table, first = (_Part * len(plan.parts))(), 0
+    for entry, (matrix, out), groups in zip(table, plan.parts, plan.groups, strict=True):
+        entry.weights, entry.out = matrix.address, out
+        entry.rows, entry.type = matrix.rows, matrix.type
+        entry.first, entry.groups = first, groups
+        first += groups
+    kernel = gpu.kernel("project", name, plan.defines)
+    threads = plan.tuning.waves * gpu.runtime.wave
+    return Launch(kernel, first, threads, plan.shared_bytes, [*args, table])

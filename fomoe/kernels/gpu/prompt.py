@@ -1,0 +1,122 @@
+"""Kernels over a prompt's rows of activations: norms and dense matrix products.
+
+Every builder returns a `Launch` for up to `chunk.tokens` tokens; how many there are in a pass is
+read from the step block, so that a captured graph serves every prompt.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fomoe.gguf.quants import GGMLType
+from fomoe.kernels.gpu.gpu import GPU
+from fomoe.kernels.gpu.launch import Launch
+from fomoe.kernels.gpu.matrices import Matrix
+from fomoe.kernels.gpu.prompt_tiles import Tile, float_tile, int8_tile
+from fomoe.kernels.gpu.step import Rows
+
+_ROW_THREADS = 256
+
+
+class Norm(NamedTuple):
+    """An RMS norm: its weights float32 [size] and epsilon."""
+
+    weight: int
+    size: int
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Address of the step block and the most tokens of a pass.
+
+    Without `int8` quantised weights are multiplied with float32 activations, which is slow;
+    `tile` overrides the choice of tiles for int8 products.
+    """
+
+    step: int
+    tokens: int
+    int8: bool = True
+    tile: Tile | None = None
+
+    def is_int8(self, *types: int) -> bool:
+        """Whether weights of these types are multiplied with int8 activations."""
+        return self.int8 and not any(GGMLType(qtype).is_float for qtype in types)
+
+    def tile_for(self, gpu: GPU, types: tuple[int, int], cols: int, tokens: int) -> Tile:
+        """Return the tile for matrices of `types` (of its two halves) that `tokens` share."""
+        if not self.is_int8(*types):
+            return float_tile(tokens, is_halved=False)
+        return self.tile or int8_tile(types, cols, tokens, gpu.runtime.shared_bytes)
+
+
+def structure(*addresses: int) -> ctypes.Array[ctypes.c_uint64]:
+    """Return device addresses as a kernel takes a struct of pointers by value."""
+    return (ctypes.c_uint64 * len(addresses))(*addresses)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b rounded up."""
+    return -(-a // b)
+
+
+def product_defines(
+    types: tuple[int, int], rows: int, cols: int, is_int8: bool, tile: Tile
+) -> dict[str, int]:
+    """Return the defines that every product has; `types` are those of a tile's two halves."""
+    shared = tile.shared_bytes(types, cols, is_int8)
+    sizes = {"ROWS": rows, "COLS": cols, "TYPE": types[0], "TYPE_UP": types[1], "ADD": 0}
+    return {**sizes, **tile.defines(is_int8), "SHARED_BYTES": shared}
+
+
+def norm_rows(gpu: GPU, chunk: Chunk, x: int, norm: Norm, rows: Rows) -> Launch:
+    """Return rows = rms_norm(x) for x float32 [T, size]: `rows.x`, and `q` with `s`, if not 0."""
+    defines = {
+        "THREADS": _ROW_THREADS, "COLS": norm.size,
+        "FLOAT_ROWS": int(rows.x != 0), "INT8": int(rows.q != 0),
+    }  # fmt: skip
+    function = gpu.kernel("rows", "norm_rows", defines)
+    args = [chunk.step, x, norm.weight, ctypes.c_float(norm.eps), rows.x, rows.q, rows.s]
+    return Launch(function, chunk.tokens, _ROW_THREADS, 0, args)
+
+
+def dot_rows(gpu: GPU, chunk: Chunk, rows: Rows, vector: int, cols: int, out: int) -> Launch:
+    """Return out [T] = rows.x times one float32 vector [cols]."""
+    defines = {"THREADS": _ROW_THREADS, "COLS": cols, "FLOAT_ROWS": 0, "INT8": 0}
+    function = gpu.kernel("rows", "dot_rows", defines)
+    groups = ceil_div(chunk.tokens, _ROW_THREADS // gpu.runtime.wave)
+    return Launch(function, groups, _ROW_THREADS, 0, [chunk.step, rows.x, vector, out])
+
+
+def matmul(
+    gpu: GPU, chunk: Chunk, rows: Rows, matrix: Matrix, out: int, add: bool = False
+) -> Launch:
+    """Return out [T, matrix.rows] = (`add`: +=) rows times the matrix, float32.
+
+    Quantised weights take `rows.q` and `rows.s`; float weights, and all without int8, `rows.x`.
+    """
+    types = (matrix.type, matrix.type)
+    is_int8 = chunk.is_int8(*types)
+    tile = chunk.tile_for(gpu, types, matrix.cols, chunk.tokens)
+    defines = product_defines(types, matrix.rows, matrix.cols, is_int8, tile) | {"ADD": int(add)}
+    function = gpu.kernel("matmul", "matmul", defines)
+    grid = (ceil_div(matrix.rows, tile.rows), ceil_div(chunk.tokens, tile.tokens))
+    args = [chunk.step, matrix.address, structure(rows.q, rows.s, rows.x), out]
+    return Launch(function, grid, tile.threads, defines["SHARED_BYTES"], args)
+
+
+def swiglu(gpu: GPU, chunk: Chunk, rows: Rows, gate: Matrix, up: Matrix, out: Rows) -> Launch:
+    """Return out = silu(gate rows) * (up rows), [T, gate.rows], as int8 rows or as `out.x`."""
+    types = (gate.type, up.type)
+    is_int8 = chunk.is_int8(*types)
+    tile = chunk.tile_for(gpu, types, gate.cols, chunk.tokens)
+    if not is_int8:
+        tile = float_tile(chunk.tokens, is_halved=True)
+    defines = product_defines(types, gate.rows, gate.cols, is_int8, tile)
+    function = gpu.kernel("swiglu", "swiglu", defines)
+    grid = (ceil_div(gate.rows, tile.rows // 2), ceil_div(chunk.tokens, tile.tokens))
+    sources, results = structure(rows.q, rows.s, rows.x), structure(out.q, out.s, out.x)
+    args = [chunk.step, gate.address, up.address, sources, results]
+    return Launch(function, grid, tile.threads, defines["SHARED_BYTES"], args)

@@ -1,0 +1,114 @@
+"""Numbers that make products fast on a kind of device; none of them changes what is computed.
+
+They may change the order in which a row is summed, so bits are those of one table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fomoe.errors import DeviceError
+from fomoe.gguf.quants import GGMLType, row_bytes
+from fomoe.kernels.gpu.runtime import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a product's groups are made.
+
+    Attributes:
+        waves: waves of a group.
+        per_core: groups for each core.
+        stages: tiles of weights in a wave's ring; all but one are on their way.
+        tile: bytes of a tile at most, where a row is longer.
+        held: 4-byte words of activations that a lane may keep in registers.
+    """
+
+    waves: int = 8
+    per_core: int = 1
+    stages: int = 3
+    tile: int = 2304
+    held: int = 96
+
+    def defines(self, stage_bytes: int) -> dict[str, int]:
+        """What the kernels' sources call these numbers."""
+        return {
+            "FM_WAVES": self.waves,
+            "FM_STAGES": self.stages,
+            "FM_TILE": self.tile,
+            "FM_HELD": self.held,
+            "FM_STAGE_BYTES": stage_bytes,
+        }
+
+
+# By the first letters of a target. NVIDIA's copies into shared memory cost no registers and bypass
+# L1, so that a few waves with deep rings fill the bus; AMD's cards need waves for that.
+_TUNINGS = {
+    "sm_": Tuning(waves=16, per_core=1, stages=4, tile=2304, held=96),
+    "gfx9": Tuning(waves=4, per_core=4, stages=2, tile=4608, held=48),
+    "gfx1": Tuning(waves=8, per_core=2, stages=2, tile=2304, held=48),
+    "cpu": Tuning(waves=2, per_core=1, stages=3, tile=2304, held=96),
+}
+
+
+def tuning_of(runtime: Runtime) -> Tuning:
+    """Return the table's line for a device."""
+    for start in sorted(_TUNINGS, key=len, reverse=True):
+        if runtime.target.startswith(start):
+            return _TUNINGS[start]
+    raise DeviceError(f"{runtime.name}: no kernels for target {runtime.target!r}")
+
+
+def fit(tuning: Tuning, runtime: Runtime, input_bytes: int, stage_bytes: int) -> Tuning:
+    """Return the tuning with as many waves as the device has shared memory for.
+
+    Raises:
+        DeviceError: not even one wave fits.
+    """
+    room = runtime.shared_bytes - input_bytes
+    waves = min(tuning.waves, room // (tuning.stages * stage_bytes))
+    if waves < 1:
+        raise DeviceError(
+            f"{runtime.name}: a product wants {input_bytes + tuning.stages * stage_bytes:,} bytes "
+            f"of shared memory, {runtime.shared_bytes:,} are there; use cpu devices for this model"
+        )
+    return replace(tuning, waves=1 << (waves.bit_length() - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """How a wave covers rows of `cols` values; the twin of RowTiles in hip/tiles.h."""
+
+    qtype: GGMLType
+    cols: int
+    int8: bool
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether activations are int8."""
+        return self.int8 and not self.qtype.is_float
+
+    def side(self, wave: int) -> int:
+        """Rows that a wave takes at once."""
+        lanes = min(wave, 1 << (self.cols // self._piece - 1).bit_length())
+        return wave // lanes
+
+    def stage_bytes(self, wave: int, tile: int) -> int:
+        """Shared memory for one tile, with margins for its alignment."""
+        row = row_bytes(self.qtype, self.cols)
+        step = wave * self._piece * self.qtype.block_bytes // self.qtype.block_elements
+        side = self.side(wave)
+        most = side * row if side > 1 else min(row, max(step, tile // step * step))
+        return -(-(most + 32) // 16) * 16
+
+    @property
+    def input_bytes(self) -> int:
+        """Shared memory for a vector of activations."""
+        return self.cols + -(-self.cols // 64) * 16 if self.is_int8 else 4 * self.cols
+
+    @property
+    def _piece(self) -> int:
+        """Values that a lane takes at a time."""
+        if self.qtype.is_float:
+            return 16 // self.qtype.block_bytes
+        return 64 if self.is_int8 and self.qtype.block_elements == 256 else 32

@@ -1,0 +1,247 @@
+// Attention over a cache, 32 positions at a time: what decode and prompt share.
+//
+// Defined outside: HEADS, KV_HEADS, HEAD_DIM, ROPE_DIMS, KV_F32 (0: half, 1: float), ROWS query
+// vectors of a group that share its keys, THREADS. Keys lie as [ctx, KV_HEADS, HEAD_DIM], values as
+// [ctx / 32, KV_HEADS, HEAD_DIM, 32]: 32 positions of a dimension side by side, so that a thread
+// which owns a dimension reads its values in one piece.
+#pragma once
+
+#include "rows.h"
+#include "step.h"
+
+constexpr int kTile = 32;  // positions
+constexpr int kUnits = THREADS / kUnit;
+constexpr int kSlice = HEAD_DIM / kUnits < 8 ? 8 : HEAD_DIM / kUnits;  // dimensions of a unit
+constexpr int kSlices = HEAD_DIM / kSlice;
+constexpr int kShared = HEADS / KV_HEADS;  // query heads of a kv head
+constexpr float kLowest = -1e30f;          // below any score, and exp(kLowest - kLowest) is 1
+static_assert(kSlices * kSlice == HEAD_DIM && HEAD_DIM % 8 == 0 && THREADS >= HEAD_DIM, "slices");
+
+#if KV_F32
+typedef float Stored;
+FM_DEV Stored to_stored(float x) { return x; }
+#else
+typedef unsigned short Stored;
+FM_DEV Stored to_stored(float x) { return (Stored)fm_f2h(x); }
+#endif
+constexpr int kPer16 = 16 / (int)sizeof(Stored);  // values of a 16-byte load
+
+struct Cache {
+  Stored *keys, *values;
+  FM_DEV Stored* key(int position, int head) const {
+    return keys + ((long long)position * KV_HEADS + head) * HEAD_DIM;
+  }
+  FM_DEV Stored* value(int position, int head, int dim) const {
+    const long long block = ((long long)(position / kTile) * KV_HEADS + head) * HEAD_DIM + dim;
+    return values + block * kTile + position % kTile;
+  }
+};
+
+struct AttendWeights {
+  const float *q_norm, *k_norm;     // [HEAD_DIM]
+  const unsigned long long* turns;  // [ROPE_DIMS / 2]: turn per position, in 2^-64 of a turn
+};
+
+struct AttendInputs {
+  const float* q;  // [T, HEADS, 2, HEAD_DIM]: query and gate of each head
+  const float* k;  // [T, KV_HEADS, HEAD_DIM]
+  const float* v;  // [T, KV_HEADS, HEAD_DIM]
+};
+
+// N stored values as they came, and as floats.
+template <int N>
+struct Packed {
+  fm_u4 words[N / kPer16];
+
+  FM_DEV void load(const Stored* p) {
+    FM_UNROLL
+    for (int i = 0; i < N / kPer16; ++i) words[i] = fm_load16(p + kPer16 * i);
+  }
+  FM_DEV void clear() {
+    for (fm_u4& w : words) w.x = w.y = w.z = w.w = 0;
+  }
+  // Values 8 i to 8 i + 7.
+  FM_DEV void eight(int i, float* out) const {
+#if KV_F32
+    for (int j = 0; j < 2; ++j) unpack(words[2 * i + j], out + 4 * j);
+#else
+    const fm_u4 w = words[i];
+    const unsigned four[4] = {w.x, w.y, w.z, w.w};
+    for (int j = 0; j < 4; ++j) {
+      out[2 * j] = fm_h2f(four[j] & 0xffff);
+      out[2 * j + 1] = fm_h2f(four[j] >> 16);
+    }
+#endif
+  }
+  // Values from `count` on become 0, but value `count` itself becomes `next`.
+  FM_DEV void cut(int count, Stored next) {
+    FM_UNROLL
+    for (int i = 0; i < N / kPer16; ++i) {
+      words[i].x = cut_word(words[i].x, i * 4, count, next);
+      words[i].y = cut_word(words[i].y, i * 4 + 1, count, next);
+      words[i].z = cut_word(words[i].z, i * 4 + 2, count, next);
+      words[i].w = cut_word(words[i].w, i * 4 + 3, count, next);
+    }
+  }
+
+ private:
+#if KV_F32
+  static FM_DEV void unpack(const fm_u4& w, float* out) {
+    out[0] = fm_bits<float>(w.x);
+    out[1] = fm_bits<float>(w.y);
+    out[2] = fm_bits<float>(w.z);
+    out[3] = fm_bits<float>(w.w);
+  }
+  static FM_DEV unsigned cut_word(unsigned word, int at, int count, float next) {
+    return at < count ? word : at == count ? fm_bits<unsigned>(next) : 0;
+  }
+#else
+  static FM_DEV unsigned cut_word(unsigned word, int at, int count, unsigned next) {
+    const unsigned low = 2 * at < count ? word & 0xffff : 2 * at == count ? next : 0;
+    const unsigned high = 2 * at + 1 < count ? word >> 16 : 2 * at + 1 == count ? next : 0;
+    return low | high << 16;
+  }
+#endif
+};
+
+// Cosine and sine of pair i at a position. Turns are counted modulo 1 in integers: a float angle
+// of a late position would have lost its last bits.
+struct Rotation {
+  float cosine, sine;
+};
+FM_DEV Rotation rotation(const unsigned long long* turns, int i, int position) {
+  const unsigned long long turn = turns[i] * (unsigned long long)position;
+  const float angle = (float)(int)(unsigned)(turn >> 32) * (6.283185307179586f / 4294967296.0f);
+  return {fm_cos(angle), fm_sin(angle)};
+}
+
+// rms_norm(x) * factor, rotated, into `row` [HEAD_DIM], shared memory. One unit; every thread of
+// the group comes here, and after a barrier the row is whole.
+FM_DEV void norm_and_rotate(const float* x, const float* weight, float eps, float factor,
+                            const unsigned long long* turns, int position, float* row, bool has) {
+  UnitVector<HEAD_DIM> v;
+  v.load(x);
+  rms_norm(v, weight, eps);
+  v.scale(factor);
+  if (has) v.store(row);
+  fm_barrier();
+  for (int i = unit_lane(); has && i < ROPE_DIMS / 2; i += kUnit) {
+    const Rotation r = rotation(turns, i, position);
+    const float a = row[i], b = row[i + ROPE_DIMS / 2];
+    row[i] = fm_fma(a, r.cosine, -b * r.sine);
+    row[i + ROPE_DIMS / 2] = fm_fma(b, r.cosine, a * r.sine);
+  }
+}
+
+// Shared memory of a group that attends.
+struct Attention {
+  alignas(16) float q[ROWS][HEAD_DIM];  // divided by sqrt(HEAD_DIM)
+  alignas(16) float partial[kSlices][ROWS][kTile];
+  alignas(16) float p[ROWS][kTile];
+  float factor[ROWS], mass[ROWS], top[ROWS];
+};
+
+// Scores of this unit's dimensions, at the position of this lane.
+FM_DEV void score(Attention& a, const Packed<kSlice>& key) {
+  const int unit = unit_index();
+  if (unit >= kSlices) return;
+  float sum[ROWS];
+  for (float& s : sum) s = 0.0f;
+  FM_UNROLL
+  for (int i = 0; i < kSlice / 8; ++i) {
+    float k[8];
+    key.eight(i, k);
+    FM_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      float q[8];
+      load_floats<8>(a.q[r] + unit * kSlice + 8 * i, q);
+      for (int j = 0; j < 8; ++j) sum[r] = fm_fma(q[j], k[j], sum[r]);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) a.partial[unit][r][unit_lane()] = sum[r];
+}
+
+// Scores to weights. Row r sees the positions up to sees(r); this tile begins at `first`.
+template <class Sees>
+FM_DEV void weigh(Attention& a, int first, const Sees& sees) {
+  constexpr int turns = (ROWS + kUnits - 1) / kUnits;
+  FM_UNROLL
+  for (int n = 0; n < turns; ++n) {
+    const int row = unit_index() + n * kUnits, r = row < ROWS ? row : ROWS - 1;
+    const bool seen = first + unit_lane() <= sees(r);
+    float s = 0.0f;
+    for (int i = 0; i < kSlices; ++i) s += a.partial[i][r][unit_lane()];
+    s = seen ? s : kLowest;
+    const float before = a.top[r], top = fm_max(before, lanes_max(s));
+    const float p = seen ? fm_exp(s - top) : 0.0f, mass = lanes_sum(p);
+    if (row >= ROWS) continue;
+    a.p[r][unit_lane()] = p;
+    if (unit_lane()) continue;
+    const float factor = fm_exp(before - top);
+    a.factor[r] = factor;
+    a.mass[r] = fm_fma(a.mass[r], factor, mass);
+    a.top[r] = top;
+  }
+}
+
+// sum[r] = sum[r] * factor + p . values, of the dimension of this thread.
+FM_DEV void mix(const Attention& a, const Packed<kTile>& value, float* sum) {
+  FM_UNROLL
+  for (int r = 0; r < ROWS; ++r) sum[r] *= a.factor[r];
+  FM_UNROLL
+  for (int i = 0; i < kTile / 8; ++i) {
+    float v[8];
+    value.eight(i, v);
+    FM_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      float p[8];
+      load_floats<8>(a.p[r] + 8 * i, p);
+      for (int j = 0; j < 8; ++j) sum[r] = fm_fma(p[j], v[j], sum[r]);
+    }
+  }
+}
+
+FM_DEV void begin(Attention& a) {
+  for (int r = threadIdx.x; r < ROWS; r += THREADS) {
+    a.top[r] = kLowest;
+    a.mass[r] = 0.0f;
+  }
+}
+
+// Positions [first, stop) of a kv head, of which those from `stored` on are not in the cache.
+struct Span {
+  int head, first, stop, stored;
+};
+
+// Attends ROWS rows to a span that begins at a tile; sum[r] is of the dimension of this thread and
+// not yet divided by a.mass. `fresh` holds key and value of position `stored`, or is null.
+template <class Sees>
+FM_DEV void attend_span(Attention& a, const Cache& cache, const Span& span, const Sees& sees,
+                        const Stored (*fresh)[HEAD_DIM], float* sum) {
+  const int unit = unit_index(), dim = (int)threadIdx.x < HEAD_DIM ? threadIdx.x : 0;
+  const int slice = (unit < kSlices ? unit : 0) * kSlice;
+  const auto key_at = [&](int first) {
+    const int position = first + unit_lane();
+    Packed<kSlice> key;
+    key.clear();
+    if (position < span.stored && position < span.stop)
+      key.load(cache.key(position, span.head) + slice);
+    else if (position == span.stored && fresh)
+      key.load(fresh[0] + slice);
+    return key;
+  };
+  for (int r = 0; r < ROWS; ++r) sum[r] = 0.0f;
+  Packed<kSlice> key = key_at(span.first);
+  for (int first = span.first; first < span.stop; first += kTile) {
+    Packed<kTile> value;
+    value.load(cache.value(first, span.head, dim));
+    score(a, key);
+    if (first + kTile < span.stop) key = key_at(first + kTile);
+    fm_barrier();
+    weigh(a, first, sees);
+    fm_barrier();
+    if (span.stored < first + kTile)
+      value.cut(span.stored - first, fresh ? fresh[1][dim] : to_stored(0.0f));
+    mix(a, value, sum);
+  }
+}

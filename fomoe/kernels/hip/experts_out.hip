@@ -1,0 +1,125 @@
+// Down of the K routed experts of one token, and their sum with the shared expert and the residual.
+//
+// A group writes FM_ROWS rows of all: its waves take the experts' rows in turns, and their products
+// are added up in the end, so that the order of the sum is always the same.
+// Defines: those of experts.h, FM_TYPE_DOWN, FM_SHARED_WIDTH, FM_TYPE_SHARED, FM_ROWS.
+#include "experts.h"
+
+using Down = Product<FM_TYPE_DOWN>;
+using SharedDown = Product<FM_TYPE_SHARED>;
+using DownTiles = RowTiles<Down, FM_WIDTH>;
+using SharedTiles = RowTiles<SharedDown, FM_SHARED_WIDTH>;
+
+// The tasks of a group: the rows of each expert in turn, then those of the shared one, set by set.
+struct DownStream {
+  static constexpr int kSets = ceil_div(FM_ROWS, DownTiles::kSide);
+  static constexpr int kSharedSets = ceil_div(FM_ROWS, SharedTiles::kSide);
+  static constexpr int kRouted = FM_K * kSets, kTasks = kRouted + kSharedSets;
+  Ring ring;
+  const Picks& picks;
+  const char* shared;
+  int task, segment;  // of the next fetch
+
+  FM_DEV DownStream(Ring r, const Picks& p, const void* down)
+      : ring(r), picks(p), shared((const char*)down), task((int)threadIdx.x / FM_WAVE), segment(0) {}
+
+  template <class T>
+  FM_DEV void fetch_of(const char* weights, int set) {
+    const int row = blockIdx.x * FM_ROWS + set * T::kSide;
+    ring.fetch<T>(weights + T::offset(row) + segment * T::kSegmentBytes,
+                  row < FM_HIDDEN ? T::bytes(row, segment, FM_HIDDEN) : 0, T::margin(row, segment));
+    if (++segment < T::kSegments) return;
+    segment = 0, task += FM_WAVES;
+  }
+  FM_DEV void fetch() {
+    if (task < kRouted) fetch_of<DownTiles>((const char*)picks.address[2][task / kSets], task % kSets);
+    else if (task < kTasks) fetch_of<SharedTiles>(shared, task - kRouted);
+    else ring.close();
+  }
+  FM_DEV void start() {
+    FM_UNROLL for (int i = 1; i < FM_STAGES; ++i) fetch();
+  }
+
+  // Writes the products of the set's rows to `out` (shared memory).
+  template <class F, int kCols>
+  FM_DEV void product(const Input& x, int set, float* out) {
+    using T = RowTiles<F, kCols>;
+    const int row = blockIdx.x * FM_ROWS + set * T::kSide, mine = set * T::kSide + fm_lane() / T::kLanes;
+    const float sum = row_product<F, kCols>(Held<F, kCols>(x), row, ring, *this);
+    if (fm_lane() % T::kLanes == 0 && mine < FM_ROWS) out[mine] = sum;
+  }
+};
+
+// The vectors of all experts in shared memory: K of the routed ones, then the shared one's.
+struct Inners {
+  using Size = InputSize<Down, FM_WIDTH>;
+  using SharedSize = InputSize<SharedDown, FM_SHARED_WIDTH>;
+  static constexpr int kBytes = FM_K * Size::kBytes + SharedSize::kBytes;
+  char* memory;
+  FM_DEV Input routed(int expert) const { return Size::in(memory + expert * Size::kBytes); }
+  FM_DEV Input shared() const { return SharedSize::in(memory + FM_K * Size::kBytes); }
+
+  FM_DEV void put(const Spread<FM_K * FM_WIDTH>& inner) const {
+    using All = Spread<FM_K * FM_WIDTH>;
+    FM_UNROLL for (int j = 0; j < All::kEach; ++j) {
+      const int quad = (int)threadIdx.x + j * kThreads;
+      const Quantised q = quantise(inner.at[j]);
+      if (quad < All::kQuads)
+        put_quad<Down, FM_WIDTH>(routed(quad / (FM_WIDTH / 4)), quad % (FM_WIDTH / 4), q, inner.at[j]);
+    }
+  }
+  FM_DEV void put_shared(const Spread<FM_SHARED_WIDTH>& gate, const Spread<FM_SHARED_WIDTH>& up) const {
+    using All = Spread<FM_SHARED_WIDTH>;
+    FM_UNROLL for (int j = 0; j < All::kEach; ++j) {
+      const int quad = (int)threadIdx.x + j * kThreads;
+      const fm_f4 &g = gate.at[j], &u = up.at[j];
+      const fm_f4 v = {silu(g.x) * u.x, silu(g.y) * u.y, silu(g.z) * u.z, silu(g.w) * u.w};
+      const Quantised q = quantise(v);
+      if (quad < All::kQuads) put_quad<SharedDown, FM_SHARED_WIDTH>(shared(), quad, q, v);
+    }
+  }
+};
+
+// What the shared expert leaves to experts_out: gate h, up h [F], and the logit of its weight.
+struct SharedExpert {
+  const float *gate, *up, *scale;
+  const void* down;
+};
+
+// x = (sum of weight_e * down_e inner_e, a chain of fma in ascending id, + shared) + x.
+FM_KERNEL(FM_WAVES * FM_WAVE)
+void experts_out(const Picks* picks, const float* inner, SharedExpert shared, float* x) {
+  FM_DYN_SHARED(char, memory);
+  constexpr int kOutBytes = whole16((FM_K + 1) * FM_ROWS * 4);
+  Picks& mine = *(Picks*)memory;
+  float* const out = (float*)(memory + kPickBytes);
+  const Inners inners{memory + kPickBytes + kOutBytes};
+  Spread<FM_K * FM_WIDTH> routed;
+  Spread<FM_SHARED_WIDTH> gate, up;
+  copy_picks(mine, *picks);
+  routed.read(inner), gate.read(shared.gate), up.read(shared.up);
+  fm_barrier();
+  DownStream stream(Ring(memory + kPickBytes + kOutBytes + Inners::kBytes), mine, shared.down);
+  stream.start();
+  inners.put(routed);
+  inners.put_shared(gate, up);
+  fm_barrier();
+
+  using S = DownStream;
+  for (int task = threadIdx.x / FM_WAVE; task < S::kTasks; task += FM_WAVES) {
+    if (task < S::kRouted) {
+      const int expert = task / S::kSets;
+      stream.product<Down, FM_WIDTH>(inners.routed(expert), task % S::kSets, out + expert * FM_ROWS);
+    } else {
+      stream.product<SharedDown, FM_SHARED_WIDTH>(inners.shared(), task - S::kRouted, out + FM_K * FM_ROWS);
+    }
+  }
+  fm_barrier();
+  const float scale = 1.0f / (1.0f + fm_exp(-*shared.scale));
+  for (int i = threadIdx.x; i < FM_ROWS && blockIdx.x * FM_ROWS + i < FM_HIDDEN; i += kThreads) {
+    float sum = 0.0f;
+    for (int e = 0; e < FM_K; ++e) sum = fm_fma(mine.weight[e], out[e * FM_ROWS + i], sum);
+    float& to = x[blockIdx.x * FM_ROWS + i];
+    to = (sum + out[FM_K * FM_ROWS + i] * scale) + to;
+  }
+}

@@ -1,0 +1,105 @@
+"""The launches of one token through a layer: its front up to the router's scores, and its back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fomoe.kernels.gpu import moe
+from fomoe.kernels.gpu.attention import AttendCall, AttendInputs, AttendWeights, attend
+from fomoe.kernels.gpu.delta import DeltaCall, DeltaInputs, DeltaWeights, delta
+from fomoe.kernels.gpu.gpu import GPU
+from fomoe.kernels.gpu.moe import Choose, SharedMatrices
+from fomoe.kernels.gpu.products import Options, Part, project, project_rows
+from fomoe.kernels.gpu.state import DeltaPlace, KVPlace
+from fomoe.kernels.gpu.step import Rows
+from fomoe.model.gpu.program import Step
+from fomoe.model.gpu.slots import ExpertSlots
+from fomoe.model.gpu.weights import AttentionMatrices, DeltaMatrices, LayerMatrices
+from fomoe.model.gpu.work import Work, attention_parts, delta_parts, form, starts
+from fomoe.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What the builders of a device's launches share.
+
+    Attributes:
+        step: address of the step block.
+        turns: address of the rotation's turns, see `rope_turns`.
+    """
+
+    gpu: GPU
+    spec: ModelSpec
+    int8: bool
+    tokens: int
+    work: Work
+    step: int
+    turns: int
+
+
+def delta_call(desk: Desk, weights: DeltaMatrices, place: DeltaPlace) -> DeltaCall:
+    """Return what a DeltaNet layer's kernels compute with, for one token or a prompt."""
+    inputs = starts(desk.work.inputs, delta_parts(desk.spec), desk.tokens)
+    return DeltaCall(
+        DeltaWeights(weights.conv, weights.decay, weights.dt_bias, weights.out_norm, desk.spec.eps),
+        DeltaInputs(*inputs),
+        place,
+        form(desk.work.mixed, weights.output.type, int8=desk.int8),
+    )
+
+
+def attend_call(desk: Desk, weights: AttentionMatrices, place: KVPlace) -> AttendCall:
+    """Return what an attention layer's kernels compute with, for one token or a prompt."""
+    inputs = starts(desk.work.inputs, attention_parts(desk.spec), desk.tokens)
+    return AttendCall(
+        AttendWeights(weights.q_norm, weights.k_norm, desk.turns, desk.spec.eps),
+        AttendInputs(*inputs),
+        place,
+        form(desk.work.mixed, weights.output.type, int8=desk.int8),
+    )
+
+
+def _mixer(
+    desk: Desk, mixer: AttentionMatrices | DeltaMatrices, place: DeltaPlace | KVPlace
+) -> tuple[list[Part], Step, Rows]:
+    """Return the mixer's projections, its launch, and the rows that it leaves."""
+    gpu, spec = desk.gpu, desk.spec
+    if isinstance(mixer, DeltaMatrices):
+        assert isinstance(place, DeltaPlace)
+        delta_of = delta_call(desk, mixer, place)
+        mixed = Step("delta", delta(gpu, desk.step, spec.delta, delta_of))
+        return list(zip(mixer.inputs, delta_of.inputs, strict=True)), mixed, delta_of.out
+    assert isinstance(place, KVPlace)
+    attend_of = attend_call(desk, mixer, place)
+    mixed = Step("attend", attend(gpu, desk.step, spec.attention, attend_of))
+    return list(zip(mixer.inputs, attend_of.inputs, strict=True)), mixed, attend_of.out
+
+
+def decode_front(desk: Desk, weights: LayerMatrices, place: DeltaPlace | KVPlace) -> list[Step]:
+    """Return four launches: projections, mixer, its output, scores and the shared expert's half."""
+    gpu, work, eps, options = desk.gpu, desk.work, desk.spec.eps, Options(int8=desk.int8)
+    mixer, dense = weights.mixer, weights.moe
+    parts, mixed, rows = _mixer(desk, mixer, place)
+    shared = SharedMatrices(dense.gate, dense.up, dense.scale)
+    into = project(gpu, work.x, mixer.norm, eps, parts, options=options)
+    out = project_rows(gpu, rows, mixer.output, work.x, options=options)
+    norm = dense.norm, eps
+    scores = moe.scores(gpu, work.x, norm, dense.router, shared, work.moe, options=options)
+    return [Step("mixer in", into), mixed, Step("mixer out", out), Step("scores", scores)]
+
+
+def decode_back(
+    desk: Desk, weights: LayerMatrices, slots: ExpertSlots, layer: int, picks: int, *, choose: bool
+) -> list[Step]:
+    """Return two launches: experts in, experts out with shared expert and residual.
+
+    `picks` is the address of the layer's `step.picks`; with `choose` the device writes them.
+    """
+    gpu, spec, work, options = desk.gpu, desk.spec, desk.work, Options(int8=desk.int8)
+    layout, top_k = slots.layout(layer), spec.moe.top_k
+    table = Choose(slots.row_address(layer), spec.moe.n_experts) if choose else None
+    into = moe.experts_in(gpu, layout, top_k, picks, work.moe, choose=table, options=options)
+    out = moe.experts_out(
+        gpu, layout, (top_k, picks), weights.moe.down, work.moe, work.x, options=options
+    )
+    return [Step("experts in", into), Step("experts out", out)]

@@ -1,0 +1,329 @@
+"""The layers of a model that one GPU hosts: plain verbs, from tokens to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.errors import DeviceError
+from fomoe.gguf.extents import ExpertTable, tensor_name
+from fomoe.gguf.reader import GGUFFile
+from fomoe.kernels.gpu.attention import rope_turns
+from fomoe.kernels.gpu.gpu import GPU
+from fomoe.kernels.gpu.rehearsal import Rehearsal
+from fomoe.kernels.gpu.runtime import Runtime
+from fomoe.kernels.gpu.step import STEP
+from fomoe.model.buffers import F32
+from fomoe.model.gpu.decode import Desk
+from fomoe.model.gpu.head import HeadMail
+from fomoe.model.gpu.options import HostOptions
+from fomoe.model.gpu.passes import Held, Mail, build
+from fomoe.model.gpu.planning import planned_bytes, resident_bytes
+from fomoe.model.gpu.program import time_steps
+from fomoe.model.gpu.slots import U8, ExpertSlots
+from fomoe.model.gpu.states import States, StateSnapshot
+from fomoe.model.gpu.transfer import Mirror, Signal
+from fomoe.model.gpu.weights import place_ends, place_layer
+from fomoe.model.gpu.work import Work
+from fomoe.model.linear import Weights
+from fomoe.model.spec import ModelSpec
+
+__all__ = ["Decoded", "GPUModel", "planned_bytes", "resident_bytes"]
+
+I32 = npt.NDArray[np.int32]
+
+_F32_BYTES = 4
+_AHEAD = 8  # decode steps that keep a device busy while the host queues launches to be timed
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a decode step by the device's own choice came to.
+
+    Attributes:
+        token: the id of the largest logit (ties: the lower id).
+        logit: its logit.
+        log_sum: logarithm of the sum of all logits' exponentials.
+        ids: int32 [L, K], each layer's experts, ascending.
+        weights: float32 [L, K], in the order of `ids`.
+    """
+
+    token: int
+    logit: float
+    log_sum: float
+    ids: I32
+    weights: F32
+
+
+class GPUModel:
+    """Hosts `options.layers` of a model; verbs queue work, those that return something wait.
+
+    A pass is `begin`, `embed` or `put_hidden`, then `front`, `scores` and `back` of each layer;
+    where everything is on this device, `decode` and `prefill` do all of it without the host.
+    Layers go by their number in the model. Arrays that are returned stand until the next call.
+    """
+
+    def __init__(self, gpu: GPU, file: GGUFFile, spec: ModelSpec, options: HostOptions) -> None:
+        """Load dense weights and take all memory but the expert slots.
+
+        Raises:
+            DeviceError: the arena is too small, or a tensor's type has no kernel.
+        """
+        options.check(spec)
+        self.gpu, self.spec, self.options = gpu, spec, options
+        self._file = file
+        self._table = ExpertTable.from_gguf(file, spec.n_layers)
+        self.slots = ExpertSlots(gpu, self._table, spec, options.layers)
+        weights = Weights(file)
+        ends = place_ends(gpu, weights, spec, embedding=options.embedding, head=options.head)
+        layers = {layer: place_layer(gpu, weights, spec, layer) for layer in options.layers}
+        self.states = States(gpu, spec, options)
+        step = Mirror(gpu, (1,), STEP)
+        turns = rope_turns(spec.attention)
+        turns_at = gpu.arena.take(turns.nbytes)
+        gpu.upload(turns_at, turns)
+        work = Work.take(gpu, spec, options)
+        desk = Desk(gpu, spec, options.int8, options.max_tokens, work, step.address, turns_at)
+        self._work = work
+        self._mail = Mail.of(desk, step, options)
+        held = Held(layers, ends, self.states, self.slots)
+        head_mail = HeadMail.of(desk) if options.head else None
+        rehearsal = Rehearsal(gpu)
+        build(replace(desk, gpu=rehearsal), self._mail, held, head_mail, graphs=False)
+        gpu.prepare(rehearsal.jobs)
+        self._passes = build(desk, self._mail, held, head_mail, graphs=options.graphs)
+        self._head = self._passes.head
+        self._begun, self._scored = Signal(gpu, options.wait_s), Signal(gpu, options.wait_s)
+        self._ended = Signal(gpu, options.wait_s)
+        self._tokens = 1
+        self._has_logits = False
+
+    @property
+    def runtime(self) -> Runtime:
+        """The device's driver."""
+        return self.gpu.runtime
+
+    # Experts
+
+    def add_slots(self, counts: Sequence[int]) -> None:
+        """Take `counts[c]` expert slots of each size class of the model's `ExpertTable`."""
+        self.slots.add(counts)
+
+    def add_all_slots(self) -> None:
+        """Take a slot for every expert of the hosted layers."""
+        classes = [self.slots.class_of(layer) for layer in self.options.layers]
+        each = self.spec.moe.n_experts
+        self.add_slots([each * classes.count(c) for c in range(len(self._table.classes))])
+
+    def load_expert(self, layer: int, expert: int, slot: int, blocks: Sequence[U8]) -> None:
+        """Write an expert's gate, up and down blocks into a slot, and publish it; waits."""
+        self.slots.load(layer, expert, slot, blocks)
+        self.slots.publish(layer)
+
+    def load_experts(self) -> None:
+        """Read every expert of the hosted layers into a slot of its own."""
+        used = [0] * len(self._table.classes)
+        names, count = self._table.part_names, self.spec.moe.n_experts
+        for layer in self.options.layers:
+            size_class = self.slots.class_of(layer)
+            tensors = [self._file.read(tensor_name(layer, name)) for name in names]
+            each = [tensor.reshape(count, -1) for tensor in tensors]
+            if len(each) == 2:  # fused: the gate's rows lie before the up projection's
+                half = each[0].shape[1] // 2
+                each = [each[0][:, :half], each[0][:, half:], each[1]]
+            for expert in range(count):
+                blocks = [part[expert] for part in each]
+                self.slots.load(layer, expert, used[size_class], blocks)
+                used[size_class] += 1
+        self.slots.publish()
+
+    # Sequences
+
+    def reset(self, state: int) -> None:
+        """Empty a state."""
+        self.states.reset(state)
+
+    def copy_state(self, to: int, origin: int, length: int) -> None:
+        """Make a state what another one is after `length` tokens."""
+        self.states.copy(to, origin, length)
+
+    def snapshot(self, state: int, length: int) -> StateSnapshot:
+        """Return a copy of a state after `length` tokens; waits for it."""
+        return self.states.snapshot(state, length)
+
+    def restore(self, state: int, snapshot: StateSnapshot) -> None:
+        """Return a state to a snapshot; waits for it."""
+        self.states.restore(state, snapshot)
+
+    # A pass, half a layer at a time
+
+    def begin(self, tokens: I32, position: int, state: int = 0) -> None:
+        """Begin a pass of int32 [T] at a position of a state."""
+        self._write_step(tokens, position, state)
+        self._mail.step.send()
+        if len(tokens) > 1:
+            self._mail.tokens.send(0, 4 * len(tokens))
+        self._begun.mark()
+
+    def embed(self) -> None:
+        """Take the tokens' embedding as the residual stream."""
+        self._passes.embed(self._tokens).run()
+
+    def put_hidden(self, address: int) -> None:
+        """Take float32 [T, D] at an address of registered host memory as the residual stream."""
+        self.runtime.copy(self._work.x, address, self._hidden_bytes, self.gpu.stream)
+
+    def take_hidden(self, address: int) -> None:
+        """Write the residual stream to an address of registered host memory; waits for it."""
+        self.runtime.copy(address, self._work.x, self._hidden_bytes, self.gpu.stream)
+        self._ended.mark()
+        self._ended.wait("a residual stream")
+
+    def front(self, layer: int) -> None:
+        """Run a layer up to the router's scores."""
+        self._passes.front(layer, self._tokens).run()
+        if self._tokens > 1:
+            self._mail.scores.fetch(0, _F32_BYTES * self._tokens * self.spec.moe.n_experts)
+        self._scored.mark()
+
+    def scores(self, layer: int) -> F32:
+        """Return the scores float32 [T, E] of the layer whose front ran last; waits for them."""
+        self._scored.wait(f"the router's scores of layer {layer}")
+        scores: F32 = self._mail.scores.host[: self._tokens]
+        return scores
+
+    def back(self, layer: int, ids: I32, weights: F32) -> None:
+        """Run experts int32 [T, K] with weights float32 [T, K] and close the layer.
+
+        Raises:
+            DeviceError: one of them is not resident.
+        """
+        addresses = self.slots.addresses(layer, ids)
+        row = self.options.layers.index(layer)
+        order = np.argsort(ids, axis=1)
+        ids, weights = np.take_along_axis(ids, order, 1), np.take_along_axis(weights, order, 1)
+        if self._tokens == 1:
+            record = self._mail.picks.host[row]
+            record["address"] = addresses[:, 0, order[0]]
+            record["id"], record["weight"] = ids[0], weights[0]
+        else:
+            self._mail.ids.host[row, : len(ids)] = ids
+            self._mail.weights.host[: len(ids)] = weights
+            nbytes = _F32_BYTES * ids.size
+            self._mail.ids.send(row * self._mail.ids.host[0].nbytes, nbytes)
+            self._mail.weights.send(0, nbytes)
+        self._passes.back(layer, self._tokens).run()
+
+    def own_back(self, layer: int) -> None:
+        """Run the router's own choice, with the bits of a whole pass, and close the layer.
+
+        All that it chooses must be resident, and published.
+        """
+        self._passes.own_back(layer, self._tokens).run()
+
+    # Whole passes
+
+    def decode(self, token: int, position: int, state: int = 0) -> None:
+        """Run one token through all layers and the head, by the device's own choice."""
+        self._write_step(np.array([token], np.int32), position, state)
+        self._passes.whole(1).run()
+        self._begun.mark()
+        self._has_logits = True
+
+    def decoded(self) -> Decoded:
+        """Return what the last `decode` came to; waits for it."""
+        self._begun.wait("a token")
+        assert self._head is not None
+        picked, result = self._mail.picks.host, self._head.result
+        return Decoded(
+            int(result["id"]), float(result["logit"]), float(result["log_sum"]),
+            picked["id"], picked["weight"],
+        )  # fmt: skip
+
+    def prefill(self, tokens: I32, position: int, state: int = 0) -> I32:
+        """Run int32 [T] through all layers by the device's own choice; waits for it.
+
+        Returns:
+            int32 [L, T, K], each layer's experts, ascending.
+        """
+        if len(tokens) == 1:
+            self.decode(int(tokens[0]), position, state)
+            return self.decoded().ids[:, None]
+        self.begin(tokens, position, state)
+        self._passes.whole(len(tokens)).run()
+        ids = self._mail.ids
+        for row in range(len(self.options.layers)):
+            start, nbytes = row * ids.host[0].nbytes, len(tokens) * ids.host[0, 0].nbytes
+            ids.fetch(start, nbytes)
+        self._begun.mark()
+        self._begun.wait("a prompt's tokens")
+        chosen: I32 = ids.host[:, : len(tokens)]
+        return chosen
+
+    # The end of a pass
+
+    def logits(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> F32:
+        """Return float32 [n, V] of rows of the pass; waits for them."""
+        if self._head is None:
+            raise DeviceError("this device hosts no head; ask the one with the last layer")
+        if not self._has_logits:
+            self._head.run([int(row) for row in rows])
+        logits = self._head.fetch(len(rows))
+        self._ended.mark()
+        self._ended.wait("logits")
+        return logits
+
+    def largest(self) -> tuple[int, float, float]:
+        """Return id, logit and log sum of the row whose logits were computed last; waits."""
+        if self._head is None:
+            raise DeviceError("this device hosts no head; ask the one with the last layer")
+        self._ended.mark()
+        self._ended.wait("the largest logit")
+        result = self._head.result
+        return int(result["id"]), float(result["logit"]), float(result["log_sum"])
+
+    # Figures
+
+    def launches(self) -> dict[int, int]:
+        """Return the kernels that a decode step launches in each layer, by layer."""
+        passes = self._passes
+        return {
+            layer: passes.front(layer, 1).n_launches + passes.back(layer, 1).n_launches
+            for layer in self.options.layers
+        }
+
+    def time_launches(self, token: int, position: int, state: int = 0) -> list[tuple[str, float]]:
+        """Return name and microseconds on the device of each step of a decode step, in order."""
+        whole = self._passes.whole(1)
+        self._write_step(np.array([token], np.int32), position, state)
+
+        def ahead() -> None:
+            for _ in range(_AHEAD):
+                whole.run()
+
+        times = time_steps(self.gpu, whole.steps, ahead)
+        return [(step.name, time) for step, time in zip(whole.steps, times, strict=True)]
+
+    def close(self) -> None:
+        """Wait for the work and give the device's memory back."""
+        self.gpu.close()
+
+    @property
+    def _hidden_bytes(self) -> int:
+        return _F32_BYTES * self._tokens * self.spec.hidden
+
+    def _write_step(self, tokens: I32, position: int, state: int) -> None:
+        """Fill the host's step block once the device has read the one before."""
+        count, options = len(tokens), self.options
+        if not 1 <= count <= options.max_tokens or position + count > options.ctx_size:
+            raise DeviceError(
+                f"{count} tokens at position {position}: a pass has 1 to {options.max_tokens}, "
+                f"the context {options.ctx_size}"
+            )
+        self._begun.wait("the pass before")
+        self._tokens, self._has_logits = count, False
+        self._mail.step.host[0] = (int(tokens[0]), position, count, 0, self.states.base(state))
+        self._mail.tokens.host[:count] = tokens

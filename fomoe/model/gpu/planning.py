@@ -1,0 +1,91 @@
+"""How much memory a device needs for its part of a model, before any device is asked."""
+
+from __future__ import annotations
+
+from fomoe.gguf.extents import ExpertTable
+from fomoe.gguf.reader import GGUFFile
+from fomoe.kernels.gpu.state import TILE
+from fomoe.kernels.gpu.step import picks
+from fomoe.model.gpu.options import HostOptions
+from fomoe.model.gpu.passes import bucket_sizes
+from fomoe.model.gpu.slots import expert_layout, slot_bytes
+from fomoe.model.gpu.states import state_layout
+from fomoe.model.gpu.work import work_bytes
+from fomoe.model.spec import ModelSpec
+
+_ALIGN = 256
+_MOST_SPLITS = 128  # parts of a context, see `attend_plan`
+_PAIR_CHUNK = 64  # tokens, see `pair_buffers`
+_LEAST_TILE = 16  # tokens
+_SMALL_BYTES = 256 << 10  # step blocks, counters, what kernels leave for their last group
+
+
+def planned_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
+    """Return what weights, states and work take of an arena, rounded up; no expert slots."""
+    options.check(spec)
+    states = options.n_states * _aligned(state_layout(spec, options).nbytes)
+    parts = (
+        _dense_bytes(file, spec, options), states, work_bytes(spec, options),
+        _mail_bytes(spec, options), _mixer_bytes(spec, options),
+        _pair_bytes(file, spec, options), _SMALL_BYTES,
+    )  # fmt: skip
+    return sum(parts)
+
+
+def resident_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
+    """Return what slots for every expert of the hosted layers take beside that."""
+    table = ExpertTable.from_gguf(file, spec.n_layers)
+    layouts = [expert_layout(table, spec, layer) for layer in options.layers]
+    return sum(spec.moe.n_experts * slot_bytes(layout) for layout in layouts) + _ALIGN * len(
+        table.classes
+    )
+
+
+def _dense_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
+    hosted = {f"blk.{layer}" for layer in options.layers}
+    total = 0
+    for name, info in file.tensors.items():
+        block = ".".join(name.split(".")[:2])
+        if block in hosted and "_exps." not in name:
+            total += _aligned(info.nbytes)
+    tied = "output.weight" not in file.tensors
+    embedding = _aligned(file.tensors["token_embd.weight"].nbytes)
+    head = embedding if tied else _aligned(file.tensors["output.weight"].nbytes)
+    total += embedding if options.embedding else 0
+    total += head if options.head and not (tied and options.embedding) else 0
+    return total + _aligned(4 * spec.hidden)
+
+
+def _mail_bytes(spec: ModelSpec, options: HostOptions) -> int:
+    moe, n_layers = spec.moe, len(options.layers)
+    ids = 4 * n_layers * options.max_tokens * moe.top_k
+    table = 3 * 8 * n_layers * moe.n_experts
+    small = 4 * options.max_tokens, n_layers * picks(moe.top_k).itemsize
+    return sum(map(_aligned, (ids, table, *small)))
+
+
+def _mixer_bytes(spec: ModelSpec, options: HostOptions) -> int:
+    """Bytes that decode kernels of mixers keep for their last group."""
+    a, d = spec.attention, spec.delta
+    splits = min(_MOST_SPLITS, -(-options.ctx_size // TILE))
+    attention = _aligned(4 * a.n_heads * splits * (a.head_dim + 2)) + _aligned(4 * a.n_heads)
+    delta = _aligned(4 * d.inner) + _aligned(4 * d.n_v_heads)
+    kinds = [spec.layers[layer] for layer in options.layers]
+    return attention * kinds.count("attention") + delta * kinds.count("delta")
+
+
+def _pair_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
+    table, moe = ExpertTable.from_gguf(file, spec.n_layers), spec.moe
+    n_layouts = len({expert_layout(table, spec, layer).types for layer in options.layers})
+    total = 0
+    for tokens in bucket_sizes(options.max_tokens):
+        pairs = tokens * moe.top_k
+        tiles = min(moe.n_experts, pairs) + pairs // _LEAST_TILE
+        before = -(-tokens // _PAIR_CHUNK) * moe.n_experts
+        sizes = before, 1, 1, 2 * tiles, moe.n_experts + 1, pairs, pairs
+        total += sum(_aligned(4 * size) for size in sizes)
+    return n_layouts * total
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN) * _ALIGN

@@ -1,0 +1,71 @@
+"""Arrays that both sides see, and bounded waits for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.kernels.gpu.gpu import GPU
+from fomoe.kernels.gpu.runtime import poll
+
+
+class Mirror:
+    """An array in device memory (at `address`, where it is there) with a twin in pinned memory.
+
+    Attributes:
+        address: of the device's part.
+        host: the twin; a copy that is under way reads or writes it.
+    """
+
+    def __init__(
+        self, gpu: GPU, shape: tuple[int, ...], dtype: npt.DTypeLike, address: int = 0
+    ) -> None:
+        kind = np.dtype(dtype)
+        self._gpu = gpu
+        self._nbytes = int(np.prod(shape)) * kind.itemsize
+        self._pinned = gpu.runtime.pinned(self._nbytes)
+        self.address = address or gpu.arena.take(self._nbytes)
+        self.host: npt.NDArray[Any] = self._pinned.array[: self._nbytes].view(kind).reshape(shape)
+        self.host[...] = np.zeros((), kind)
+
+    def send(self, start: int = 0, nbytes: int | None = None) -> None:
+        """Queue a copy of bytes `start` and on from the host to the device."""
+        self._copy(self.address, self._pinned.address, start, nbytes)
+
+    def fetch(self, start: int = 0, nbytes: int | None = None) -> None:
+        """Queue a copy of bytes `start` and on from the device to the host."""
+        self._copy(self._pinned.address, self.address, start, nbytes)
+
+    def _copy(self, to: int, source: int, start: int, nbytes: int | None) -> None:
+        count = self._nbytes - start if nbytes is None else nbytes
+        self._gpu.runtime.copy(to + start, source + start, count, self._gpu.stream)
+
+
+class Signal:
+    """A point in the device's work; the host waits for it with a bound."""
+
+    def __init__(self, gpu: GPU, wait_s: float) -> None:
+        self._gpu = gpu
+        self._event = gpu.runtime.event()
+        self._wait_s = wait_s
+        self._marked = False
+
+    def mark(self) -> None:
+        """Set the point behind everything that has been queued."""
+        self._gpu.runtime.record(self._event, self._gpu.stream)
+        self._marked = True
+
+    @property
+    def passed(self) -> bool:
+        """Whether the device has come to the point set last; true where none was."""
+        return not self._marked or self._gpu.runtime.done(self._event)
+
+    def wait(self, what: str) -> None:
+        """Return when the device has come to the point.
+
+        Raises:
+            DeviceError: it has not within the bound.
+        """
+        poll(lambda: self.passed, self._wait_s, f"{what} on {self._gpu.runtime.name}")

@@ -1,0 +1,217 @@
+"""A model's layers on an emulated GPU, against the golden vectors and against each other."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference.qwen35moe_f64 import forward, relative_l2
+from support.hosted_gpu import decode_logits, hosted, prefill_logits
+
+from fomoe.errors import ConfigError, DeviceError
+from fomoe.gguf.reader import open_gguf
+from fomoe.model.archs import read_spec
+from fomoe.model.gpu.host import GPUModel, planned_bytes
+from fomoe.model.gpu.options import HostOptions
+from fomoe.model.gpu.slots import slot_bytes
+from fomoe.routing import route_exact
+
+VECTORS = Path(__file__).parents[1] / "vectors"
+# Of tests/model/test_golden.py, for the same reasons.
+BOUND = {"f32": 1e-4, "f16": 5e-3}
+# Models whose types have kernels, and what the others are refused for. A float matrix's rows must
+# be whole 32 values, which those of `f16_untied` are not.
+NAMES = ("f32_fused", "f32_tied", "narrow_q4_k_m", "wide_q4_k_m")
+REFUSED = {
+    "f16_untied": "48 columns", "narrow_iq4_xs": "IQ4_NL", "narrow_q2_k": "Q[234]_",
+    "narrow_q5_k_m": "Q5_1",
+}  # fmt: skip
+TOKENS = 12
+
+
+def golden(name: str, tokens: int = TOKENS) -> tuple[Path, list[int], np.ndarray]:
+    data = np.load(VECTORS / f"{name}.npz")
+    return VECTORS / f"{name}.gguf", data["tokens"][:tokens].tolist(), data["logits"][:tokens]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_models_token_by_token(name: str) -> None:
+    path, tokens, expected = golden(name)
+    with hosted(path, kv_dtype="f32") as model:
+        assert relative_l2(decode_logits(model, tokens), expected).max() <= BOUND["f32"]
+        assert set(model.launches().values()) == {6}
+
+
+@pytest.mark.parametrize("name", ["f32_tied", "wide_q4_k_m"])
+def test_golden_models_as_prompts(name: str) -> None:
+    path, tokens, expected = golden(name)
+    with hosted(path, kv_dtype="f32", max_tokens=16) as model:
+        whole = prefill_logits(model, tokens, TOKENS)
+        assert relative_l2(whole, expected).max() <= BOUND["f32"]
+        model.reset(0)
+        parts = prefill_logits(model, tokens, 5)
+        assert relative_l2(parts, expected).max() <= BOUND["f32"]
+        model.reset(0)
+        mixed = prefill_logits(model, tokens[:7], 7), decode_logits(model, tokens[7:], 7)
+        assert relative_l2(np.concatenate(mixed), expected).max() <= BOUND["f32"]
+
+
+def test_f16_cache_rounds_keys_and_values_and_nothing_else() -> None:
+    path, tokens, _ = golden("f32_tied")
+    expected = forward(path, tokens, kv="f16").logits
+    with hosted(path, max_tokens=16) as model:
+        assert relative_l2(prefill_logits(model, tokens, 16), expected).max() <= BOUND["f32"]
+        model.reset(0)
+        assert relative_l2(decode_logits(model, tokens), expected).max() <= BOUND["f32"]
+
+
+def test_int8_activations_are_rounded_as_specified() -> None:
+    """As in test_golden.py: a value on the edge of two steps moves all that comes after it."""
+    path, tokens, _ = golden("wide_q4_k_m", 24)
+    pairs = np.array(tokens).reshape(-1, 2).tolist()
+    exact = {"decode": 0, "prompt": 0}
+    with hosted(path, kv_dtype="f32", int8=True, max_tokens=16) as model:
+        for pair in pairs:
+            expected = forward(path, pair, activations="int8").logits
+            model.reset(0)
+            exact["decode"] += relative_l2(decode_logits(model, pair), expected).max() <= 1e-4
+            model.reset(0)
+            exact["prompt"] += relative_l2(prefill_logits(model, pair, 2), expected).max() <= 1e-4
+    assert min(exact.values()) >= len(pairs) // 2, exact
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_no_kernel_takes_are_refused_by_type(name: str) -> None:
+    path, _, _ = golden(name)
+    with pytest.raises(DeviceError, match=REFUSED[name]), hosted(path):
+        pass
+
+
+def test_graphs_and_single_launches_give_the_same_bits() -> None:
+    path, tokens, _ = golden("f32_tied")
+    found = []
+    for graphs in (True, False):
+        with hosted(path, graphs=graphs, max_tokens=16) as model:
+            prompt = prefill_logits(model, tokens[:8], 8)
+            found.append(np.concatenate([prompt, decode_logits(model, tokens[8:], 8)]))
+    np.testing.assert_array_equal(*found)
+
+
+def test_wave_sizes_agree() -> None:
+    path, tokens, expected = golden("f32_tied")
+    with hosted(path, wave=64, kv_dtype="f32") as model:
+        assert relative_l2(decode_logits(model, tokens[:6]), expected[:6]).max() <= BOUND["f32"]
+
+
+def test_states_are_set_aside_copied_and_taken_up_again() -> None:
+    path, tokens, _ = golden("f32_tied")
+    with hosted(path, n_states=2) as model:
+        decode_logits(model, tokens[:5])
+        kept = model.snapshot(0, 5)
+        model.copy_state(1, 0, 5)
+        expected = decode_logits(model, tokens[5:], 5)
+        np.testing.assert_array_equal(decode_logits(model, tokens[5:], 5, state=1), expected)
+        model.restore(0, kept)
+        np.testing.assert_array_equal(decode_logits(model, tokens[5:], 5), expected)
+        with pytest.raises(DeviceError, match="state 2"):
+            model.reset(2)
+
+
+def host_pass(models: list[GPUModel], tokens: list[int], position: int) -> np.ndarray:
+    """A pass as a driver runs it: routes by the host, layer l on device l mod n; logits [T, V]."""
+    spec, ids = models[0].spec, np.array(tokens, np.int32)
+    hidden = models[0].runtime.pinned(4 * spec.hidden * len(tokens))
+    for model in models:
+        model.begin(ids, position, 0)
+    models[0].embed()
+    for layer in range(spec.n_layers):
+        model = models[layer % len(models)]
+        if layer and len(models) > 1:
+            model.put_hidden(hidden.address)
+        model.front(layer)
+        route = route_exact(model.scores(layer), spec.moe.top_k)
+        model.back(layer, route.ids, route.weights)
+        if len(models) > 1:
+            model.take_hidden(hidden.address)
+    logits = model.logits(range(len(tokens))).copy()
+    models[0].runtime.unpin(hidden)
+    return logits
+
+
+def test_the_hosts_routes_on_one_device_and_on_two() -> None:
+    """The host's softmax may differ in the last bit from the device's; places may not matter."""
+    path, tokens, expected = golden("f32_tied")
+    found = []
+    for parts in (((0, 1, 2),), ((0, 2), (1,))):
+        with ExitStack() as stack:
+            models = [
+                stack.enter_context(hosted(path, layers=layers, kv_dtype="f32", max_tokens=16,
+                                           embedding=0 in layers, head=2 in layers))
+                for layers in parts
+            ]  # fmt: skip
+            prompt = host_pass(models, tokens[:7], 0)
+            rows = [host_pass(models, [token], 7 + i) for i, token in enumerate(tokens[7:])]
+            found.append(np.concatenate([prompt, *rows]))
+    np.testing.assert_array_equal(*found)
+    assert relative_l2(found[0], expected).max() <= BOUND["f32"]
+
+
+def test_an_expert_that_is_not_resident_is_named() -> None:
+    path, tokens, _ = golden("f32_tied")
+    with hosted(path) as model:
+        model.slots.set(1, 3, None)
+        model.begin(np.array(tokens[:1], np.int32), 0)
+        with pytest.raises(DeviceError, match=r"layer 1: experts \[3\]"):
+            model.back(1, np.array([[2, 3]], np.int32), np.ones((1, 2), np.float32))
+
+
+def test_largest_is_that_of_the_logits() -> None:
+    path, tokens, _ = golden("f32_tied")
+    with hosted(path) as model:
+        model.decode(tokens[0], 0)
+        found, row = model.decoded(), model.logits([0])[0]
+        assert (found.token, found.logit) == (int(row.argmax()), float(row.max()))
+        log_sum = np.log(np.exp(row.astype(np.float64)).sum())
+        assert found.log_sum == pytest.approx(log_sum, abs=1e-5)
+        assert found.weights.sum(axis=1) == pytest.approx(1, abs=1e-6)
+        assert (np.diff(found.ids, axis=1) > 0).all()
+
+
+def test_every_launch_of_a_token_is_timed() -> None:
+    path, tokens, _ = golden("f32_tied")
+    with hosted(path) as model:
+        times = model.time_launches(tokens[0], 0)
+        names = [name for name, _ in times]
+        assert names.count("experts out") == model.spec.n_layers
+        assert all(micros >= 0 for _, micros in times)
+
+
+def test_the_plan_holds_what_is_taken() -> None:
+    path, _, _ = golden("wide_q4_k_m")
+    file = open_gguf(path)
+    spec = read_spec(file)
+    options = HostOptions(layers=(0, 1), ctx_size=64, int8=False, max_tokens=16)
+    with hosted(path, max_tokens=16) as model:
+        each = [slot_bytes(model.slots.layout(layer)) for layer in options.layers]
+        taken = model.gpu.arena.used - spec.moe.n_experts * sum(each)
+    planned = planned_bytes(file, spec, options)
+    assert 0.5 * planned < taken <= planned
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"layers": (1, 0)}, {"layers": (0, 9)}, {"kv_dtype": "q8_0"}, {"n_states": 0}]
+)
+def test_parts_that_no_model_has_are_refused(wrong: dict[str, object]) -> None:
+    path, _, _ = golden("f32_tied")
+    with pytest.raises(ConfigError), hosted(path, **wrong):
+        pass
+
+
+def test_passes_that_do_not_fit_are_refused() -> None:
+    path, _, _ = golden("f32_tied")
+    with hosted(path, ctx_size=8) as model:
+        for tokens, position in ((2, 0), (0, 0), (1, 8)):
+            with pytest.raises(DeviceError, match="position"):
+                model.begin(np.zeros(tokens, np.int32), position)
