@@ -52,8 +52,8 @@ the driver plans the next layer's on another device without waiting for the answ
 
 Which answer frees what. A slot of the segment is free when the RAM tier does not hold its expert,
 the expert's VRAM slot has its bytes, and every record that names it is answered: `GpuSegment`
-counts those. The planner never gives a VRAM slot away between STEP and DONE, and a slot of the segment
-never while a record names it. A read that storage may still be writing is no target of a DEMOTE.
+counts those. The planner never gives a VRAM slot away between STEP and DONE, and a slot of the
+segment never while a record names it, nor to a DEMOTE while storage may be writing to it.
 
 Prompts. A sweep's waves come in ascending expert id and end in that order. The device adds each
 wave to the result [T, D] of the chunk, expert after expert ascending, by float32 fma: the first

@@ -1,10 +1,10 @@
 """The segment of a node of GPUs: RAM tier and staging in host memory, beside slots in VRAM.
 
 An expert has a slot of the segment while its bytes are nowhere else: they are being read, they wait
-for their copy into VRAM, or the RAM tier holds them. The slots beyond those of the RAM tier are the
-*staging* part; what passes through it on the way to VRAM leaves it when the copy has ended. Who
-copies, and when, says `fomoe.engine.copies`; this class keeps the accounts. `VramSlots` (vram.h) does
-the same on the same arrays for steps and guesses.
+for their copy into VRAM, or the RAM tier holds them. The slots beyond those of the RAM tier are
+the *staging* part; what passes through it on the way to VRAM leaves it when the copy has ended. Who
+copies, and when, says `fomoe.engine.copies`; this class keeps the accounts. `VramSlots` (vram.h)
+does the same on the same arrays for steps and guesses.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ uses resident ones in place at their turn. What the ring may take is decided her
 layer holds the worthiest experts up to its share, which is its quota less its part of the ring.
 
 Unlike a step's plan a sweep pins nothing and moves nothing between tiers: it places experts into
-free slots and drops others, and nobody else changes the tables of its pool meanwhile. Where a device
-cannot compute in RAM, experts that lie there pass through borrowed slots of its ring.
+free slots and drops others, and nobody else changes the tables of its pool meanwhile. Where a
+device cannot compute in RAM, experts that lie there pass through borrowed slots of its ring.
 """
 
 from __future__ import annotations
