@@ -171,6 +171,7 @@ void WavePlanner::count(const int32_t* experts, int64_t n, int64_t fetches) {
   }
   for (const int32_t e : in_ram_)
     if (source_[e] != kNvme) source_[e] = int8_t(kRam);
+  a_.counts->computed_in_ram = int64_t(in_ram_.size());
   for (int64_t i = first_; i < first_ + n; ++i) {
     const int32_t tier = source_[a_.experts[i]];
     a_.counts->by_tier[tier] += a_.pairs[i];

@@ -36,7 +36,7 @@ __all__ = [
     "WavePlanner",
 ]
 
-_COUNTS = 14
+_COUNTS = 15
 GUESSED = 11  # where the prefetches used stand that a look-ahead asked for
 BACKGROUND = 12  # where the background reads stand
 
@@ -77,10 +77,10 @@ class WaveArrays:
         reads: records of `READ` [2 E], what the last call asks storage for.
         copies: records of `COPY` [4 E], what the last call asks the GPU for.
         arm: int32 [k + 1], how many of so many experts of a token in RAM are computed there.
-        counts: int64 [14] of the last call: activations whose bytes came from device, RAM, NVMe;
+        counts: int64 [15] of the last call: activations whose bytes came from device, RAM, NVMe;
             substitutes alike; prefetches used; issued; bytes read; promoted (to a GPU: all bytes
             that cross its link); demoted; prefetches used that a look-ahead of this planner asked
-            for; background reads and their bytes.
+            for; background reads and their bytes; experts to be computed in RAM.
     """
 
     def __init__(self, layout: WaveLayout, n_experts: int, max_tokens: int, top_k: int) -> None:
@@ -248,7 +248,7 @@ class WavePlanner:
     def charge(self, totals: HostCounters, *, decoding: bool) -> None:
         """Add what the last call cost to the totals."""
         device, ram, nvme, on_device, in_ram, in_file, *rest = self.arrays.counts.tolist()
-        used, issued, read, promoted, demoted, guessed, _, later = rest
+        used, issued, read, promoted, demoted, guessed, _, later, stayed = rest
         if decoding:
             totals.hits_device += device
             totals.hits_ram += ram
@@ -263,6 +263,7 @@ class WavePlanner:
             totals.prompt_hits_ram += ram
             totals.prompt_reads_nvme += nvme
         totals.background_bytes += later
+        totals.computed_in_ram += stayed
         totals.prefetch_used += used
         totals.prefetch_issued += issued
         totals.nvme_bytes += read

@@ -292,7 +292,7 @@ def test_addresses_of_parts():
 
 def test_counts_are_charged_to_prompts_and_answers_apart():
     engines = small()
-    engines.native.arrays.counts[:] = range(1, 15)
+    engines.native.arrays.counts[:] = range(1, 16)
     totals = HostCounters()
     engines.native.charge(totals, decoding=True)
     assert (totals.hits_device, totals.hits_ram, totals.reads_nvme) == (1, 2, 3)
@@ -305,7 +305,7 @@ def test_counts_are_charged_to_prompts_and_answers_apart():
     assert (totals.prefetch_used, totals.prefetch_issued) == (14, 16)
     assert (totals.prefetched, totals.prefetched_used) == (8, 12)
     assert (totals.nvme_bytes, totals.ram_bytes, totals.demoted_bytes) == (18, 20, 22)
-    assert totals.background_bytes == 28
+    assert (totals.background_bytes, totals.computed_in_ram) == (28, 30)
 
 
 def test_a_broken_row_is_named_and_changes_nothing():

@@ -74,7 +74,7 @@ class ReferenceGpuWaves(ReferenceWaves):
         ]
 
     def look_ahead(self, layer, scores, depth):
-        self.counts, self.is_ahead = np.zeros(14, np.int64), True
+        self.counts, self.is_ahead = np.zeros(15, np.int64), True
         self.step_copies = self.ahead_copies = np.empty(0, COPY)
         self.reads = self._records([], self.prefetch)
         if not np.isfinite(scores.max(axis=1)).all():

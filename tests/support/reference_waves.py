@@ -43,7 +43,7 @@ class ReferenceWaves:
             self.counts, self.reads = counts, np.concatenate([first, self.reads])
 
     def read_later(self, layer, experts):
-        self.counts = np.zeros(14, np.int64)
+        self.counts = np.zeros(15, np.int64)
         plan = self._prefetch(layer, experts)
         reads = self._fetch(plan)
         self.reads = self._records(reads, self.background_priority)
@@ -57,7 +57,7 @@ class ReferenceWaves:
                 self.ahead.charged[layer, fetch.expert] = False
                 self.ahead.misses += 1
                 self.ahead.credit += nbytes * self.ahead.budget_permille // 1000
-        self.counts[12:] = len(reads), len(reads) * nbytes
+        self.counts[12:14] = len(reads), len(reads) * nbytes
 
     def place(self, layer, route):
         groups = group_by_expert(route.ids)
@@ -107,7 +107,7 @@ class ReferenceWaves:
         self.entries = [tuple(int(x) for x in row) for row in rows]
 
     def look_ahead(self, layer, scores, depth):
-        self.counts = np.zeros(14, np.int64)
+        self.counts = np.zeros(15, np.int64)
         if not np.isfinite(scores.max(axis=1)).all():
             self.reads = self._records([], self.prefetch)
             return
@@ -144,11 +144,12 @@ class ReferenceWaves:
 
     def _by_tier(self, plan, experts):
         source = np.where(self.background[self.layer], Tier.DEVICE, self.unproven[self.layer])
-        counts = np.zeros(14, np.int64)
+        counts = np.zeros(15, np.int64)
         counts[6] = np.count_nonzero(source[experts] != Tier.DEVICE)
         for fetch in plan.fetches:
             if source[fetch.expert] != Tier.NVME:
                 source[fetch.expert] = fetch.source
+        counts[14] = len(self.in_ram)
         for expert in self.in_ram:
             if source[expert] != Tier.NVME:
                 source[expert] = Tier.RAM

@@ -28,7 +28,7 @@ class Storage:
         self.failing = set()  # keys whose next read fails
 
     def ask(self, records):
-        """Take READ records; returns the (layer, expert, generation) that they displace."""
+        """Take READ records; returns the (layer, expert, slot, generation) that they displace."""
         dropped = []
         for r in records:
             slot, generation, key = int(r["slot"]), int(r["generation"]), (r["layer"], r["expert"])
@@ -41,17 +41,17 @@ class Storage:
                 continue
             for job in [j for j in self.queue if j[0] == slot and not j[4] and j[3] != self.demand]:
                 self.queue.remove(job)
-                dropped.append((*job[2], job[1]))
+                dropped.append((*job[2], slot, job[1]))
             self.queue.append([slot, generation, key, priority, False])
         return dropped
 
     def drop(self, layer):
         gone = [j for j in self.queue if j[2][0] == layer and j[3] != self.demand and not j[4]]
         self.queue = [job for job in self.queue if job not in gone]
-        return [(*job[2], job[1]) for job in gone]
+        return [(*job[2], *job[:2]) for job in gone]
 
     def actions(self):
-        """What could happen next, as callables that return a failed (layer, expert, generation)."""
+        """What could happen next, as callables that return a failed read, as `ask`."""
         first = {}
         for job in self.queue:
             first.setdefault(job[0], job)
@@ -66,7 +66,7 @@ class Storage:
         self.queue.remove(job)
         if key in self.failing:
             self.failing.discard(key)
-            return (*key, generation)
+            return (*key, slot, generation)
         self.memory.content[slot] = key
         self.memory.word[slot] = generation
         return None

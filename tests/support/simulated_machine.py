@@ -132,9 +132,9 @@ class Machine:
 
     def fail(self, node, report):
         """As `Reads`: what waits for the read gives up, what nobody waits for is forgotten."""
-        layer, expert, generation = report
+        layer, expert, slot, generation = report
         key = ExpertKey(layer, expert)
-        if not self.segments[node].is_current(key, generation):
+        if not self.segments[node].is_current(key, slot, generation):
             return
         self.planner.forget(key)
         self.cancel()
@@ -152,9 +152,9 @@ class Machine:
         self.drop(self.node[layer], storage.ask(reads))
 
     def drop(self, node, dropped):
-        for layer, expert, generation in dropped:
+        for layer, expert, slot, generation in dropped:
             key = ExpertKey(layer, expert)
-            is_mine = self.segments[node].is_current(key, generation)
+            is_mine = self.segments[node].is_current(key, slot, generation)
             if is_mine and self.planner.arrays.unproven[layer, expert] != Tier.DEVICE:
                 self.planner.forget(key)
         self.cancel()
