@@ -50,12 +50,13 @@ def order_wave(segment: GpuSegment, residency: Residency, sweep: Sweep, wave: Wa
     """
     cancels = [segment.drop(key, read_ended=False) for key in wave.dropped]
     reads = [segment.read(place.key, ahead=False) for place in wave.placed]
-    borrowed = {place.key.expert: place.slot for place in wave.borrowed}
+    # Where one of them was before, its bytes may lie there still: that counts for nothing.
+    placed = {place.key.expert: place.slot for place in (*wave.placed, *wave.borrowed)}
     loads, entries = [], []
     for expert in sweep.experts[wave.first : wave.end].tolist():
         key = ExpertKey(sweep.layer, expert)
-        vram = borrowed.get(expert, residency.device_slot(key))
-        if expert in borrowed or not segment.is_in_vram(key, residency):
+        vram = placed.get(expert, residency.device_slot(key))
+        if expert in placed or not segment.is_in_vram(key, residency):
             loads.append(segment.load(key, vram, ahead=False))
             entries.append((*loads[-1][:2], vram, expert))
         else:

@@ -266,6 +266,7 @@ int64_t WavePlanner::look_ahead(int32_t layer, int32_t depth, const float* score
     if (plan[i].source == kNvme) ahead_.spend(layer, plan[i].expert, nbytes);
   }
   a_.counts->prefetch_issued = fetches;
+  a_.counts->guesses_read = end - a_.reads;
   address(a_.reads, end, shape_.prefetch);
   return end - a_.reads;
 }

@@ -33,7 +33,7 @@ struct Counts {
   int64_t by_tier[3], substitutes[3];
   int64_t prefetch_used, prefetch_issued, nvme_bytes, ram_bytes, demoted_bytes, guesses_used;
   int64_t background_reads, background_bytes;
-  int64_t computed_in_ram;
+  int64_t computed_in_ram, guesses_read;
 };
 
 // Arrays that the planner shares with Python; see WaveArrays in waves.py.

@@ -29,6 +29,7 @@ from fomoe.types import ExpertKey, Tier
 __all__ = [
     "BACKGROUND",
     "GUESSED",
+    "USED",
     "Priorities",
     "StepArrays",
     "WaveArrays",
@@ -36,7 +37,8 @@ __all__ = [
     "WavePlanner",
 ]
 
-_COUNTS = 15
+_COUNTS = 16
+USED = 6  # where the prefetches used stand, those of a look-ahead and in the background
 GUESSED = 11  # where the prefetches used stand that a look-ahead asked for
 BACKGROUND = 12  # where the background reads stand
 
@@ -77,10 +79,11 @@ class WaveArrays:
         reads: records of `READ` [2 E], what the last call asks storage for.
         copies: records of `COPY` [4 E], what the last call asks the GPU for.
         arm: int32 [k + 1], how many of so many experts of a token in RAM are computed there.
-        counts: int64 [15] of the last call: activations whose bytes came from device, RAM, NVMe;
+        counts: int64 [16] of the last call: activations whose bytes came from device, RAM, NVMe;
             substitutes alike; prefetches used; issued; bytes read; promoted (to a GPU: all bytes
             that cross its link); demoted; prefetches used that a look-ahead of this planner asked
-            for; background reads and their bytes; experts to be computed in RAM.
+            for; background reads and their bytes; experts to be computed in
+            RAM; reads that a look-ahead asked for.
     """
 
     def __init__(self, layout: WaveLayout, n_experts: int, max_tokens: int, top_k: int) -> None:
@@ -248,7 +251,7 @@ class WavePlanner:
     def charge(self, totals: HostCounters, *, decoding: bool) -> None:
         """Add what the last call cost to the totals."""
         device, ram, nvme, on_device, in_ram, in_file, *rest = self.arrays.counts.tolist()
-        used, issued, read, promoted, demoted, guessed, _, later, stayed = rest
+        used, issued, read, promoted, demoted, guessed, _, later, stayed, guesses = rest
         if decoding:
             totals.hits_device += device
             totals.hits_ram += ram
@@ -256,7 +259,7 @@ class WavePlanner:
             totals.substitutes_device += on_device
             totals.substitutes_ram += in_ram
             totals.substitutes_nvme += in_file
-            totals.prefetched += issued
+            totals.prefetched += guesses
             totals.prefetched_used += guessed
         else:
             totals.prompt_hits_device += device

@@ -74,7 +74,7 @@ class ReferenceGpuWaves(ReferenceWaves):
         ]
 
     def look_ahead(self, layer, scores, depth):
-        self.counts, self.is_ahead = np.zeros(15, np.int64), True
+        self.counts, self.is_ahead = np.zeros(16, np.int64), True
         self.step_copies = self.ahead_copies = np.empty(0, COPY)
         self.reads = self._records([], self.prefetch)
         if not np.isfinite(scores.max(axis=1)).all():
@@ -103,7 +103,7 @@ class ReferenceGpuWaves(ReferenceWaves):
             if fetch.source == Tier.NVME:
                 self.ahead.charged[layer, fetch.expert] = True
                 self.ahead.credit -= 2 * nbytes
-        self.counts[7] = len(plan.fetches)
+        self.counts[7], self.counts[15] = len(plan.fetches), len(self.reads)
 
     def read_later(self, layer, experts):
         step_copies = self.step_copies

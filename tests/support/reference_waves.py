@@ -43,7 +43,7 @@ class ReferenceWaves:
             self.counts, self.reads = counts, np.concatenate([first, self.reads])
 
     def read_later(self, layer, experts):
-        self.counts = np.zeros(15, np.int64)
+        self.counts = np.zeros(16, np.int64)
         plan = self._prefetch(layer, experts)
         reads = self._fetch(plan)
         self.reads = self._records(reads, self.background_priority)
@@ -107,7 +107,7 @@ class ReferenceWaves:
         self.entries = [tuple(int(x) for x in row) for row in rows]
 
     def look_ahead(self, layer, scores, depth):
-        self.counts = np.zeros(15, np.int64)
+        self.counts = np.zeros(16, np.int64)
         if not np.isfinite(scores.max(axis=1)).all():
             self.reads = self._records([], self.prefetch)
             return
@@ -129,7 +129,7 @@ class ReferenceWaves:
             self.background[layer, fetch.expert] = False
             self.ahead.charged[layer, fetch.expert] = True
             self.ahead.credit -= 2 * nbytes
-        self.counts[7] = len(plan.fetches)
+        self.counts[7], self.counts[15] = len(plan.fetches), len(self.reads)
 
     def forget(self, key):
         self.residency.forget(key.layer, np.array([key.expert], np.int32))
@@ -144,7 +144,7 @@ class ReferenceWaves:
 
     def _by_tier(self, plan, experts):
         source = np.where(self.background[self.layer], Tier.DEVICE, self.unproven[self.layer])
-        counts = np.zeros(15, np.int64)
+        counts = np.zeros(16, np.int64)
         counts[6] = np.count_nonzero(source[experts] != Tier.DEVICE)
         for fetch in plan.fetches:
             if source[fetch.expert] != Tier.NVME:
