@@ -245,20 +245,21 @@ class GpuSegment(SegmentSlots):
 
     def guess_room(self, layer: int, residency: Residency) -> int:
         """Return how many experts of the layer's class a sweep may read ahead now."""
-        return min(self._ahead_slots(layer), self.read_room(layer, residency))
+        return self._ahead_slots(layer, residency)
 
-    def ahead_room(self, layer: int) -> int:
+    def ahead_room(self, layer: int, residency: Residency) -> int:
         """Return how many experts of the layer's class a step may bring ahead.
 
         One expert takes up to two slots, for its read and for what it displaces.
         """
-        return self._ahead_slots(layer) // 2
+        return self._ahead_slots(layer, residency) // 2
 
-    def _ahead_slots(self, layer: int) -> int:
+    def _ahead_slots(self, layer: int, residency: Residency) -> int:
         """Return the slots that ahead lists may take: demand keeps half of the staging part."""
         number = self.layer_class[layer]
         staging = int(self.staging[number])
-        return max(0, staging - max(2, staging // 2) - int(self.ahead[number]))
+        left = staging - max(2, staging // 2) - int(self.ahead[number])
+        return max(0, min(left, self.spare(layer, residency)))
 
     def _demote(
         self, key: ExpertKey, vram: int, residency: Residency, ahead: bool

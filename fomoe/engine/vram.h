@@ -2,6 +2,7 @@
 // the contract with who executes them, GpuSegment in gpu_segment.py the same rules in Python.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "segment.h"
@@ -77,10 +78,10 @@ class VramSlots {
   }
   // How many experts of the layer's class may be brought ahead: steps keep half of the staging
   // slots, and one expert takes up to two of them.
-  int64_t ahead_room(int32_t layer) const {
-    const int32_t c = s_.layer_class[layer], steps = a_.staging[c] / 2;
-    const int64_t left = a_.staging[c] - (steps > 2 ? steps : 2) - a_.ahead[c];
-    return left > 0 ? left / 2 : 0;
+  int64_t ahead_room(const residency::Planner& planner, int32_t layer) const {
+    const int32_t c = s_.layer_class[layer], steps = std::max(2, a_.staging[c] / 2);
+    const int64_t left = a_.staging[c] - steps - a_.ahead[c];
+    return std::max<int64_t>(0, std::min(left, spare(planner, layer))) / 2;
   }
 
  private:

@@ -91,7 +91,7 @@ Entry WavePlanner::locate(int32_t expert) const {
 
 int64_t WavePlanner::ahead_room(int32_t layer, int64_t n) const {
   const VramSlots* const slots = vram(layer);
-  return slots ? std::min(n, slots->ahead_room(layer)) : n;
+  return slots ? std::min(n, slots->ahead_room(planner_, layer)) : n;
 }
 
 bool WavePlanner::is_tight(int32_t layer) const {

@@ -132,7 +132,7 @@ class ReferenceGpuWaves(ReferenceWaves):
             self.unproven[record["layer"], record["expert"]] = Tier.DEVICE
 
     def _prefetch(self, layer, experts):
-        room = min(len(experts), self._segment(layer).ahead_room(layer))
+        room = min(len(experts), self._segment(layer).ahead_room(layer, self.residency))
         return self.residency.prefetch(layer, experts, room, eager=True)
 
     def _fetch(self, plan):
