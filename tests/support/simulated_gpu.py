@@ -51,14 +51,14 @@ class Storage:
         return [(*job[2], *job[:2]) for job in gone]
 
     def actions(self):
-        """What could happen next, as callables that return a failed read, as `ask`."""
+        """What could happen next, as callables that return a failed read and whether it was idle."""
         first = {}
         for job in self.queue:
             first.setdefault(job[0], job)
         return [lambda job=job: self._advance(job) for job in first.values()]
 
     def _advance(self, job):
-        slot, generation, key, _, begun = job
+        slot, generation, key, priority, begun = job
         if not begun:
             job[4] = True
             self.memory.content[slot] = None
@@ -66,7 +66,7 @@ class Storage:
         self.queue.remove(job)
         if key in self.failing:
             self.failing.discard(key)
-            return (*key, slot, generation)
+            return (*key, slot, generation), priority != self.demand
         self.memory.content[slot] = key
         self.memory.word[slot] = generation
         return None

@@ -109,6 +109,7 @@ class Machine:
         self.step = StepMemory(self.top_k, t.n_experts)
         self.step_id = 0
         self.open = {}  # the wave under way, by device
+        self.reports = deque()  # of storage, in order
         self.popularity = 2 * chance.normal(size=(t.n_layers, t.n_experts))
 
     def scores(self, layer, tokens):
@@ -127,19 +128,28 @@ class Machine:
         whose, move = moves[self.rng.integers(len(moves))]
         failed = move()
         if failed is not None:
-            self.fail(self.storages.index(whose), failed)
+            self.reports.append((self.fail, self.storages.index(whose), failed))
         return True
+
+    def go_on(self):
+        """Let something happen while the driver waits."""
+        moved = self.tick()
+        assert moved or self.reports, "nothing can happen and the step is not done"
+        if not moved or self.rng.random() < 0.3:
+            self.hear()
 
     def fail(self, node, report):
         """As `Reads`: what waits for the read gives up, what nobody waits for is forgotten."""
-        layer, expert, slot, generation = report
+        (layer, expert, slot, generation), is_prefetch = report
         key = ExpertKey(layer, expert)
-        if not self.segments[node].is_current(key, slot, generation):
+        wave = self.open.get(self.device[layer])
+        is_wanted = wave is not None and wave.layer == layer and expert in wave.experts
+        is_mine = self.segments[node].is_current(key, slot, generation)
+        if not is_mine or (is_wanted and is_prefetch):  # it was asked for again, as demand
             return
         self.planner.forget(key)
         self.cancel()
-        wave = self.open.get(self.device[layer])
-        if wave is not None and wave.layer == layer and expert in wave.experts:
+        if is_wanted:
             wave.aborted = True
             self.gpus[self.device[layer]].abort(wave.id)
 
@@ -152,12 +162,16 @@ class Machine:
         self.drop(self.node[layer], storage.ask(reads))
 
     def drop(self, node, dropped):
-        for layer, expert, slot, generation in dropped:
-            key = ExpertKey(layer, expert)
-            is_mine = self.segments[node].is_current(key, slot, generation)
-            if is_mine and self.planner.arrays.unproven[layer, expert] != Tier.DEVICE:
-                self.planner.forget(key)
-        self.cancel()
+        """Storage reports reads that it dropped; the driver hears of it later."""
+        self.reports += [(self.forget_dropped, node, report) for report in dropped]
+
+    def forget_dropped(self, node, report):
+        layer, expert, slot, generation = report
+        key = ExpertKey(layer, expert)
+        is_mine = self.segments[node].is_current(key, slot, generation)
+        if is_mine and self.planner.arrays.unproven[layer, expert] != Tier.DEVICE:
+            self.planner.forget(key)
+            self.cancel()
 
     def cancel(self):
         for device, gpu in enumerate(self.gpus):
@@ -166,6 +180,9 @@ class Machine:
     def hear(self):
         for gpu in self.gpus:
             self.planner.ended(gpu.take_answers())
+        while self.reports:
+            take, node, report = self.reports.popleft()
+            take(node, report)
 
     # What the driver does.
 
@@ -216,6 +233,7 @@ class Machine:
         """A chunk of a prompt through all layers, with guesses at the next layer's experts."""
         for device in list(self.open):
             self.finish(device)
+        self.hear()
         for layer in range(self.topology.n_layers):
             if not self.sweep(layer, tokens):
                 return
@@ -249,9 +267,7 @@ class Machine:
             elif wave.aborted and not flying:
                 break
             else:
-                assert self.tick(), "nothing can happen and the sweep is not done"
-                if self.rng.random() < 0.3:
-                    self.hear()
+                self.go_on()
         del self.open[device]
         sweep.abandon()
         assert wave.aborted or computed == use.experts.tolist()
@@ -319,9 +335,7 @@ class Machine:
         if wave is None:
             return None
         while (done := self.gpus[device].done()) is None:
-            assert self.tick(), "nothing can happen and the step is not done"
-            if self.rng.random() < 0.3:
-                self.hear()
+            self.go_on()
         assert done[:2] == (wave.id, wave.aborted)
         wave.all_computed += done[2]
         del self.open[device]
@@ -335,8 +349,8 @@ class Machine:
         """Let everything end that has begun, and check that nothing is lost."""
         for device in list(self.open):
             self.finish(device)
-        while self.tick():
-            pass
+        while self.tick() or self.reports:
+            self.hear()
         self.hear()
         assert not any(gpu.copies for gpu in self.gpus), "a copy waits for what nobody brings"
         self.residency.check_integrity()
