@@ -55,6 +55,12 @@ the expert's VRAM slot has its bytes, and every record that names it is answered
 counts those. The planner never gives a VRAM slot away between STEP and DONE, and a slot of the
 segment never while a record names it, nor to a DEMOTE while storage may be writing to it.
 
+The driver's calls of `WavePlanner`: a step's reads go to storage, `step_copies` with the step,
+`ahead_copies` beside it. DONE goes to `answered`, then the residency releases the layer; records
+sent back go to `ended`. A read that failed or was dropped goes to `forget`, and what
+`take_cancelled` then returns to the device; where a step waits for it, ABORT does as well, also
+where the next layer has begun on another device.
+
 Prompts. A sweep's waves come in ascending expert id and end in that order. The device adds each
 wave to the result [T, D] of the chunk, expert after expert ascending, by float32 fma: the first
 wave (STEP_FIRST) begins with zeros, and the bits do not depend on where waves end. Loads of later

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.simulated_machine import MAX_TOKENS, Machine
+from support.simulated_machine import MAX_TOKENS, Machine, gpu_segments
 
-from fomoe.residency import LFRU, LRU
+from fomoe.engine.copies import CopyKind
+from fomoe.engine.gpu_sweep import order_guess, order_wave
+from fomoe.residency import LFRU, LRU, ChunkUse, Residency, Sweep, Topology, guess_ahead
+from fomoe.types import ExpertKey
 
 POLICIES = {"lru": LRU, "lfru": LFRU}
 seeds = st.integers(0, 2**32 - 1)
@@ -51,3 +54,23 @@ def test_prompts_between_answers(ram, seed, staging, fails):
         for layer in range(m.topology.n_layers):
             m.decode(layer)
     m.come_to_rest()
+
+
+def test_what_a_sweep_drops_on_its_way_is_cancelled():
+    topology = Topology(
+        n_layers=1, n_experts=6, layer_device=np.zeros(1, np.int32), device_node=(0,),
+        layer_class=np.zeros(1, np.int32), device_slots={(0, 0): 2}, ram_slots={},
+    )  # fmt: skip
+    residency, (segment,) = Residency(topology, LRU()), gpu_segments(topology, 8)
+    expected = np.array([1, 1, 0, 0, 0, 0], bool)
+    guess = guess_ahead(residency, 0, expected, 4, segment.guess_room(0, residency))
+    reads, loads = order_guess(segment, residency, guess)
+    assert [read.expert for read in reads] == [ExpertKey(0, 0), ExpertKey(0, 1)]
+    use = ChunkUse(4, np.array([4, 5], np.int32), np.array([2, 2]), np.array([2, 3]))
+    sweep = Sweep(residency, 0, use, borrows=True)
+    orders = order_wave(segment, residency, sweep, sweep.next_wave(16, 8))
+    cancels = orders.copies[orders.copies["kind"] == CopyKind.CANCEL]
+    named = ["slot", "generation", "expert"]
+    assert sorted(cancels[named].tolist()) == sorted(loads[named].tolist())
+    assert not (segment.slot_of[0, :2] >= 0).any()
+    assert segment.users.sum() == 2 + len(orders.entries), "until the device has answered"
