@@ -12,11 +12,11 @@ the three parts, in either direction, and touches no other byte.
 
 Two lists reach a device.
 
-- The *step's*: the first `copies` records, with the STEP or SWEEP message whose entries they serve.
+- The *step's*: `WavePlanner.step_copies`, with the STEP or SWEEP message whose entries they serve.
   Its DONE answers for all of them at once; they need no answer of their own.
-- The *ahead* list: the `ahead` records behind those, in a message of their own. It belongs to no
-  step. Each of its records is answered once, by sending the record back with `outcome` set, in
-  any order, at the latest when the device has nothing else to do.
+- The *ahead* list: `WavePlanner.ahead_copies`, in a message of their own. It belongs to no step.
+  Each of its records is answered once, by sending the record back with `outcome` set, in any order,
+  at the latest when the device has nothing else to do.
 
 What the device does with a record.
 
@@ -26,8 +26,8 @@ What the device does with a record.
   out whatever becomes of its step.
 - LOAD waits until the landed word of `slot` has reached `generation` (acquire), then begins. LOADs
   begin as they land, those of steps before those of ahead lists. A step's LOAD with the `vram`,
-  `slot` and `generation` of an ahead LOAD that has begun, or ended, copies nothing: it waits for
-  that one. If that one has not begun, the step's takes its place (it is DROPPED).
+  `slot` and `generation` of an ahead LOAD that has begun, or ended, waits for that one and copies
+  nothing, or the same bytes again. If that one has not begun, the step's takes its place (it is DROPPED).
 - A LOAD or DEMOTE takes effect after the copies of earlier records on the same `vram`: demotions
   stand before the loads that overwrite their slots. A LOAD of another expert into the `vram` of an
   ahead LOAD that has not begun takes its place (DROPPED); one that has begun ends first.

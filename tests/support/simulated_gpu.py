@@ -51,7 +51,7 @@ class Storage:
         return [(*job[2], *job[:2]) for job in gone]
 
     def actions(self):
-        """What could happen next, as callables that return a failed read and whether it was idle."""
+        """What could happen next: callables that return a failed read and whether it was idle."""
         first = {}
         for job in self.queue:
             first.setdefault(job[0], job)
