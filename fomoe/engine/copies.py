@@ -27,7 +27,8 @@ What the device does with a record.
 - LOAD waits until the landed word of `slot` has reached `generation` (acquire), then begins. LOADs
   begin as they land, those of steps before those of ahead lists. A step's LOAD with the `vram`,
   `slot` and `generation` of an ahead LOAD that has begun, or ended, waits for that one and copies
-  nothing, or the same bytes again. If that one has not begun, the step's takes its place (it is DROPPED).
+  nothing, or the same bytes again. If that one has not begun, the step's takes its place (it is
+  DROPPED).
 - A LOAD or DEMOTE takes effect after the copies of earlier records on the same `vram`: demotions
   stand before the loads that overwrite their slots. A LOAD of another expert into the `vram` of an
   ahead LOAD that has not begun takes its place (DROPPED); one that has begun ends first.
