@@ -27,7 +27,7 @@ _Records = npt.NDArray[np.void]
 class Reading(IntEnum):
     """What storage may be doing with a slot."""
 
-    ENDED = 0  # nothing: what was read last has landed, or never will
+    ENDED = 0  # nothing: what was read last has landed
     IDLE = 1  # a read that may be dropped
     DEMANDED = 2
 
@@ -188,21 +188,15 @@ class GpuSegment(SegmentSlots):
             return
         self._release(key, slot)
 
-    def drop(self, key: ExpertKey, *, read_ended: bool) -> _Records:
+    def drop(self, key: ExpertKey) -> _Records:
         """Take back the slot of an expert that no tier holds any more.
 
-        Args:
-            key: the expert.
-            read_ended: its read has failed or was dropped; otherwise it may be under way.
-
-        Returns:
-            A CANCEL for its device where records still name the slot.
+        Returns a CANCEL for its device where records still name the slot. Whatever became of the
+        expert's read, one before it may still write to the slot: only a read is its next use.
         """
         slot = int(self.slot_of[key.layer, key.expert])
         if slot < 0:
             return np.empty(0, COPY)
-        if read_ended:
-            self.reading[slot] = Reading.ENDED
         n = int(self.users[slot] > 0)
         cancel = np.array([self._record(CopyKind.CANCEL, key, -1, slot)][:n], COPY)
         self._release(key, slot)

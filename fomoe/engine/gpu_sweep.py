@@ -48,7 +48,7 @@ def order_wave(segment: GpuSegment, residency: Residency, sweep: Sweep, wave: Wa
 
     `Sweep.next_wave` may read `segment.read_room` experts.
     """
-    cancels = [segment.drop(key, read_ended=False) for key in wave.dropped]
+    cancels = [segment.drop(key) for key in wave.dropped]
     reads = [segment.read(place.key, ahead=False) for place in wave.placed]
     # Where one of them was before, its bytes may lie there still: that counts for nothing.
     placed = {place.key.expert: place.slot for place in (*wave.placed, *wave.borrowed)}
@@ -72,7 +72,7 @@ def order_guess(
 
     The guess may have `segment.guess_room` experts.
     """
-    cancels = [segment.drop(key, read_ended=False) for key in guess.dropped]
+    cancels = [segment.drop(key) for key in guess.dropped]
     reads, loads, rest = segment.bring(guess.placed, residency, ahead=True)
     assert not rest, "a guess beyond guess_room"
     return reads, np.concatenate([*cancels, loads])

@@ -279,7 +279,7 @@ class WavePlanner:
         segment = self._segments[self.arrays.layer_node[key.layer]]
         if isinstance(segment, GpuSegment):
             device = int(self.arrays.layer_device[key.layer])
-            self._cancelled.setdefault(device, []).append(segment.drop(key, read_ended=True))
+            self._cancelled.setdefault(device, []).append(segment.drop(key))
         else:
             segment.forget(key)
         self.arrays.unproven[key.layer, key.expert] = Tier.DEVICE

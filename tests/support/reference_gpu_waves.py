@@ -122,7 +122,7 @@ class ReferenceGpuWaves(ReferenceWaves):
 
     def forget(self, key):
         self.residency.forget(key.layer, np.array([key.expert], np.int32))
-        cancelled = self._segment(key.layer).drop(key, read_ended=True)
+        cancelled = self._segment(key.layer).drop(key)
         self.unproven[key.layer, key.expert] = Tier.DEVICE
         return cancelled
 
