@@ -29,7 +29,7 @@ _PLAIN = SamplingParams(temperature=0.0)
 @contextmanager
 def resident_model(
     path: Path | str, device: str, *, ctx_size: int, max_tokens: int = 512, int8: bool = True,
-    graphs: bool = True,
+    graphs: bool = True, kv_dtype: str = "f16",
 ) -> Iterator[GPUModel]:  # fmt: skip
     """Yield the model of a file with all its experts on a device such as `cuda:0` or `hip:0`.
 
@@ -40,7 +40,7 @@ def resident_model(
     spec = read_spec(file)
     options = HostOptions(
         layers=tuple(range(spec.n_layers)), ctx_size=ctx_size, max_tokens=max_tokens, int8=int8,
-        graphs=graphs,
+        graphs=graphs, kv_dtype=kv_dtype,
     )  # fmt: skip
     needed = planned_bytes(file, spec, options) + resident_bytes(file, spec, options)
     gpu = open_gpu(device, needed + _SPARE_BYTES)

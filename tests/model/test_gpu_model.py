@@ -68,13 +68,15 @@ def test_prompts_of_any_length_run_on_grids_of_their_size() -> None:
     assert relative_l2(np.concatenate([short, long]), expected).max() <= BOUND["f32"]
 
 
-def test_f16_cache_rounds_keys_and_values_and_nothing_else() -> None:
-    path, tokens, _ = golden("f32_tied")
+@pytest.mark.parametrize("name", ["f32_tied", "wide_q4_k_m"])  # heads of 16 and 32
+def test_f16_cache_rounds_keys_and_values_and_nothing_else(name: str) -> None:
+    """Far below the bound where it would still be: nothing else is rounded to half, either."""
+    path, tokens, _ = golden(name)
     expected = forward(path, tokens, kv="f16").logits
     with hosted(path, kv_dtype="f16", max_tokens=16) as model:
-        assert relative_l2(prefill_logits(model, tokens, 16), expected).max() <= BOUND["f32"]
+        assert relative_l2(prefill_logits(model, tokens, 16), expected).max() <= 0.2 * BOUND["f32"]
         model.reset(0)
-        assert relative_l2(decode_logits(model, tokens), expected).max() <= BOUND["f32"]
+        assert relative_l2(decode_logits(model, tokens), expected).max() <= 0.2 * BOUND["f32"]
 
 
 def test_int8_activations_are_rounded_as_specified() -> None:
