@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +31,36 @@ class Choice:
     hash: int
 
 
-class CPUPath:
-    """A model with every expert in memory; each text begins anew."""
+class _Noisy(DenseModel):
+    """A model whose embeddings are off by a share of `noise`: as by another order of sums."""
 
-    def __init__(self, path: Path, *, ctx_size: int, int8: bool, kv_dtype: str = "f16") -> None:
+    noise = 0.0
+
+    def embed(self, batch: Batch) -> F32:
+        x = super().embed(batch)
+        x *= np.float32(1) + np.float32(self.noise) * self._rng.standard_normal(x.shape, np.float32)
+        return x
+
+    @cached_property
+    def _rng(self) -> np.random.Generator:
+        return np.random.default_rng(0)
+
+
+class CPUPath:
+    """A model with every expert in memory; each text begins anew.
+
+    `noise` is what embeddings are off by, as a share of them: what comes out otherwise then is no
+    fault of anybody's.
+    """
+
+    def __init__(
+        self, path: Path, *, ctx_size: int, int8: bool, kv_dtype: str = "f16", noise: float = 0.0
+    ) -> None:
         file = open_gguf(path)
         self.spec = read_spec(file)
         self._chunk = min(128, ctx_size)
-        model = DenseModel(file, self.spec, self._chunk, int8=int8)
+        model = _Noisy(file, self.spec, self._chunk, int8=int8)
+        model.noise = noise
         experts = ResidentExperts(file, self.spec, self._chunk, int8=int8, threads=1)
         self._forward = Forward(model, experts, prefetch=False)
         rules = LogicalRules(capacity=self.spec.moe.n_experts)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cpu_path import Choice, CPUPath
+from cpu_path import F32, Choice, CPUPath
 
 from fomoe.engine.gpu_local import GPUText, gpu_logits, resident_model
 from fomoe.gguf.reader import open_gguf
@@ -15,6 +15,7 @@ from fomoe.model.tokenizer import Tokenizer
 
 MODEL = Path(__file__).parents[2] / "models" / "fomoe-demo-Q4_K_M.gguf"
 CTX = 320
+NOISE = 3e-7  # about what the order of float32 sums makes of a layer's output
 PROMPTS = (
     "The lighthouse keeper opened the door and",
     "In the year 1912 the town council decided that",
@@ -56,18 +57,25 @@ def compare_texts(device: str, count: int, prompts: int, *, int8: bool) -> dict[
     """Return how many of the texts of `count` tokens are equal, and where the others part.
 
     The device reads the CPU's texts, too: at how many tokens would it go on otherwise, after the
-    same beginning?
+    same beginning? The control is the CPU's path with the noise of float32 sums: int8 activations
+    make so much of it that no two orders of summation write the same texts.
     """
     tokenizer = Tokenizer.from_gguf(open_gguf(MODEL).metadata)
     cpu = CPUPath(MODEL, ctx_size=CTX, int8=int8)
+    control = CPUPath(MODEL, ctx_size=CTX, int8=int8, noise=NOISE)
     parts: list[Part] = []
+    control_equal = control_misread = 0
     margins: list[float] = []
     with resident_model(MODEL, device, ctx_size=CTX, max_tokens=128, int8=int8) as model:
         for number, prompt in enumerate(PROMPTS[:prompts]):
             ids = tokenizer.encode_special(prompt)
             expected = cpu.generate(ids, count)
             parts.append(_part(number, expected, _generate(model, ids, count)))
-            margins += _misread(model, ids, expected)
+            read = ids + [choice.token for choice in expected[:-1]]
+            margins += _misread(gpu_logits(model, read), expected)
+            tokens = [choice.token for choice in control.generate(ids, count)]
+            control_equal += tokens == [choice.token for choice in expected]
+            control_misread += len(_misread(control.logits(read), expected))
     return {
         "activations": "int8" if int8 else "float32",
         "texts": prompts,
@@ -76,6 +84,8 @@ def compare_texts(device: str, count: int, prompts: int, *, int8: bool) -> dict[
         "equal decisions": sum(part.decision < 0 for part in parts),
         "parts": [asdict(part) for part in parts if max(part.token, part.decision) >= 0],
         "read otherwise": len(margins),
+        "control: equal texts": control_equal,
+        "control: read otherwise": control_misread,
         "largest margin read otherwise": max(margins, default=0.0),
     }
 
@@ -93,9 +103,8 @@ def _part(number: int, expected: list[Choice], found: list[tuple[int, int]]) -> 
     return Part(number, token, expected[token].margin if token >= 0 else 0.0, decision)
 
 
-def _misread(model: GPUModel, prompt: list[int], text: list[Choice]) -> list[float]:
-    """Return the CPU's margins at the tokens in whose place the device would write others."""
-    tokens = [choice.token for choice in text]
-    largest = gpu_logits(model, prompt + tokens[:-1])[len(prompt) - 1 :].argmax(axis=1)
+def _misread(logits: F32, text: list[Choice]) -> list[float]:
+    """Return the CPU's margins at the tokens in whose place these logits' largest are others."""
+    largest = logits[-len(text) :].argmax(axis=1)
     return [choice.margin for choice, other in zip(text, largest, strict=True)
             if choice.token != other]  # fmt: skip

@@ -1,14 +1,16 @@
 """Whether a device computes what the CPU does: logits, greedy text, and memory left behind.
 
-Run: PYTHONPATH=. python benchmarks/gpu/exactness.py --device cuda:0 [--out r.json]
-     PYTHONPATH=. python benchmarks/gpu/exactness.py --device hip:0 --tiny   (emulated)
+Run: export PYTHONPATH=. OPENBLAS_NUM_THREADS=2  # threads of each of the processes
+     python benchmarks/gpu/exactness.py --device cuda:0 [--out r.json]
+     python benchmarks/gpu/exactness.py --device hip:0 --tiny  # emulated
 
 Wants the `gguf` package. Small models of every type that GPUs know, golden vectors among them:
 512 positions token by token and as prompts, float32 activations against the float64 reference with
 the tolerances of `tests/model/test_golden.py`, int8 against the CPU's path. The bundled model: 20
-texts of 200 tokens, greedy, against the CPU's path. Memory: growth over 2,000 tokens, and what
-processes leave that are killed while they decode. Models run side by side in processes of their
-own. The last line is JSON; the status is 1 where a bound is broken.
+texts of 200 tokens, greedy, against the CPU's path: equal with float32 activations; with int8, as
+close as the CPU's path to itself under the noise of float32 sums. Memory: growth over 2,000 tokens,
+and what processes leave that are killed while they decode. Models run side by side in processes of
+their own. The last line is JSON; the status is 1 where a bound is broken.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from exact_texts import PROMPTS, compare_texts
 from support.emulated_gpu import install_standin
 
 LIMIT_S = 540.0
-LEAST_EQUAL = 0.9  # of the texts
+LEAST_EQUAL = 0.9  # of the texts, with float32 activations
+MOST_MISREAD = 2.0  # times the control's tokens, with int8 activations
 
 
 def main() -> int:
@@ -46,7 +49,9 @@ def main() -> int:
     if args.tiny:
         install_standin()
     start = time.monotonic()
-    results: dict[str, Any] = {"device": args.device, **_compared(args)}
+    results: dict[str, Any] = {
+        "device": args.device, "emulated": args.tiny, **_compared(args),
+    }  # fmt: skip
     results["memory"] = _memory(args)
     results["seconds"] = round(time.monotonic() - start, 1)
     results["broken"] = [*_broken(results)]
@@ -129,7 +134,9 @@ def _show_text(result: dict[str, Any]) -> None:
     print(
         f"{result['texts']} texts of {result['tokens']} tokens, {result['activations']}: "
         f"{result['equal texts']} equal, decisions of {result['equal decisions']}; read otherwise "
-        f"{result['read otherwise']}, margin up to {result['largest margin read otherwise']:.3g}"
+        f"{result['read otherwise']}, margin up to {result['largest margin read otherwise']:.3g}; "
+        f"the CPU with noise: {result['control: equal texts']} equal, read otherwise "
+        f"{result['control: read otherwise']}"
     )
     for part in result["parts"]:
         print(
@@ -149,6 +156,13 @@ def _memory(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def _texts_hold(text: dict[str, Any]) -> bool:
+    if text["activations"] == "float32":
+        return bool(text["equal texts"] >= LEAST_EQUAL * text["texts"])
+    most = MOST_MISREAD * max(1, text["control: read otherwise"])
+    return bool(text["read otherwise"] <= most)
+
+
 def _broken(results: dict[str, Any]) -> list[str]:
     """Return what does not hold."""
     rows = [row for model in results["models"] for row in model["rows"]]
@@ -157,18 +171,16 @@ def _broken(results: dict[str, Any]) -> list[str]:
         for row in rows
         if not row["passed"] and row["way"] != "CPU"
     ]
-    found += [
-        f"{text['activations']}: {text['equal texts']} equal texts of {text['texts']}"
-        for text in results["texts"]
-        if text["equal texts"] < LEAST_EQUAL * text["texts"]
-    ]
+    found += [f"texts: {text}" for text in results["texts"] if not _texts_hold(text)]
     memory = results["memory"]
     if memory["growth"]["bytes grown"] > 0:
         found.append(f"{memory['growth']['bytes grown']} bytes grown")
     found += [
         f"killed: {kill}"
         for kill in memory["killed"]
-        if kill["bytes left"] or not kill["killed while decoding"]
+        if kill["bytes left"]
+        or not kill["killed while decoding"]
+        or (kill["bytes held"] <= 0 and not results["emulated"])
     ]
     return [*found, *results["failed"]]
 

@@ -197,6 +197,17 @@ def test_largest_is_that_of_the_logits() -> None:
         assert (np.diff(found.ids, axis=1) > 0).all()
 
 
+def test_rows_that_a_pass_has_not_are_refused() -> None:
+    path, tokens, _ = golden("f32_tied")
+    with hosted(path) as model:
+        model.decode(tokens[0], 0)
+        for row in (-1, 1):
+            with pytest.raises(DeviceError, match=rf"rows \[{row}\]: the pass has 1"):
+                model.logits([row])
+            with pytest.raises(DeviceError, match="the pass has 1"):
+                model.largest(row)
+
+
 def test_every_launch_of_a_token_is_timed() -> None:
     path, tokens, _ = golden("f32_tied")
     with hosted(path) as model:
