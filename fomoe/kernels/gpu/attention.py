@@ -118,20 +118,21 @@ def attend_scratch_bytes(spec: AttentionShape, tokens: int) -> int:
 
 
 def attend_chunk(
-    gpu: GPU, step: int, spec: AttentionShape, call: AttendCall, chunk: tuple[int, int]
-) -> list[Launch]:
+    gpu: GPU, step: int, spec: AttentionShape, call: AttendCall, chunk: tuple[int, int],
+    *, half: bool = True,
+) -> list[Launch]:  # fmt: skip
     """Return the launches for the step block's T tokens, which see the cache and each other.
 
-    `chunk` is the largest T and the address of `attend_scratch_bytes` bytes. With a cache of f16
-    and heads of 32 or more the products are those of matrix units: queries and weights are rounded
-    to half, sums are float32.
+    `chunk` is the largest T and the address of `attend_scratch_bytes` bytes. With `half`, a cache
+    of f16 and heads of whole 32 values, the products are those of matrix units: queries and weights
+    are rounded to half, sums are float32. Otherwise all but the cache is float32.
 
     Raises:
         DeviceError: sizes that the kernels do not take.
     """
     tokens, queries = chunk
     sizes, place = _sizes(spec, call.place), call.place
-    tiles = int(place.kv_dtype == "f16" and spec.head_dim % 32 == 0)
+    tiles = int(half and place.kv_dtype == "f16" and spec.head_dim % 32 == 0)
     threads = sizes["THREADS"]
     inputs = gpu.kernel("attend_inputs", "attend_inputs", {**sizes, "TILES": tiles})
     items = -(-(spec.n_heads + 2 * spec.n_kv_heads) // (threads // 32))

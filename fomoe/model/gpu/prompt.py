@@ -52,7 +52,7 @@ def _mixer(
         return tuple(delta_of.inputs), _named("delta", launches), delta_of.out
     assert isinstance(place, KVPlace)
     attend_of = attend_call(desk, mixer, place)
-    launches = attend_chunk(gpu, desk.step, spec.attention, attend_of, chunk)
+    launches = attend_chunk(gpu, desk.step, spec.attention, attend_of, chunk, half=desk.int8)
     return tuple(attend_of.inputs), _named("attend", launches), attend_of.out
 
 
