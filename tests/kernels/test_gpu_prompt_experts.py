@@ -195,11 +195,3 @@ def check_combine(gpu, memory, grouped, shape, routed):
     expected = reference.reduce_pairs(outputs, grouped.place, weights)
     expected = reference.add3(expected, shared * reference.sigmoid(scale)[:, None], before)
     np.testing.assert_allclose(memory.take(x), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
-
-
-def test_a_tile_names_what_does_not_fit(gpu):
-    from fomoe.errors import DeviceError
-    from fomoe.kernels.gpu.prompt_tiles import int8_tile
-
-    with pytest.raises(DeviceError, match="1,000"):
-        int8_tile((12, 12), 256, 64, 1000)

@@ -13,8 +13,8 @@ from fomoe.errors import DeviceError
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import ExpertLayout
-from fomoe.kernels.gpu.prompt import Chunk, ceil_div, product_defines, structure
-from fomoe.kernels.gpu.prompt_tiles import Tile, float_tile_of_halves
+from fomoe.kernels.gpu.prompt import Chunk, ceil_div, product_defines, room_of, structure
+from fomoe.kernels.gpu.prompt_tiles import AnyTile, expert_tiles, float_tile_of_halves
 from fomoe.kernels.gpu.step import Rows
 
 _CHUNK = 64  # tokens that one group of count_pairs and place_pairs takes
@@ -57,8 +57,8 @@ class Pairs:
 
     lists: PairLists
     most_tiles: int
-    tile_in: Tile
-    tile_out: Tile
+    tile_in: AnyTile
+    tile_out: AnyTile
 
 
 def pair_buffers(gpu: GPU, chunk: Chunk, experts: Experts) -> Pairs:
@@ -75,20 +75,16 @@ def pair_buffers(gpu: GPU, chunk: Chunk, experts: Experts) -> Pairs:
     return Pairs(PairLists(*addresses), most_tiles, tile_in, tile_out)
 
 
-def _tiles(gpu: GPU, chunk: Chunk, experts: Experts) -> tuple[Tile, Tile]:
+def _tiles(gpu: GPU, chunk: Chunk, experts: Experts) -> tuple[AnyTile, AnyTile]:
     """Return tiles of equally many tokens for the products into and out of the experts."""
-    layout, gate_up = experts.layout, experts.layout.types[:2]
-    down = (layout.types[2], layout.types[2])
+    layout = experts.layout
     each = ceil_div(chunk.tokens * experts.top_k, experts.count)
-    if chunk.is_int8(*layout.types):
-        wanted = 2 * each if each > 12 else each  # most of the experts fit one tile
-        tile_in = chunk.int8_tile(gpu, gate_up, layout.hidden, wanted)
-        tile_out = chunk.int8_tile(gpu, down, layout.width, wanted)
-    else:
-        tile_in = tile_out = float_tile_of_halves(each)
-    if tile_in.tokens != tile_out.tokens:
-        raise DeviceError(f"tiles of {tile_in.tokens} and {tile_out.tokens} tokens for one layer")
-    return tile_in, tile_out
+    if not chunk.is_int8(*layout.types):
+        tile = float_tile_of_halves(each)
+        return tile, tile
+    if chunk.tile:
+        return chunk.tile, chunk.tile
+    return expert_tiles(layout.types, (layout.hidden, layout.width), each, room_of(gpu))
 
 
 def group_pairs(
@@ -131,12 +127,11 @@ def experts_chunk(
     """
     layout = experts.layout
     gate_up, down = layout.types[:2], (layout.types[2], layout.types[2])
-    is_int8 = chunk.is_int8(*layout.types)
     lists = pairs.lists
     tiles = structure(lists.tile_count, lists.tiles, lists.starts, lists.token_of)
 
     tile = pairs.tile_in
-    defines = product_defines(gate_up, layout.width, layout.hidden, is_int8, tile)
+    defines = product_defines(gate_up, layout.width, layout.hidden, tile)
     function = gpu.kernel("chunk_in", "experts_in", defines | {"EXPERTS": experts.count})
     results = structure(rows.hidden.q, rows.hidden.s, rows.hidden.x)
     args = [tiles, addresses, structure(h.q, h.s, h.x), results]
@@ -144,7 +139,7 @@ def experts_chunk(
     into = Launch(function, grid, tile.threads, defines["SHARED_BYTES"], args)
 
     tile = pairs.tile_out
-    defines = product_defines(down, layout.hidden, layout.width, is_int8, tile)
+    defines = product_defines(down, layout.hidden, layout.width, tile)
     function = gpu.kernel("chunk_out", "experts_out", defines | {"EXPERTS": experts.count})
     args = [tiles, addresses, results, rows.out]
     grid = (ceil_div(layout.hidden, tile.rows), pairs.most_tiles)
