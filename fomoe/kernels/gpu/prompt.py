@@ -75,8 +75,8 @@ def ceil_div(a: int, b: int) -> int:
 def product_defines(types: tuple[int, int], rows: int, cols: int, tile: AnyTile) -> dict[str, int]:
     """Return the defines that every product has; `types` are those of a tile's two halves."""
     shared = tile.shared_bytes(types, cols)
-    sizes = {"ROWS": rows, "COLS": cols, "TYPE": types[0], "TYPE_UP": types[1], "ADD": 0}
-    return {**sizes, **tile.defines(), "SHARED_BYTES": shared}
+    sizes = {"ROWS": rows, "COLS": cols, "TYPE": types[0], "TYPE_UP": types[1]}
+    return {**sizes, **tile.defines(), "SHARED_BYTES": shared, "ADD": 0, "RAGGED": 0}
 
 
 def norm_rows(gpu: GPU, chunk: Chunk, x: int, norm: Norm, rows: Rows) -> Launch:

@@ -127,12 +127,12 @@ def experts_chunk(
     """
     layout = experts.layout
     gate_up, down = layout.types[:2], (layout.types[2], layout.types[2])
-    lists = pairs.lists
+    lists, of_experts = pairs.lists, {"EXPERTS": experts.count, "RAGGED": 1}
     tiles = structure(lists.tile_count, lists.tiles, lists.starts, lists.token_of)
 
     tile = pairs.tile_in
     defines = product_defines(gate_up, layout.width, layout.hidden, tile)
-    function = gpu.kernel("chunk_in", "experts_in", defines | {"EXPERTS": experts.count})
+    function = gpu.kernel("chunk_in", "experts_in", defines | of_experts)
     results = structure(rows.hidden.q, rows.hidden.s, rows.hidden.x)
     args = [tiles, addresses, structure(h.q, h.s, h.x), results]
     grid = (ceil_div(layout.width, tile.rows // 2), pairs.most_tiles)
@@ -140,7 +140,7 @@ def experts_chunk(
 
     tile = pairs.tile_out
     defines = product_defines(down, layout.hidden, layout.width, tile)
-    function = gpu.kernel("chunk_out", "experts_out", defines | {"EXPERTS": experts.count})
+    function = gpu.kernel("chunk_out", "experts_out", defines | of_experts)
     args = [tiles, addresses, results, rows.out]
     grid = (ceil_div(layout.hidden, tile.rows), pairs.most_tiles)
     return into, Launch(function, grid, tile.threads, defines["SHARED_BYTES"], args)

@@ -240,8 +240,12 @@ FM_DEV void add_tile(float* sums, const fm_tile_a& a, const fm_tile_b& b, const 
     }
 }
 
+// RAGGED: as a rule a tile has fewer pairs than room for them, and waves leave out the tiles of 16 x 16
+// without any. Else that is so of the last tile alone, and straight code is faster.
+constexpr bool kSkips = RAGGED;
+
 template <int T>
-FM_DEV void add_group(const Stage& x, const Unpacked& w, int group, int step_group, Sums& sums) {
+FM_DEV void add_group(const Stage& x, const Unpacked& w, int group, int step_group, int pairs, Sums& sums) {
     fm_tile_a a[kRowTiles];
     RowScales row_scale[kRowTiles];
     fm_f2 token_scale[FM_TILE_REGS];
@@ -254,6 +258,7 @@ FM_DEV void add_group(const Stage& x, const Unpacked& w, int group, int step_gro
     FM_UNROLL
     for (int t = 0; t < kTokenTiles; t++) {
         const int token = wave_token() + 16 * t;
+        if (kSkips && token >= pairs) break;
         const fm_tile_b b = fm_tile_load_b(x.q + token * kTokenStride + 32 * step_group, kTokenStride);
         FM_UNROLL
         for (int i = 0; i < FM_TILE_REGS; i++)
@@ -264,10 +269,11 @@ FM_DEV void add_group(const Stage& x, const Unpacked& w, int group, int step_gro
 }
 
 template <int T>
-FM_DEV void add_part(const Stage& x, const Unpacked& w, int group0, Sums& sums) {
+FM_DEV void add_part(const Stage& x, const Unpacked& w, int group0, int pairs, Sums& sums) {
+    if (kSkips && wave_token() >= pairs) return;
 #pragma unroll 1  // more of them at once take more registers than there are
     for (int group = 0; group < kPartGroups; group++)
-        if (COLS % kStep == 0 || group0 + group < kGroups) add_group<T>(x, w, group, group0 % 8 + group, sums);
+        if (COLS % kStep == 0 || group0 + group < kGroups) add_group<T>(x, w, group, group0 % 8 + group, pairs, sums);
 }
 
 FM_DEV void store_sums(const Sums& sums, float* out) {
@@ -290,9 +296,9 @@ FM_DEV void compute_step(const TileJob& job, unsigned char* shared, int step, Su
         unpack_part(job, stage, weights, group0);
         fm_barrier();
         if (TYPE == TYPE_UP || wave_row() < kHalfRows)
-            add_part<TYPE>(stage, weights, group0, sums);
+            add_part<TYPE>(stage, weights, group0, job.pairs, sums);
         else
-            add_part<TYPE_UP>(stage, weights, group0, sums);
+            add_part<TYPE_UP>(stage, weights, group0, job.pairs, sums);
     }
 }
 
