@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fomoe.errors import DeviceError
+from fomoe.gguf.quants import GGMLType
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import ExpertLayout
@@ -20,6 +21,8 @@ from fomoe.kernels.gpu.step import Rows
 _CHUNK = 64  # tokens that one group of count_pairs and place_pairs takes
 _MOST_THREADS = 1024
 _COMBINE_THREADS = 256
+# Out of experts, leaving out tiles takes these so many registers that a core holds one group only.
+_WHOLE_TILES = (GGMLType.Q4_K, GGMLType.Q5_K)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,20 +130,20 @@ def experts_chunk(
     """
     layout = experts.layout
     gate_up, down = layout.types[:2], (layout.types[2], layout.types[2])
-    lists, of_experts = pairs.lists, {"EXPERTS": experts.count, "RAGGED": 1}
+    lists, of_experts = pairs.lists, {"EXPERTS": experts.count}
     tiles = structure(lists.tile_count, lists.tiles, lists.starts, lists.token_of)
 
     tile = pairs.tile_in
     defines = product_defines(gate_up, layout.width, layout.hidden, tile)
-    function = gpu.kernel("chunk_in", "experts_in", defines | of_experts)
+    function = gpu.kernel("chunk_in", "experts_in", defines | of_experts | {"RAGGED": 1})
     results = structure(rows.hidden.q, rows.hidden.s, rows.hidden.x)
     args = [tiles, addresses, structure(h.q, h.s, h.x), results]
     grid = (ceil_div(layout.width, tile.rows // 2), pairs.most_tiles)
     into = Launch(function, grid, tile.threads, defines["SHARED_BYTES"], args)
 
-    tile = pairs.tile_out
+    tile, ragged = pairs.tile_out, {"RAGGED": int(down[0] not in _WHOLE_TILES)}
     defines = product_defines(down, layout.hidden, layout.width, tile)
-    function = gpu.kernel("chunk_out", "experts_out", defines | of_experts)
+    function = gpu.kernel("chunk_out", "experts_out", defines | of_experts | ragged)
     args = [tiles, addresses, results, rows.out]
     grid = (ceil_div(layout.hidden, tile.rows), pairs.most_tiles)
     return into, Launch(function, grid, tile.threads, defines["SHARED_BYTES"], args)

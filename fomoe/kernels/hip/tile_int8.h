@@ -245,7 +245,7 @@ FM_DEV void add_tile(float* sums, const fm_tile_a& a, const fm_tile_b& b, const 
 constexpr bool kSkips = RAGGED;
 
 template <int T>
-FM_DEV void add_group(const Stage& x, const Unpacked& w, int group, int step_group, int pairs, Sums& sums) {
+FM_DEV void add_group(const Stage& x, const Unpacked& w, int group, int step_group, int used, Sums& sums) {
     fm_tile_a a[kRowTiles];
     RowScales row_scale[kRowTiles];
     fm_f2 token_scale[FM_TILE_REGS];
@@ -258,7 +258,7 @@ FM_DEV void add_group(const Stage& x, const Unpacked& w, int group, int step_gro
     FM_UNROLL
     for (int t = 0; t < kTokenTiles; t++) {
         const int token = wave_token() + 16 * t;
-        if (kSkips && token >= pairs) break;
+        if (kSkips && t > 0 && 16 * t >= used) break;
         const fm_tile_b b = fm_tile_load_b(x.q + token * kTokenStride + 32 * step_group, kTokenStride);
         FM_UNROLL
         for (int i = 0; i < FM_TILE_REGS; i++)
@@ -270,10 +270,11 @@ FM_DEV void add_group(const Stage& x, const Unpacked& w, int group, int step_gro
 
 template <int T>
 FM_DEV void add_part(const Stage& x, const Unpacked& w, int group0, int pairs, Sums& sums) {
-    if (kSkips && wave_token() >= pairs) return;
+    const int used = pairs - wave_token();
+    if (kSkips && used <= 0) return;
 #pragma unroll 1  // more of them at once take more registers than there are
     for (int group = 0; group < kPartGroups; group++)
-        if (COLS % kStep == 0 || group0 + group < kGroups) add_group<T>(x, w, group, group0 % 8 + group, pairs, sums);
+        if (COLS % kStep == 0 || group0 + group < kGroups) add_group<T>(x, w, group, group0 % 8 + group, used, sums);
 }
 
 FM_DEV void store_sums(const Sums& sums, float* out) {
