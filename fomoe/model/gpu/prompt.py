@@ -63,10 +63,8 @@ def prompt_front(
     gpu, work, chunk = desk.gpu, desk.work, bucket.chunk
     mixer, dense = weights.mixer, weights.moe
     outs, mixed, rows = _mixer(desk, mixer, place, (bucket.tokens, work.scratch))
-    into = [
-        prompt.matmul(gpu, chunk, work.moe.h, matrix, out)
-        for matrix, out in zip(mixer.inputs, outs, strict=True)
-    ]
+    inputs = list(zip(mixer.inputs, outs, strict=True))
+    into = prompt.matmuls(gpu, chunk, work.moe.h, inputs)
     router = prompt.matmul(gpu, chunk, work.moe.h, dense.router, work.moe.scores)
     return [
         Step("norm", _norm(desk, chunk, mixer.norm)),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fomoe.kernels.gpu.prompt import product_defines
-from fomoe.kernels.gpu.prompt_tiles import Tile
+from fomoe.kernels.gpu.prompt_tiles import AnyTile, FloatTile, Tile
 from fomoe.kernels.gpu.sources import FOLDER, source_of
 
 AMD = {"gfx1100": 32, "gfx1200": 32, "gfx1201": 32, "gfx942": 64}  # lanes of a wave
@@ -62,8 +62,8 @@ def _project(types: tuple[int, ...], cols: int) -> dict[str, int]:
     return {**_PROJECT, **sizes, "FM_TYPES": mask}
 
 
-def _tiled(types: tuple[int, int], tile: Tile, is_int8: bool = True) -> dict[str, int]:
-    return {**product_defines(types, 1024, 4096, is_int8, tile), "EXPERTS": 512}
+def _tiled(types: tuple[int, int], tile: AnyTile) -> dict[str, int]:
+    return {**product_defines(types, 1024, 4096, tile), "EXPERTS": 512, "PARTS": 2}
 
 
 _TILE = Tile(64, 32, 128)
@@ -71,10 +71,15 @@ _TILE = Tile(64, 32, 128)
 CHECKS = (
     Check("matmul", _tiled((12, 12), Tile(128, 64, 256)), tiles=True),
     Check("matmul", _tiled((14, 14), Tile(64, 64, 256, 1)), tiles=True),
-    Check("matmul", _tiled((0, 0), Tile(32, 32, 256, micro=2), False)),
-    Check("matmul", _tiled((14, 14), Tile(64, 64, 256, micro=4), False)),
-    Check("chunk_in", _tiled((12, 23), _TILE), tiles=True),
+    Check("matmul", _tiled((12, 12), Tile(128, 128, 512)), tiles=True),
+    Check("matmul", _tiled((14, 14), Tile(64, 128, 256)), tiles=True),
+    Check("matmul", _tiled((0, 0), FloatTile(128, 64, 256, (8, 8), 32))),
+    Check("matmul", _tiled((0, 0), FloatTile(64, 32, 512, (8, 4), 128))),
+    Check("matmul", _tiled((1, 1), FloatTile(16, 32, 512, (4, 4), 256))),
+    Check("matmul", _tiled((14, 14), FloatTile(64, 64, 256, (8, 8), 64))),
+    Check("chunk_in", {**_tiled((12, 23), _TILE), "RAGGED": 1}, tiles=True),
     Check("chunk_out", _tiled((13, 13), _TILE), tiles=True),
+    Check("chunk_out", {**_tiled((14, 14), Tile(64, 64, 256, 1)), "RAGGED": 1}, tiles=True),
     Check("swiglu", _tiled((8, 6), _TILE), tiles=True),
     Check("group_pairs", {"EXPERTS": 512, "TOP_K": 10, "TILE_TOKENS": 32, "THREADS": 512}),
     Check("rows", {"THREADS": 256, "COLS": 4096, "FLOAT_ROWS": 1, "INT8": 1}),
