@@ -36,9 +36,22 @@ _DELTA = {"N_K": 16, "N_V": 64, "DK": 128, "DV": 128, "CONV": 4}
 _ATTEND = {"HEADS": 32, "KV_HEADS": 2, "HEAD_DIM": 256, "ROPE_DIMS": 64, "THREADS": 256}
 
 # As project() and its like make them for the shapes of the 397B model, types by type.
-_WAVES = {"FM_WAVES": 8, "FM_STAGES": 2, "FM_TILE": 2304, "FM_HELD": 96, "FM_INT8": 1}
+_WAVES = {
+    "FM_WAVES": 8,
+    "FM_STAGES": 2,
+    "FM_TILE": 2304,
+    "FM_HELD": 96,
+    "FM_INT8": 1,
+}
 _PROJECT = {**_WAVES, "FM_ADD": 0, "FM_PARTS": 4}
-_EXPERTS = {**_WAVES, "FM_HIDDEN": 4096, "FM_WIDTH": 1024, "FM_K": 10, "FM_STAGE_BYTES": 3392}
+_EXPERTS = {
+    **_WAVES,
+    "FM_HIDDEN": 4096,
+    "FM_WIDTH": 1024,
+    "FM_K": 10,
+    "FM_STAGE_BYTES": 3392,
+    "FM_DOWN_BYTES": 4096 * 576,
+}
 _OUT = {**_EXPERTS, "FM_SHARED_WIDTH": 1024, "FM_TYPE_SHARED": 8, "FM_ROWS": 64}
 _QUANTS = (6, 8, 12, 13, 14, 23)
 
