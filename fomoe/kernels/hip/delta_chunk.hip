@@ -26,7 +26,12 @@ void delta_inputs(const fm_step* step, unsigned long long ring_at, DeltaWeights 
   const int tokens = step->tokens, t = pair / N_K < tokens ? pair / N_K : tokens - 1;
   const bool has = pair / N_K < tokens;
   const History history = {in.qkv, (const float*)(step->state + ring_at), step->position};
-  const KeyQuery both = key_query(history, w.conv, t, head, eps);
+  BegunKeyQuery begun;
+  begun.begin(history, w.conv, t, head);
+  UnitVector<DK> key, query;
+  query.load(history.of(t) + head * DK);
+  key.load(history.of(t) + kKeys + head * DK);
+  const KeyQuery both = begun.end(key, query, eps);
   if (!has) return;
   float* const row = middle.key_query + ((long long)t * N_K + head) * 2 * DK;
   both.k.store(row);
@@ -39,7 +44,8 @@ void delta_inputs(const fm_step* step, unsigned long long ring_at, DeltaWeights 
       store_floats<4>(values + i, v);
     }
     if (unit_lane()) continue;
-    const DeltaGates g = delta_gates(in, w, t, r);
+    const int at = t * N_V + r;
+    const DeltaGates g = delta_gates(w.ssm_a[r], w.dt_bias[r], in.alpha[at], in.beta[at]);
     const float four[4] = {g.decay, g.beta, both.product, 0.0f};
     store_floats<4>((float*)(middle.gates + (long long)t * N_V + r), four);
   }
@@ -137,5 +143,8 @@ void delta_finish(const fm_step* step, DeltaWeights w, const float* z, float eps
                   const float* outputs, RowsOut out) {
   const long long pair = (long long)blockIdx.x * kUnits + unit_index();
   const long long last = (long long)step->tokens * N_V - 1, at = pair < last ? pair : last;
-  finish_head(outputs + at * DV, z + at * DV, w, eps, out, at * DV, pair <= last);
+  UnitVector<DV> gate, norm;
+  gate.load(z + at * DV);
+  norm.load(w.norm);
+  finish_head(outputs + at * DV, gate, norm, eps, out, at * DV, pair <= last);
 }
