@@ -30,7 +30,9 @@ void attend_rows(const fm_step* step, unsigned long long keys_at, unsigned long 
   const Cache cache = {(Stored*)(step->state + keys_at), (Stored*)(step->state + values_at)};
   const Span span = {head / kShared, 0, position + last + 1, position + tokens};
   float sum[ROWS];
-  attend_span(a, cache, span, [&](int r) { return position + token_of(r); }, nullptr, sum);
+  Walk walk = {cache, span, {}, {}};
+  walk.ask();
+  walk.run(a, [&](int r) { return position + token_of(r); }, nullptr, sum);
 
   const int dim = (int)threadIdx.x < HEAD_DIM ? threadIdx.x : 0;
   FM_UNROLL

@@ -34,7 +34,6 @@ struct Columns {
   float* stage;  // [kColumns, DK]
 
   FM_DEV void ask(const float* memory) {
-    FM_UNROLL
     for (int i = 4 * threadIdx.x; i < kColumns * DK; i += 4 * THREADS)
       fm_copy16(stage + i, memory + i);
     fm_copy_commit();
