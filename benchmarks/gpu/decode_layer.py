@@ -89,7 +89,7 @@ class Work:
 
 
 class Weights:
-    """Matrices one behind the other in a region of valid blocks, at its end from its start again."""
+    """Matrices one behind the other in a region of valid blocks, at its end from its start."""
 
     def __init__(self, gpu: GPU, nbytes: int) -> None:
         self._gpu, self._nbytes = gpu, nbytes

@@ -15,7 +15,8 @@ def products(monkeypatch: pytest.MonkeyPatch):
     import products
 
     yield products
-    for name in ("products", "product_cases", "weights", "bandwidth", "device_time"):
+    made = ("products", "product_cases", "product_tuning", "decode_layer")
+    for name in (*made, "weights", "bandwidth", "device_time"):
         sys.modules.pop(name, None)
 
 
@@ -38,3 +39,26 @@ def test_a_wrong_result_is_seen(products, monkeypatch):
     arguments = ["--device", "hip:0", "--mib", "0.05", "--rounds", "1", "--cases", "Q6_K"]
     (row,) = products.main(arguments, product_cases.LayerSizes(256, 256, 256, 2))
     assert row["error"] > products.TOLERANCE
+
+
+def test_the_tuner_prints_lines_for_the_table(products, monkeypatch, capsys):
+    import product_tuning as tuning
+    from decode_layer import Model, Types
+
+    model = Model("small", 256, (96, 8), 256, 16, 256, 256, 3)
+    types = Types(tuning.Q8_0, tuning.Q4_K, tuning.Q6_K)
+    monkeypatch.setattr(tuning, "CASES", [tuning.Case(model, types, tuning.PARTS, whole=True)])
+    monkeypatch.setattr(tuning, "SHAPES", ((2, 1, 3, 2304), (1, 2, 2, 1152), (64, 1, 3, 2304)))
+    monkeypatch.setattr(tuning, "AHEADS", (0, 512))
+    monkeypatch.setattr(tuning, "ROUNDS", 1)
+    assert not products.main(["--device", "hip:0", "--mib", "0.2", "--tune"])
+    lines = capsys.readouterr().out.splitlines()
+    layers = [line for line in lines if "Q6_K whole layer" in line]
+    assert len(layers) == 3 * 2 * 2  # groups of 64 waves do not fit
+    table = [line for line in lines if line.startswith('    ("')]
+    kernels = [line.split("): ")[0].strip() for line in table]
+    assert kernels == [
+        '("project", GGMLType.Q8_0', '("project", GGMLType.F32', '("experts_in", GGMLType.Q4_K',
+        '("experts_out", GGMLType.Q6_K',
+    ]  # fmt: skip
+    assert all(line.endswith("),") and "Tuning(waves=" in line for line in table)

@@ -125,7 +125,7 @@ def experts_out(
     wanted = options.tuning or tuning_of(gpu.runtime, "experts_out", layout.types[2])
     side = max(shape.rows(wave, wanted.tile) for shape in (routed, shared))
     rows = -(-layout.hidden // (gpu.runtime.cores * wanted.per_core * side)) * side
-    inputs = _pick_bytes(top_k) + _whole16(4 * (top_k + 1) * rows)
+    inputs = _pick_bytes(top_k) + _whole16(4 * ((top_k + 2) * rows + 1))
     inputs += top_k * routed.input_bytes + shared.input_bytes
     plan = _plan(gpu, [routed, shared], inputs, wanted)
     defines = _expert_defines(layout, top_k, plan, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fomoe.errors import DeviceError
 from fomoe.gguf.quants import GGMLType
@@ -46,6 +46,10 @@ class Options:
     int8: bool = True
     tuning: Tuning | None = None
     ahead: Span = Span(0, 0)
+
+    def before(self, matrix: Matrix) -> Options:
+        """Return the same for a launch after which one reads `matrix`."""
+        return replace(self, ahead=Span(matrix.address, matrix.nbytes))
 
 
 DEFAULT = Options()

@@ -97,39 +97,30 @@ struct SharedExpert {
   const void* down;
 };
 
-// The group's rows of x as they were, read before anybody waits for them.
-struct Residual {
-  static constexpr int kEach = ceil_div(FM_ROWS, kThreads);
-  float at[kEach];
-  FM_DEV static int row(int j) { return (int)threadIdx.x + j * kThreads; }
-  FM_DEV static bool has(int row) { return row < FM_ROWS && (int)blockIdx.x * FM_ROWS + row < FM_HIDDEN; }
-  FM_DEV Residual(const float* x) {
-    FM_UNROLL for (int j = 0; j < kEach; ++j)
-      if (has(row(j))) at[j] = x[blockIdx.x * FM_ROWS + row(j)];
-  }
-};
-
 // x = (sum of weight_e * down_e inner_e, a chain of fma in ascending id, + shared) + x.
 FM_KERNEL(FM_WAVES * FM_WAVE)
 void experts_out(const Picks* picks, const float* inner, SharedExpert shared, float* x, Span next) {
   FM_DYN_SHARED(char, memory);
-  constexpr int kOutBytes = whole16((FM_K + 1) * FM_ROWS * 4);
+  constexpr int kOutBytes = whole16(((FM_K + 2) * FM_ROWS + 1) * 4);
   Picks& mine = *(Picks*)memory;
-  float* const out = (float*)(memory + kPickBytes);
+  float* const out = (float*)(memory + kPickBytes);  // of each expert, of the shared one; x before
+  float *const shared_out = out + FM_K * FM_ROWS, *const before = shared_out + FM_ROWS, *const logit = before + FM_ROWS;
+  const int first = blockIdx.x * FM_ROWS, rows = at_most(FM_ROWS, FM_HIDDEN - first);
   const Inners inners{memory + kPickBytes + kOutBytes};
   Spread<FM_K * FM_WIDTH> routed;
-  Spread<FM_SHARED_WIDTH> gate, up;
   fm_release_next();
   fm_wait_before();
   copy_picks(mine, *picks);
-  routed.read(inner), gate.read(shared.gate), up.read(shared.up);
+  routed.read(inner);
   fm_barrier();
   DownStream stream(Ring(memory + kPickBytes + kOutBytes + Inners::kBytes), mine, shared.down, next);
   stream.start();
+  Spread<FM_SHARED_WIDTH> gate, up;
+  gate.read(shared.gate), up.read(shared.up);
   inners.put(routed);
   inners.put_shared(gate, up);
-  const float logit = *shared.scale;
-  const Residual residual(x);
+  if (threadIdx.x == 0) *logit = *shared.scale;
+  for (int i = threadIdx.x; i < rows; i += kThreads) before[i] = x[first + i];
   fm_barrier();
 
   using S = DownStream;
@@ -138,16 +129,14 @@ void experts_out(const Picks* picks, const float* inner, SharedExpert shared, fl
       const int expert = task / S::kSets;
       stream.product<Down, FM_WIDTH>(inners.routed(expert), task % S::kSets, out + expert * FM_ROWS);
     } else {
-      stream.product<SharedDown, FM_SHARED_WIDTH>(inners.shared(), task - S::kRouted, out + FM_K * FM_ROWS);
+      stream.product<SharedDown, FM_SHARED_WIDTH>(inners.shared(), task - S::kRouted, shared_out);
     }
   }
   fm_barrier();
-  const float scale = 1.0f / (1.0f + fm_exp(-logit));
-  FM_UNROLL for (int j = 0; j < Residual::kEach; ++j) {
-    const int i = Residual::row(j);
-    if (!Residual::has(i)) continue;
+  const float scale = 1.0f / (1.0f + fm_exp(-*logit));
+  for (int i = threadIdx.x; i < rows; i += kThreads) {
     float sum = 0.0f;
     FM_UNROLL for (int e = 0; e < FM_K; ++e) sum = fm_fma(mine.weight[e], out[e * FM_ROWS + i], sum);
-    x[blockIdx.x * FM_ROWS + i] = (sum + out[FM_K * FM_ROWS + i] * scale) + residual.at[j];
+    x[first + i] = (sum + shared_out[i] * scale) + before[i];
   }
 }
