@@ -57,7 +57,7 @@ class AttendCall(NamedTuple):
 
 
 class AttendPlan(NamedTuple):
-    """How decode is shared out: `rows` query heads of a group, `splits` of the positions at most."""
+    """How decode is split: `rows` query heads of a group, at most `splits` of the positions."""
 
     rows: int
     splits: int

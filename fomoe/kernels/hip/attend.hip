@@ -113,8 +113,7 @@ FM_DEV float join(const Part* parts, int active, const PartShares& of, int row, 
   for (int s = 0; s < active; s += at_once) {
     float part[at_once];
     FM_UNROLL
-    for (int j = 0; j < at_once; ++j)
-      part[j] = s + j < active ? parts[s + j].sum[row][dim] : 0.0f;
+    for (int j = 0; j < at_once; ++j) part[j] = s + j < active ? parts[s + j].sum[row][dim] : 0.0f;
     FM_UNROLL
     for (int j = 0; j < at_once; ++j)
       sum = s + j < active ? fm_fma(part[j], of.share[s + j][row], sum) : sum;

@@ -7,7 +7,8 @@
 constexpr int kHeadsOf = ROWS / TOKENS;  // query heads of a group
 static_assert(kHeadsOf * TOKENS == ROWS && kShared % kHeadsOf == 0, "rows of tokens and heads");
 
-// Grid (HEADS / kHeadsOf, blocks of TOKENS tokens); the latest tokens, which have most to do, first.
+// Grid (HEADS / kHeadsOf, blocks of TOKENS tokens); the latest tokens, which have most to do,
+// first.
 FM_KERNEL(THREADS)
 void attend_rows(const fm_step* step, unsigned long long keys_at, unsigned long long values_at,
                  const float* queries, int most, const float* q_and_gate, RowsOut out) {

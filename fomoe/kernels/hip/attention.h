@@ -61,7 +61,8 @@ FM_DEV Rotation rotation(const unsigned long long* turns, int i, int position) {
 
 // The rotations of this lane's pairs at a position.
 struct Rotations {
-  static constexpr int kPairs = ROPE_DIMS / 2, kTurns = kPairs > kUnit ? (kPairs + kUnit - 1) / kUnit : 1;
+  static constexpr int kPairs = ROPE_DIMS / 2,
+                       kTurns = kPairs > kUnit ? (kPairs + kUnit - 1) / kUnit : 1;
   Rotation of[kTurns];
 
   FM_DEV void begin(const unsigned long long* turns, int position) {

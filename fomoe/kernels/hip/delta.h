@@ -80,8 +80,7 @@ struct BegunHead {
     FM_UNROLL
     for (int s = 0; s < UnitVector<DK>::kStrips; ++s) {
       strips[s].clear();
-      if (UnitVector<DK>::has(s))
-        strips[s].begin(history, taps, t, first + UnitVector<DK>::at(s));
+      if (UnitVector<DK>::has(s)) strips[s].begin(history, taps, t, first + UnitVector<DK>::at(s));
     }
   }
   FM_DEV UnitVector<DK> end(const UnitVector<DK>& now) const {

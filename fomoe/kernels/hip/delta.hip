@@ -87,21 +87,21 @@ struct KeyWork {
 // The other waves' work: values, four by four, and the gates by the last thread.
 struct ValueWork {
   static constexpr int kStride = 4 * (THREADS - FM_WAVE);
-  static constexpr int kTurns = (kColumns + kStride - 1) / kStride;
-  Begun begun[kTurns];
+  static constexpr int kFours = (kColumns + kStride - 1) / kStride;
+  Begun begun[kFours];
   float ssm_a, dt_bias;
 
   FM_DEV static int column(int n) { return 4 * ((int)threadIdx.x - FM_WAVE) + n * kStride; }
   FM_DEV void begin(const History& history, const DeltaWeights& w, const Place& at) {
     FM_UNROLL
-    for (int n = 0; n < kTurns; ++n)
+    for (int n = 0; n < kFours; ++n)
       if (column(n) < kColumns) begun[n].begin(history, w.conv, 0, at.values() + column(n));
     ssm_a = w.ssm_a[at.head];
     dt_bias = w.dt_bias[at.head];
   }
   FM_DEV void end(const DeltaInputs& in, float* ring_row, const Place& at, Token& token) const {
     FM_UNROLL
-    for (int n = 0; n < kTurns; ++n) {
+    for (int n = 0; n < kFours; ++n) {
       if (column(n) >= kColumns) continue;
       float now[4];
       load_floats<4>(in.qkv + at.values() + column(n), now);
@@ -129,8 +129,7 @@ FM_DEV const float* whole_head(const DeltaScratch& scratch, const Place& at, flo
 }
 
 // The delta rule on every column of the group.
-FM_DEV void run_columns(const Columns& columns, const Token& token, float* memory,
-                        float* outputs) {
+FM_DEV void run_columns(const Columns& columns, const Token& token, float* memory, float* outputs) {
   float k[kHeld], q[kHeld];
   load_column(token.k, k);
   load_column(token.q, q);
@@ -171,15 +170,19 @@ void delta(const fm_step* step, unsigned long long ring_at, unsigned long long m
   columns.ask(memory);
   KeyWork keys;
   ValueWork values;
-  if (makes_keys) keys.begin(history, w, at);
-  else values.begin(history, w, at);
+  if (makes_keys)
+    keys.begin(history, w, at);
+  else
+    values.begin(history, w, at);
   UnitVector<DV> norm, gate;
   if (finishes) norm.load(w.norm);
   fm_wait_before();
 
   if (finishes) gate.load(in.z + at.head * DV);
-  if (makes_keys) keys.end(in.qkv, ring_row, eps, at, token);
-  else values.end(in, ring_row, at, token);
+  if (makes_keys)
+    keys.end(in.qkv, ring_row, eps, at, token);
+  else
+    values.end(in, ring_row, at, token);
   columns.wait();
   fm_barrier();
   run_columns(columns, token, memory, outputs);
