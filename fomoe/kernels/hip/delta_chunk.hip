@@ -61,14 +61,12 @@ struct Stage {
   float gates[kAhead][4];
 };
 
-// A token's inputs of this thread's column.
-struct Inputs {
-  float k[kHeld], q[kHeld], v, gates[4];
-  FM_DEV void load(const Stage& stage, int j, int column) {
+// This lane's share of a token's key and query.
+struct KeyShare {
+  float k[kHeld], q[kHeld];
+  FM_DEV void load(const Stage& stage, int j) {
     load_column(stage.key_query[j], k);
     load_column(stage.key_query[j] + DK, q);
-    load_floats<4>(stage.gates[j], gates);
-    v = stage.values[j][column];
   }
 };
 
@@ -127,22 +125,27 @@ void delta_scan(const fm_step* step, unsigned long long ring_at, unsigned long l
     fm_copy_wait<1>();
     fm_barrier();
     const int count = scan.tokens - from < kAhead ? scan.tokens - from : kAhead;
-    const auto run = [&](int j, const Inputs& in) {
-      const float o = delta_column(held, in.k, in.q, in.v, {in.gates[0], in.gates[1]}, in.gates[2]);
+    const auto run = [&](int j, const KeyShare& in) {
+      float gates[4];
+      load_floats<4>(stage.gates[j], gates);
+      const float v = has ? stage.values[j][column] : 0.0f;
+      const float o = delta_column(held, in.k, in.q, v, {gates[0], gates[1]}, gates[2]);
       if (has && threadIdx.x % kLanes == 0) outputs[j][column] = o;
     };
-    if (count == kAhead) {  // a token's inputs come while the one before is at work
-      Inputs in[2];
-      in[0].load(stage, 0, has ? column : 0);
-      FM_UNROLL
-      for (int j = 0; j < kAhead; ++j) {
-        if (j + 1 < kAhead) in[(j + 1) % 2].load(stage, j + 1, has ? column : 0);
-        run(j, in[j % 2]);
+    if (count == kAhead) {  // a token's key and query come while the one before is at work
+      KeyShare even, odd;
+      even.load(stage, 0);
+      FM_NO_UNROLL
+      for (int j = 0; j < kAhead; j += 2) {
+        odd.load(stage, j + 1);
+        run(j, even);
+        even.load(stage, (j + 2) % kAhead);
+        run(j + 1, odd);
       }
     } else {
       for (int j = 0; j < count; ++j) {
-        Inputs in;
-        in.load(stage, j, has ? column : 0);
+        KeyShare in;
+        in.load(stage, j);
         run(j, in);
       }
     }
