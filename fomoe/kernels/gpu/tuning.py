@@ -67,10 +67,19 @@ _MEASURED: Mapping[str, Mapping[tuple[Kernel, GGMLType], Tuning]] = {}
 
 def tuning_of(runtime: Runtime, kernel: Kernel, qtype: int) -> Tuning:
     """Return the tables' line for a device, a kernel and the type of most of its weights."""
+    start = _line_of(runtime)
+    return _MEASURED.get(start, {}).get((kernel, GGMLType(qtype)), _TUNINGS[start])
+
+
+def starts_early(runtime: Runtime) -> bool:
+    """Whether kernels are made so that they can start beside the launch before."""
+    return _TUNINGS[_line_of(runtime)].early
+
+
+def _line_of(runtime: Runtime) -> str:
     for start in sorted(_TUNINGS, key=len, reverse=True):
         if runtime.target.startswith(start):
-            measured = _MEASURED.get(start, {})
-            return measured.get((kernel, GGMLType(qtype)), _TUNINGS[start])
+            return start
     raise DeviceError(f"{runtime.name}: no kernels for target {runtime.target!r}")
 
 
