@@ -53,7 +53,7 @@ Kernel = Literal["project", "experts_in", "experts_out"]
 # By the first letters of a target. NVIDIA's copies into shared memory cost no registers and bypass
 # L1, so that a few waves with deep rings fill the bus; AMD's cards need waves for that.
 _TUNINGS = {
-    "sm_": Tuning(waves=16, per_core=1, stages=3, tile=2304, held=96, early=True, ahead=2048),
+    "sm_": Tuning(waves=16, per_core=1, stages=3, tile=2304, held=96, early=True),
     "sm_7": Tuning(waves=8, per_core=1, stages=2, tile=2304, held=48),
     "gfx9": Tuning(waves=4, per_core=4, stages=2, tile=4608, held=48),
     "gfx1": Tuning(waves=8, per_core=2, stages=2, tile=2304, held=48),
@@ -61,8 +61,20 @@ _TUNINGS = {
 }
 
 
-# What was measured for a kernel and the type of most of its weights, where it is not the above.
-_MEASURED: Mapping[str, Mapping[tuple[Kernel, GGMLType], Tuning]] = {}
+_SM = _TUNINGS["sm_"]
+_FEW_LARGE = replace(_SM, stages=2, tile=4608)
+_DEEP = replace(_SM, stages=4)
+
+# What was measured for a kernel and the type of most of its weights, where it is not the above:
+# `benchmarks/gpu/products.py --tune` on an NVIDIA H200. Asking the cache ahead won nothing there.
+_MEASURED: Mapping[str, Mapping[tuple[Kernel, GGMLType], Tuning]] = {
+    "sm_": {
+        ("project", GGMLType.Q4_K): _FEW_LARGE,
+        ("project", GGMLType.Q8_0): _DEEP,
+        ("experts_in", GGMLType.Q4_K): _FEW_LARGE,
+        ("experts_out", GGMLType.Q6_K): _DEEP,
+    }
+}
 
 
 def tuning_of(runtime: Runtime, kernel: Kernel, qtype: int) -> Tuning:
