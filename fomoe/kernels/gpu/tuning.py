@@ -72,6 +72,7 @@ _MEASURED: Mapping[str, Mapping[tuple[Kernel, GGMLType], Tuning]] = {
         ("project", GGMLType.Q4_K): _FEW_LARGE,
         ("project", GGMLType.Q8_0): _DEEP,
         ("experts_in", GGMLType.Q4_K): _FEW_LARGE,
+        ("experts_out", GGMLType.Q5_K): _FEW_LARGE,
         ("experts_out", GGMLType.Q6_K): _DEEP,
     }
 }
