@@ -35,6 +35,7 @@ Activations = Literal["int8", "f32"]
 RamPolicy = Literal["exclusive", "inclusive"]
 Eviction = Literal["lfru", "lru"]
 LogicalEviction = Literal["lfru", "lru", "mass"]
+CpuArm = Literal["off", "auto"]
 Transport = Literal["auto", "shm", "tcp"]
 Attention = Literal["auto", "driver", "device"]
 
@@ -219,6 +220,8 @@ class EngineConfig:
         prefetch_depth: Layers that a generated token looks ahead, 0 to 2.
         prefetch_budget: Bytes that reads in vain may add to a generated token's, as a share of
             what would be read without them.
+        cpu_arm: Whether the processor computes some of the experts in RAM beside GPUs; auto: as
+            many as measured costs say at the start.
         overlap: False runs the serial twin of the loop, which gives the same bits.
         prefill_chunk: Prompt tokens that go through a layer together; 0 lets the budgets fix it.
         read_threads: File reads in flight per node.
@@ -243,6 +246,7 @@ class EngineConfig:
     prefetch: bool = True
     prefetch_depth: int = 1
     prefetch_budget: float = 0.05
+    cpu_arm: CpuArm = "off"
     overlap: bool = True
     prefill_chunk: int = 0
     read_threads: int = 4
@@ -262,6 +266,7 @@ class EngineConfig:
         require_choice("activations", self.activations, Activations)
         require_choice("ram_policy", self.ram_policy, RamPolicy)
         require_choice("eviction", self.eviction, Eviction)
+        require_choice("cpu_arm", self.cpu_arm, CpuArm)
         require_choice("transport", self.transport, Transport)
         require_range("ctx_size", self.ctx_size, 1, 1 << 20)
         require_range("sequences", self.sequences, 1, 256)
@@ -286,6 +291,11 @@ class EngineConfig:
         check_devices(self.devices)
         require_choice("attention", self.attention, Attention)
         wrong = {True: "driver", False: "device"}[self.hosts_layers]
+        require(
+            self.cpu_arm == "off" or self.hosts_layers,
+            f"cpu_arm is {self.cpu_arm!r} on {', '.join(self.devices)}; a cpu device computes in "
+            "RAM anyway: leave it off",
+        )
         require(
             self.attention != wrong,
             f"attention is {wrong!r} on {', '.join(self.devices)}; this version runs it on the "

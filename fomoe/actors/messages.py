@@ -103,7 +103,7 @@ STEP_ID = struct.Struct("<Q")
 # step id u64, awaited u64, flags (`Do`), layer, tokens, position, state, peer, rows: i32
 LAYERS = struct.Struct("<QQiiiiiii")
 COUNT = struct.Struct("<I")
-DROPPED = struct.Struct("<iiQ")  # layer, expert, generation
+DROPPED = struct.Struct("<iiiQ")  # layer, expert, slot, generation
 # An expert to copy into slot `to` of its layer's class on the device, out of the segment: from
 # `address`, relative to the first slot, as soon as landed word `slot` has reached `generation`.
 COPY = np.dtype(

@@ -141,7 +141,8 @@ class Reads:
                 raise StorageError(report.message)
             key = ExpertKey(report.layer, report.expert)
             wanted = step is not None and step[0] == key.layer and key.expert in step[1]
-            if (report.prefetch and wanted) or not node.slots.is_current(key, report.generation):
+            is_current = node.slots.is_current(key, report.slot, report.generation)
+            if (report.prefetch and wanted) or not is_current:
                 continue
             self._planner.forget(key)
             failed.append(report)
@@ -150,9 +151,9 @@ class Reads:
     def _take_dropped(self, node: NodeLink, nbytes: int) -> None:
         """Forget prefetches that storage never read, unless they are asked for again by now."""
         counters = self._counters
-        for layer, expert, generation in DROPPED.iter_unpack(self._buffer[:nbytes]):
+        for layer, expert, slot, generation in DROPPED.iter_unpack(self._buffer[:nbytes]):
             key = ExpertKey(layer, expert)
-            if node.slots.is_current(key, generation):
+            if node.slots.is_current(key, slot, generation):
                 if self.unproven[layer, expert] == Tier.DEVICE:
                     continue
                 self._planner.forget(key)

@@ -119,7 +119,7 @@ class StorageActor(FabricMember):
     def _report_dropped(self, dropped: tuple[Fetch, ...]) -> None:
         """Tell the driver of prefetches that were never read."""
         if dropped:
-            records = (DROPPED.pack(f.layer, f.expert, f.generation) for f in dropped)
+            records = (DROPPED.pack(f.layer, f.expert, f.slot, f.generation) for f in dropped)
             self._send(Tag.DROPPED, b"".join(records))
 
     def _fetch(self, record: tuple[int, ...]) -> Fetch:

@@ -61,6 +61,7 @@ def llm_arguments(model: ModelOptions, engine: EngineOptions) -> dict[str, Any]:
         "prefetch": engine.prefetch,
         "prefetch_depth": engine.prefetch_depth,
         "prefetch_budget": engine.prefetch_budget,
+        "cpu_arm": engine.cpu_arm,
         "overlap": engine.overlap,
         "prefill_chunk": engine.prefill_chunk,
         "transport": engine.transport,

@@ -15,6 +15,7 @@ from fomoe.config import (
     BUNDLED_MODEL,
     Activations,
     Attention,
+    CpuArm,
     EngineConfig,
     KVDtype,
     LogicalEviction,
@@ -246,6 +247,10 @@ class EngineOptions:
             help="Bytes that reads in vain may add to a generated token's, as a share of them.",
         ),
     ] = _DEFAULTS.prefetch_budget
+    cpu_arm: Annotated[
+        CpuArm,
+        typer.Option(help="Whether the processor computes experts in RAM beside GPUs."),
+    ] = _DEFAULTS.cpu_arm
     overlap: Annotated[
         bool, typer.Option("--overlap/--serial", help="Compute and read at the same time.")
     ] = True

@@ -4,18 +4,34 @@
 
 namespace fomoe::engine {
 
+// What a failed pass left behind is scored by the next one, but must not grow.
+constexpr size_t kMostOpen = 256;
+constexpr int64_t kWindow = 4096;  // copies after which their tally is halved
+
 bool Ahead::note(int32_t layer, int32_t expert, int32_t level, int32_t depth, int64_t nbytes,
                  int64_t reads) {
-  // What a failed pass left behind is scored by the next one, but must not grow.
-  constexpr size_t kMost = 256;
-  if (open_[layer].size() < kMost) open_[layer].push_back({expert, level, depth});
+  if (open_[layer].size() < kMostOpen) open_[layer].push_back({expert, level, depth, false});
   return a_.allowed.row(depth)[level] && *a_.credit >= kCharge * (reads + 1) * nbytes;
+}
+
+bool Ahead::note_copy(int32_t layer, int32_t expert, int32_t level, int32_t depth) {
+  if (open_[layer].size() < kMostOpen) open_[layer].push_back({expert, level, depth, true});
+  const Tally& tally = copies_[depth][level];
+  return 2 * tally.wanted >= tally.named;
 }
 
 void Ahead::score(int32_t layer, const int32_t* ids, int64_t n) {
   for (const Guess& guess : open_[layer]) {
-    ++a_.named.row(guess.depth)[guess.level];
-    a_.wanted.row(guess.depth)[guess.level] += std::find(ids, ids + n, guess.expert) != ids + n;
+    const bool is_wanted = std::find(ids, ids + n, guess.expert) != ids + n;
+    if (guess.is_copy) {
+      Tally& tally = copies_[guess.depth][guess.level];
+      if (tally.named == kWindow) tally = {tally.named / 2, tally.wanted / 2};
+      ++tally.named;
+      tally.wanted += is_wanted;
+    } else {
+      ++a_.named.row(guess.depth)[guess.level];
+      a_.wanted.row(guess.depth)[guess.level] += is_wanted;
+    }
   }
   open_[layer].clear();
 }

@@ -37,6 +37,10 @@ class Ahead {
   bool note(int32_t layer, int32_t expert, int32_t level, int32_t depth, int64_t nbytes,
             int64_t reads);
 
+  // As note(), of an expert in RAM whose copy into VRAM would be early: worth it where such copies
+  // were wanted at least every other time.
+  bool note_copy(int32_t layer, int32_t expert, int32_t level, int32_t depth);
+
   // Scores the layer's guesses against the experts of its step.
   void score(int32_t layer, const int32_t* ids, int64_t n);
 
@@ -53,11 +57,16 @@ class Ahead {
   static constexpr int64_t kCharge = 2;
   struct Guess {
     int32_t expert, level, depth;
+    bool is_copy;
+  };
+  struct Tally {
+    int64_t named = 0, wanted = 0;
   };
 
   const AheadArrays a_;
   const int64_t budget_permille_;
   std::vector<std::vector<Guess>> open_;  // by layer
+  Tally copies_[kDepths][kLevels];
 };
 
 }  // namespace fomoe::engine

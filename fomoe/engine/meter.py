@@ -22,6 +22,7 @@ class HostCounters:
     the router, `background_bytes` for what was wanted earlier and `shadow_bytes` by shadow steps.
     `prefetched` are the prefetches of decode steps: asked for, `_used` by the step that they were
     for, `_dropped` before their read began; `prefetch_*` count those of prompts, too.
+    `computed_in_ram` are experts of decode steps that the processor computed beside a GPU.
     """
 
     hits_device: int = 0
@@ -33,6 +34,7 @@ class HostCounters:
     nvme_bytes: int = 0
     ram_bytes: int = 0
     demoted_bytes: int = 0
+    computed_in_ram: int = 0
     substitutes_device: int = 0
     substitutes_ram: int = 0
     substitutes_nvme: int = 0
@@ -84,6 +86,7 @@ class Meter:
         *,
         devices: str,
         capacity: int,
+        cpu_arm: str = "off",
     ) -> None:
         self.host = host
         self.loss = loss
@@ -94,6 +97,7 @@ class Meter:
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.prompt_s = self.generated_s = 0.0
         self._devices = devices
+        self._cpu_arm = cpu_arm
         self._capacity = capacity
         self.start(Quality(), cached=0)
 
@@ -194,6 +198,7 @@ class Meter:
             price=self.price,
             mode=str(self._quality),
             devices=self._devices,
+            cpu_arm=self._cpu_arm,
             prompt_parts_ms=milliseconds(self._prompt_parts),
             generated_parts_ms=milliseconds(self._generated_parts),
             logical_capacity=0 if self._quality.is_exact else self._capacity,

@@ -30,6 +30,22 @@ Segment segment_of(nb::handle s) {
           field<uint64_t, 1>(s, "generation").data(), field<int64_t, 1>(s, "address").data()};
 }
 
+std::optional<VramSlots> vram_of(nb::handle s, const Segment& segment, nb::handle arrays,
+                                 const residency::State& state) {
+  if (!nb::hasattr(s, "holds")) return {};
+  const auto pool_first = field<int32_t, 1>(s, "pool_first");
+  same("layers of a segment", pool_first.size(), state.n_layers);
+  return VramSlots(segment, {field<int32_t, 1>(s, "users").data(),
+                             field<int8_t, 1>(s, "reading").data(),
+                             field<int64_t, 1>(s, "holds").data(),
+                             field<uint64_t, 1>(s, "tickets").data(),
+                             pool_first.data(),
+                             field<int32_t, 1>(s, "staging").data(),
+                             field<int32_t, 1>(s, "ahead").data(),
+                             field<uint64_t, 1>(s, "ticket").data(),
+                             field<int64_t, 1>(arrays, "expert_bytes").data()});
+}
+
 WaveArrays arrays_of(nb::handle a) {
   return {field<int32_t, 1>(a, "layer_node").data(),
           field<int32_t, 1>(a, "layer_device").data(),
@@ -41,6 +57,8 @@ WaveArrays arrays_of(nb::handle a) {
           field<int32_t, 1>(a, "experts").data(),
           field<int64_t, 1>(a, "pairs").data(),
           nb::cast<Records<Read>>(a.attr("reads")).data(),
+          nb::cast<Records<Copy>>(a.attr("copies")).data(),
+          field<int32_t, 1>(a, "arm").data(),
           reinterpret_cast<Counts*>(field<int64_t, 1>(a, "counts").data())};
 }
 
@@ -62,16 +80,22 @@ AheadArrays ahead_of(nb::handle a, const residency::State& state) {
 void init_planner(WavePlanner* self, residency::Planner& planner, nb::list segments,
                   nb::object arrays, nb::object ahead, nb::object priorities) {
   std::vector<Segment> all;
-  for (const nb::handle s : segments) all.push_back(segment_of(s));
+  std::vector<std::optional<VramSlots>> vram;
+  for (const nb::handle s : segments) {
+    all.push_back(segment_of(s));
+    vram.push_back(vram_of(s, all.back(), arrays, planner.state()));
+  }
   const auto ids = field<int32_t, 2>(arrays, "ids");
   const int64_t n = planner.state().n_experts;
   same("counts", field<int64_t, 1>(arrays, "counts").size() * 8, int64_t(sizeof(Counts)));
   same("room for reads", nb::cast<Records<Read>>(arrays.attr("reads")).size(), 2 * n);
+  same("room for copies", nb::cast<Records<Copy>>(arrays.attr("copies")).size(), 4 * n);
+  same("length of arm", field<int32_t, 1>(arrays, "arm").size(), ids.shape(1) + 1);
   same("room for experts", field<int32_t, 1>(arrays, "experts").size(), n);
   same("room for pairs", field<int64_t, 1>(arrays, "pairs").size(), n);
   const auto priority = [&](const char* name) { return nb::cast<int32_t>(priorities.attr(name)); };
   new (self) WavePlanner(
-      planner, std::move(all), arrays_of(arrays), ahead_of(ahead, planner.state()),
+      planner, std::move(all), std::move(vram), arrays_of(arrays), ahead_of(ahead, planner.state()),
       {ids.shape(0), ids.shape(1), nb::cast<int64_t>(ahead.attr("budget_permille")),
        priority("demand"), priority("prefetch"), priority("background")});
 }
@@ -145,7 +169,7 @@ int64_t py_place(WavePlanner& w, int32_t layer, Array<const int32_t, 2> ids,
 int64_t py_read_later(WavePlanner& w, int32_t layer, Array<const int32_t, 1> experts) {
   check(w, layer, 0, w.state().n_experts);
   if (experts.size() > w.state().n_experts) throw nb::index_error("too many reads");
-  w.clear_counts();
+  w.clear();
   return w.read_later(layer, experts.data(), experts.size(), 0);
 }
 
@@ -181,6 +205,26 @@ int64_t py_look_ahead(WavePlanner& w, int32_t layer, Array<const float, 2> score
   check(w, layer, 0, scores.shape(1));
   if (depth < 1 || depth > kDepths) throw nb::index_error("guesses reach one or two layers ahead");
   return w.look_ahead(layer, depth - 1, scores.data(), scores.shape(0));
+}
+
+void py_answered(WavePlanner& w, int32_t device, bool aborted) {
+  if (device < 0 || device >= w.n_devices()) throw nb::index_error("no such device");
+  w.answered(device, aborted);
+}
+
+bool py_is_tight(const WavePlanner& w, int32_t layer) {
+  check(w, layer, 0, w.state().n_experts);
+  return w.is_tight(layer);
+}
+
+void py_ended(WavePlanner& w, Records<Copy> copies) {
+  for (int64_t i = 0; i < copies.size(); ++i) {
+    const Copy& copy = copies.data()[i];
+    check(w, copy.layer, 0, w.state().n_experts);
+    if (copy.expert < 0 || copy.expert >= w.state().n_experts)
+      throw nb::index_error("no such expert");
+    w.ended(copy);
+  }
 }
 
 void check_slot(int32_t slot, int64_t n_slots) {
@@ -315,8 +359,13 @@ NB_MODULE(_engine, m) {
       .def("read_later", &py_read_later, "layer"_a, "experts"_a)
       .def("place", &py_place, "layer"_a, "ids"_a, "weights"_a, "substituted"_a, "out"_a)
       .def("wave", &WavePlanner::wave)
+      .def("answered", &py_answered, "device"_a, "aborted"_a)
+      .def("is_tight", &py_is_tight, "layer"_a)
+      .def("ended", &py_ended, "copies"_a)
       .def("look_ahead", &py_look_ahead, "layer"_a, "scores"_a, "depth"_a)
       .def_prop_ro("first", &WavePlanner::first)
       .def_prop_ro("end", &WavePlanner::end)
-      .def_prop_ro("n_experts", &WavePlanner::n_experts);
+      .def_prop_ro("n_experts", &WavePlanner::n_experts)
+      .def_prop_ro("step_copies", &WavePlanner::step_copies)
+      .def_prop_ro("ahead_copies", &WavePlanner::ahead_copies);
 }

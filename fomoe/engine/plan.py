@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fomoe.config import Budgets, EngineConfig, RoutingConfig, format_bytes
 from fomoe.engine.chunk import auto_chunk
+from fomoe.engine.gpu_segment import GpuSegment, VramLayout
+from fomoe.engine.staging import FREE_BYTES, LEAST_STAGED, Pools, plan_staging, staging_bytes
 from fomoe.engine.transfers import SegmentSlots
 from fomoe.errors import BudgetError, ConfigError
 from fomoe.gguf.extents import ExpertTable
@@ -24,13 +27,34 @@ FALLBACK_CAPACITY = 6  # lossy modes without explicit budgets: a sixth of the ex
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EnginePlan:
-    """The layout of one engine; equal inputs give equal plans in every process."""
+    """The layout of one engine; equal inputs give equal plans in every process.
+
+    `staging` counts slots by (node, class) that segments of GPU nodes have beside the RAM tier's.
+    """
 
     topology: Topology
     table: ExpertTable
     vram_bytes: int
     ram_bytes: int
     logical_capacity: int
+    staging: Mapping[tuple[int, int], int] = field(default_factory=dict)
+
+    def gpu_segment(self, node: int) -> GpuSegment:
+        """Return the empty accounts of a GPU node's segment and of its devices' slots."""
+        t = self.topology
+        staging = {c: n for (where, c), n in self.staging.items() if where == node}
+        slots = {c: n + t.ram_slots.get((node, c), 0) for c, n in staging.items()}
+        layers = [self.table.expert_bytes(i) for i in range(t.n_layers)]
+        return GpuSegment(
+            {c: (n, self.table.classes[c].slot_bytes) for c, n in slots.items()},
+            t.layer_class, t.n_experts,
+            VramLayout(
+                pools={p: n for p, n in t.device_slots.items() if t.device_node[p[0]] == node},
+                layer_device=t.layer_device,
+                layer_bytes=np.array(layers, np.int64),
+                staging=staging,
+            ),
+        )  # fmt: skip
 
     def segment_slots(self, node: int) -> SegmentSlots:
         """Return the empty slot table of a node's segment: device and RAM slots by class."""
@@ -77,6 +101,7 @@ class EnginePlan:
         on_device, in_ram = sum(t.device_slots.values()), sum(t.ram_slots.values())
         device, ram = self.slot_bytes()
         rest = max(0, experts - on_device - in_ram)
+        staged = sum(n * self.table.classes[c].slot_bytes for (_, c), n in self.staging.items())
         total = sum(self.table.expert_bytes(i) * t.n_experts for i in range(t.n_layers))
         lines = [
             f"experts  {experts:,} in {t.n_layers} layers, {format_bytes(total)} on NVMe",
@@ -86,16 +111,21 @@ class EnginePlan:
             f"{format_bytes(self.ram_bytes)}",
             f"nvme     {rest:,} experts ({rest / experts:.0%}) are read when wanted",
         ]
+        if staged:
+            through = f"{sum(self.staging.values()):,} slots, {format_bytes(staged)} of host memory"
+            lines.insert(3, f"staging  {through} on the way to the devices")
         return "\n".join(lines)
 
 
 def make_plan(
     table: ExpertTable, spec: ModelSpec, config: EngineConfig, device_node: tuple[int, ...],
-    dense_bytes: tuple[int, ...] = (),
+    dense_bytes: tuple[int, ...] = (), *, partial: bool = False,
 ) -> EnginePlan:  # fmt: skip
     """Return the plan for explicit budgets; layer l lives on device l mod n.
 
-    `dense_bytes` are what devices that host layers need of their budget before any expert.
+    `dense_bytes` are what devices that host layers need of their budget before any expert;
+    `partial` says that those may hold a part of the experts. The RAM of their nodes then holds what
+    passes through it on the way to VRAM as well.
 
     Raises:
         BudgetError: a budget cannot hold one layer's top-k of each size class.
@@ -117,19 +147,31 @@ def make_plan(
         layer_device=(np.arange(spec.n_layers) % n).astype(np.int32),
         device_node=device_node,
     )
+    n_nodes, top_k = max(device_node) + 1, spec.moe.top_k
+    vram = _left_for_experts(budgets.vram_bytes, dense_bytes or (0,) * n)
+    ram, staging = [budgets.ram_bytes] * n_nodes, Pools()
+    if config.hosts_layers:
+        on_devices = plan_budgets(
+            sizes, vram_budget_bytes=vram, ram_budget_bytes=[0] * n_nodes, top_k=top_k
+        )
+        if sum(on_devices.device_slots.values()) == spec.n_layers * spec.moe.n_experts:
+            staging = plan_staging(sizes, top_k, [max(FREE_BYTES, _least(sizes))] * n_nodes)
+        else:
+            staging = plan_staging(sizes, top_k, ram)
+            ram = [left - staging_bytes(sizes, staging, at) for at, left in enumerate(ram)]
     topology = plan_budgets(
-        sizes,
-        vram_budget_bytes=_left_for_experts(budgets.vram_bytes, dense_bytes or (0,) * n),
-        ram_budget_bytes=[budgets.ram_bytes] * (max(device_node) + 1),
-        top_k=spec.moe.top_k,
-        ram=config.ram_policy,
+        sizes, vram_budget_bytes=vram, ram_budget_bytes=ram, top_k=top_k, ram=config.ram_policy
     )
     plan = EnginePlan(topology, table, budgets.vram_bytes, budgets.ram_bytes,
-                      _logical_capacity(topology, spec, config))  # fmt: skip
+                      _logical_capacity(topology, spec, config), staging)  # fmt: skip
     plan.logical_rules(config.routing).check(spec.n_layers, spec.moe.n_experts)
-    if config.hosts_layers:
+    if config.hosts_layers and not partial:
         _require_all(plan, dense_bytes)
     return plan
+
+
+def _least(sizes: ExpertSizes) -> int:
+    return 2 * LEAST_STAGED * sum(sizes.slot_bytes)
 
 
 def _left_for_experts(vram_bytes: int, dense_bytes: tuple[int, ...]) -> list[int]:

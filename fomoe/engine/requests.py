@@ -112,6 +112,8 @@ class Receipt:
     `prefetched` experts were asked for before a decode step's router spoke, `_used` of them were
     wanted, `_dropped` never read: used / (prefetched - dropped) is their precision, used /
     reads_nvme their recall on misses.
+    `cpu_arm` says how many of 0, 1, 2 .. experts of a token in RAM the processor computes there
+    instead of the GPU (`fomoe.engine.arm`); `computed_in_ram` counts them.
     `prompt_parts_ms` and `generated_parts_ms` say where the time went, by `waterfall.PARTS`.
     """
 
@@ -130,6 +132,7 @@ class Receipt:
     nvme_bytes: int = 0
     ram_bytes: int = 0
     demoted_bytes: int = 0
+    computed_in_ram: int = 0
     prompt_bytes: int = 0
     prefetch_bytes: int = 0
     background_bytes: int = 0
@@ -146,6 +149,7 @@ class Receipt:
     prompt_parts_ms: dict[str, float] = field(default_factory=dict)
     generated_parts_ms: dict[str, float] = field(default_factory=dict)
     mode: str = "exact"
+    cpu_arm: str = "off"
     devices: str = "device"  # "device (emulated)" where a cpu device stands in for a GPU
     logical_capacity: int = 0  # experts per layer, lossy modes only
     decision_hash: str = ""

@@ -21,7 +21,6 @@ Read* Segment::apply(const residency::Planner& planner, int32_t layer, int64_t f
   return reads;
 }
 
-// A RAM slot of the residency, in the class of `layer`, changes hands; returns who had it.
 int64_t Segment::exchange(int32_t layer, int32_t ram_slot, int32_t new_layer,
                           int32_t expert) const {
   int64_t& held = holder[class_first[layer_class[layer]] + ram_slot];
@@ -34,8 +33,7 @@ int64_t Segment::exchange(int32_t layer, int32_t ram_slot, int32_t new_layer,
 void Segment::drop(const residency::Planner& planner, int32_t layer, int32_t expert) const {
   int32_t& slot = slot_of.row(layer)[expert];
   if (slot < 0 || planner.tier(layer, expert) != residency::kNvme) return;
-  const int32_t c = layer_class[layer];
-  free_slots[class_first[c] + free_count[c]++] = slot;
+  give_back(layer, slot);
   slot = -1;
 }
 

@@ -43,10 +43,17 @@ struct Segment {
     *out = {address[slot], generation[slot], slot, expert};
   }
 
- private:
+  // A RAM slot of the residency, in the class of `layer`, changes hands; returns who had it.
   int64_t exchange(int32_t layer, int32_t ram_slot, int32_t new_layer, int32_t expert) const;
-  void drop(const residency::Planner& planner, int32_t layer, int32_t expert) const;
+  // A free slot, of the class of `layer`, for a read of the expert.
   Read assign(int32_t layer, int32_t expert) const;
+  void give_back(int32_t layer, int32_t slot) const {
+    const int32_t c = layer_class[layer];
+    free_slots[class_first[c] + free_count[c]++] = slot;
+  }
+
+ private:
+  void drop(const residency::Planner& planner, int32_t layer, int32_t expert) const;
 };
 
 }  // namespace fomoe::engine

@@ -157,7 +157,7 @@ class SegmentSlots:
         slots = self.slot_of[layer, experts]
         return slots, self.address[slots], self.generation[slots]
 
-    def is_current(self, key: ExpertKey, generation: int) -> bool:
-        """Whether the expert's slot still waits for, or holds, that read."""
-        slot = int(self.slot_of[key.layer, key.expert])
-        return slot >= 0 and int(self.generation[slot]) == generation
+    def is_current(self, key: ExpertKey, slot: int, generation: int) -> bool:
+        """Whether the expert's slot is that one and still waits for, or holds, that read."""
+        is_mine = int(self.slot_of[key.layer, key.expert]) == slot
+        return is_mine and int(self.generation[slot]) == generation

@@ -1,7 +1,6 @@
 #include "waves.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 namespace fomoe::engine {
@@ -12,9 +11,11 @@ using residency::kNvme;
 using residency::kRam;
 
 WavePlanner::WavePlanner(residency::Planner& planner, std::vector<Segment> segments,
-                         WaveArrays arrays, AheadArrays ahead, WaveShape shape)
+                         std::vector<std::optional<VramSlots>> vram, WaveArrays arrays,
+                         AheadArrays ahead, WaveShape shape)
     : planner_(planner),
       segments_(std::move(segments)),
+      vram_(std::move(vram)),
       a_(arrays),
       shape_(shape),
       ahead_(planner.state().n_layers, ahead, shape.budget_permille),
@@ -27,6 +28,10 @@ WavePlanner::WavePlanner(residency::Planner& planner, std::vector<Segment> segme
   sorted_.resize(n);
   margins_.resize(n);
   source_.resize(n);
+  stays_.resize(n);
+  in_ram_.reserve(n);
+  const int32_t* const devices = a_.layer_device;
+  open_.resize(1 + *std::max_element(devices, devices + state().n_layers));
 }
 
 int64_t WavePlanner::route(const float* scores, int64_t tokens) {
@@ -38,11 +43,13 @@ int64_t WavePlanner::route(const float* scores, int64_t tokens) {
 
 void WavePlanner::begin(int32_t layer, int64_t tokens, const bool* substituted,
                         const StepArrays& out) {
+  if (!open(layer).empty()) throw Bug("the device has not answered for its last wave");
   layer_ = layer;
   out_ = out;
   first_ = end_ = 0;
   room_ = std::max<int64_t>(state().device.quota[layer], shape_.top_k);
   group(tokens);
+  choose_arm(tokens);
   arrange(tokens);
   ahead_.score(layer, a_.experts, n_experts_);
   if (!substituted) return;
@@ -108,20 +115,34 @@ int64_t WavePlanner::wave() {
   const int64_t room = std::min(room_, planner_.capacity(layer_));
   if (end_ == n_experts_) throw Bug("the step has no experts left");
   if (room < 1) throw Bug("no slot of the layer's pool can be freed for its step");
+  if (!open(layer_).empty()) throw Bug("the device has not answered for its last wave");
   first_ = end_;
-  end_ = std::min(first_ + room, n_experts_);
+  end_ = first_ + fitting(std::min(room, n_experts_ - first_));
   const int64_t n = end_ - first_;
   const int32_t* const experts = a_.experts + first_;
-  std::copy(experts, experts + n, sorted_.begin());
-  std::sort(sorted_.begin(), sorted_.begin() + n);
-  const int64_t fetches = planner_.plan(layer_, sorted_.data(), n);
-  clear_counts();
+  const int64_t fetches = plan(experts, n);
+  clear();
   count(experts, n, fetches);
-  Read* const end = prove(experts, n, fetch(layer_, fetches, a_.reads));
+  const VramSlots* const slots = vram(layer_);
+  const uint64_t ticket = slots ? slots->ticket() : 0;
+  Read* end = fetch(layer_, fetches, false, a_.reads);
+  end = slots ? demand(*slots, experts, n, ticket, end) : prove(experts, n, end);
   address(a_.reads, end, shape_.demand);
-  const Segment& segment = segments_[a_.layer_node[layer_]];
-  for (int64_t i = 0; i < n; ++i) segment.locate(layer_, experts[i], out_.entries + first_ + i);
+  for (int64_t i = 0; i < n; ++i) out_.entries[first_ + i] = locate(experts[i]);
   return end - a_.reads;
+}
+
+// Plans the experts of a wave; those that stay in RAM go to `in_ram_`.
+int64_t WavePlanner::plan(const int32_t* experts, int64_t n) {
+  int64_t moved = 0;
+  in_ram_.clear();
+  for (int64_t i = 0; i < n; ++i)
+    if (stays_[experts[i]] && planner_.tier(layer_, experts[i]) == kRam)
+      in_ram_.push_back(experts[i]);
+    else
+      sorted_[moved++] = experts[i];
+  std::sort(sorted_.begin(), sorted_.begin() + moved);
+  return planner_.plan(layer_, sorted_.data(), moved, in_ram_.data(), int64_t(in_ram_.size()));
 }
 
 // Counts the wave's activations, and substitutes, by the tier that their bytes came from.
@@ -148,6 +169,9 @@ void WavePlanner::count(const int32_t* experts, int64_t n, int64_t fetches) {
     if (plan[i].source == kNvme) ahead_.earn(layer_, e, nbytes, false);
     if (source_[e] != kNvme) source_[e] = int8_t(plan[i].source);
   }
+  for (const int32_t e : in_ram_)
+    if (source_[e] != kNvme) source_[e] = int8_t(kRam);
+  a_.counts->computed_in_ram = int64_t(in_ram_.size());
   for (int64_t i = first_; i < first_ + n; ++i) {
     const int32_t tier = source_[a_.experts[i]];
     a_.counts->by_tier[tier] += a_.pairs[i];
@@ -157,7 +181,8 @@ void WavePlanner::count(const int32_t* experts, int64_t n, int64_t fetches) {
 
 // Moves the plan into the segment; charges link and RAM for what a card would move: promotions, and
 // victims copied back. Returns the end of its reads.
-Read* WavePlanner::fetch(int32_t layer, int64_t fetches, Read* reads) {
+Read* WavePlanner::fetch(int32_t layer, int64_t fetches, bool ahead, Read* reads) {
+  if (const VramSlots* const slots = vram(layer)) return move(*slots, layer, fetches, ahead, reads);
   const Segment& segment = segments_[a_.layer_node[layer]];
   Read* const end = segment.apply(planner_, layer, fetches, reads);
   const Fetch* const plan = planner_.fetches();
@@ -192,9 +217,10 @@ void WavePlanner::address(Read* first, Read* end, int32_t priority) {
 }
 
 int64_t WavePlanner::read_later(int32_t layer, const int32_t* experts, int64_t n, int64_t reads) {
-  const int64_t fetches = planner_.prefetch(layer, experts, n, n, true);
+  const int64_t most = ahead_room(layer, n);
+  const int64_t fetches = planner_.prefetch(layer, experts, n, most, true);
   Read* const first = a_.reads + reads;
-  Read* const end = fetch(layer, fetches, first);
+  Read* const end = fetch(layer, fetches, true, first);
   const Fetch* const plan = planner_.fetches();
   const residency::History& history = state().history;
   for (int64_t i = 0; i < fetches; ++i) {
@@ -213,27 +239,34 @@ int64_t WavePlanner::read_later(int32_t layer, const int32_t* experts, int64_t n
 
 int64_t WavePlanner::look_ahead(int32_t layer, int32_t depth, const float* scores,
                                 int64_t tokens) {
-  clear_counts();
+  clear();
   const int64_t guesses = router_.predict(scores, tokens, sorted_.data(), margins_.data());
   // While a step is under way nothing may fail, least of all a guess.
   if (guesses < 0) return 0;
   const int64_t nbytes = a_.expert_bytes[layer];
-  int64_t sure = 0;
+  int64_t sure = 0, reads = 0;
   for (int64_t i = 0; i < guesses; ++i) {
-    const int32_t e = sorted_[i];
-    if (planner_.tier(layer, e) != kNvme) continue;
-    if (ahead_.note(layer, e, Ahead::level(margins_[i]), depth, nbytes, sure)) sorted_[sure++] = e;
+    const int32_t e = sorted_[i], tier = planner_.tier(layer, e);
+    const int32_t level = Ahead::level(margins_[i]);
+    if (tier == kNvme && ahead_.note(layer, e, level, depth, nbytes, reads)) {
+      sorted_[sure++] = e;
+      ++reads;
+    } else if (tier == kRam && vram(layer) && ahead_.note_copy(layer, e, level, depth)) {
+      sorted_[sure++] = e;
+    }
   }
   // Eager: a guess by the layer's own router is worth more than the past of a victim.
-  const int64_t fetches = planner_.prefetch(layer, sorted_.data(), sure, sure, true);
-  Read* const end = fetch(layer, fetches, a_.reads);
+  const int64_t most = ahead_room(layer, sure);
+  const int64_t fetches = planner_.prefetch(layer, sorted_.data(), sure, most, true);
+  Read* const end = fetch(layer, fetches, true, a_.reads);
   const Fetch* const plan = planner_.fetches();
   for (int64_t i = 0; i < fetches; ++i) {
     a_.unproven.row(layer)[plan[i].expert] = int8_t(plan[i].source);
     a_.background.row(layer)[plan[i].expert] = false;
-    ahead_.spend(layer, plan[i].expert, nbytes);
+    if (plan[i].source == kNvme) ahead_.spend(layer, plan[i].expert, nbytes);
   }
   a_.counts->prefetch_issued = fetches;
+  a_.counts->guesses_read = end - a_.reads;
   address(a_.reads, end, shape_.prefetch);
   return end - a_.reads;
 }

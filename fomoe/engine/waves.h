@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "ahead.h"
@@ -13,6 +14,7 @@
 #include "fomoe/routing/groups.h"
 #include "fomoe/routing/router.h"
 #include "segment.h"
+#include "vram.h"
 
 namespace fomoe::engine {
 
@@ -31,6 +33,7 @@ struct Counts {
   int64_t by_tier[3], substitutes[3];
   int64_t prefetch_used, prefetch_issued, nvme_bytes, ram_bytes, demoted_bytes, guesses_used;
   int64_t background_reads, background_bytes;
+  int64_t computed_in_ram, guesses_read;
 };
 
 // Arrays that the planner shares with Python; see WaveArrays in waves.py.
@@ -44,6 +47,8 @@ struct WaveArrays {
   int32_t* experts;                          // [E]
   int64_t* pairs;                            // [E]
   Read* reads;                               // [2 E]
+  Copy* copies;                              // [4 E]
+  const int32_t* arm;                        // [k + 1]
   Counts* counts;
 };
 
@@ -54,8 +59,10 @@ struct WaveShape {
 
 class WavePlanner {
  public:
-  WavePlanner(residency::Planner& planner, std::vector<Segment> segments, WaveArrays arrays,
-              AheadArrays ahead, WaveShape shape);
+  // `vram` has an entry for each node, none for one of cpu devices.
+  WavePlanner(residency::Planner& planner, std::vector<Segment> segments,
+              std::vector<std::optional<VramSlots>> vram, WaveArrays arrays, AheadArrays ahead,
+              WaveShape shape);
 
   // Routes [tokens, E] into `ids` and `weights`; returns the first row that is not finite, or -1.
   int64_t route(const float* scores, int64_t tokens);
@@ -75,7 +82,18 @@ class WavePlanner {
   // Asks for experts of the layer that were wanted and did not run, behind `reads` others; nothing
   // waits for them until they are wanted again. Returns the number of all reads.
   int64_t read_later(int32_t layer, const int32_t* experts, int64_t n, int64_t reads);
-  void clear_counts() { *a_.counts = {}; }
+  // Begins a call: it has neither counted nor ordered anything.
+  void clear() {
+    *a_.counts = {};
+    step_copies_ = ahead_copies_ = 0;
+  }
+  // A device has answered for its last wave: all of it is done, or it was given up.
+  void answered(int32_t device, bool aborted);
+  // Whether a step of the layer has to wait until devices have answered: what they are at holds
+  // slots of the segment that it may need.
+  bool is_tight(int32_t layer) const;
+  // The device has answered for a record of an ahead list.
+  void ended(const Copy& copy);
   // Asks for what a layer `depth` + 1 further on will want for sure enough; returns the number of
   // reads.
   int64_t look_ahead(int32_t layer, int32_t depth, const float* scores, int64_t tokens);
@@ -91,17 +109,34 @@ class WavePlanner {
   int64_t first() const { return first_; }
   int64_t end() const { return end_; }
   int64_t n_experts() const { return n_experts_; }
+  int64_t n_devices() const { return int64_t(open_.size()); }
+  int64_t step_copies() const { return step_copies_; }
+  int64_t ahead_copies() const { return ahead_copies_; }
 
  private:
   void group(int64_t tokens);
   void arrange(int64_t tokens);
+  void choose_arm(int64_t tokens);
+  int64_t fitting(int64_t n) const;
+  int64_t plan(const int32_t* experts, int64_t n);
   void count(const int32_t* experts, int64_t n, int64_t fetches);
-  Read* fetch(int32_t layer, int64_t fetches, Read* reads);
+  Read* fetch(int32_t layer, int64_t fetches, bool ahead, Read* reads);
+  Read* move(const VramSlots& vram, int32_t layer, int64_t fetches, bool ahead, Read* reads);
   Read* prove(const int32_t* experts, int64_t n, Read* reads);
+  Read* demand(const VramSlots& vram, const int32_t* experts, int64_t n, uint64_t ticket,
+               Read* reads);
+  int64_t ahead_room(int32_t layer, int64_t n) const;
+  const VramSlots* vram(int32_t layer) const {
+    const std::optional<VramSlots>& slots = vram_[a_.layer_node[layer]];
+    return slots ? &*slots : nullptr;
+  }
+  Entry locate(int32_t expert) const;
+  std::vector<Copy>& open(int32_t layer) { return open_[a_.layer_device[layer]]; }
   void address(Read* first, Read* end, int32_t priority);
 
   residency::Planner& planner_;
   const std::vector<Segment> segments_;
+  const std::vector<std::optional<VramSlots>> vram_;  // by node
   const WaveArrays a_;
   const WaveShape shape_;
   Ahead ahead_;
@@ -112,9 +147,13 @@ class WavePlanner {
   std::vector<int32_t> sorted_;  // [E], scratch
   std::vector<float> margins_;   // [E], scratch
   std::vector<int8_t> source_;   // [E], scratch
+  std::vector<int32_t> in_ram_;  // of the wave, those computed in RAM
+  std::vector<uint8_t> stays_;   // [E], whether the step computes it in RAM if it lies there
+  std::vector<std::vector<Copy>> open_;  // by device, what its answer to the last wave ends
   StepArrays out_{};
   int32_t layer_ = 0;
   int64_t room_ = 0, first_ = 0, end_ = 0, n_experts_ = 0;
+  int64_t step_copies_ = 0, ahead_copies_ = 0;
 };
 
 }  // namespace fomoe::engine

@@ -16,7 +16,9 @@ import numpy.typing as npt
 from fomoe.engine import _engine
 from fomoe.engine._engine import StepArrays
 from fomoe.engine.ahead import AheadArrays
+from fomoe.engine.copies import COPY
 from fomoe.engine.decisions import Decider
+from fomoe.engine.gpu_segment import GpuSegment
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.transfers import READ, SegmentSlots
 from fomoe.residency import LogicalCache, Residency
@@ -27,6 +29,7 @@ from fomoe.types import ExpertKey, Tier
 __all__ = [
     "BACKGROUND",
     "GUESSED",
+    "USED",
     "Priorities",
     "StepArrays",
     "WaveArrays",
@@ -34,7 +37,8 @@ __all__ = [
     "WavePlanner",
 ]
 
-_COUNTS = 14
+_COUNTS = 16
+USED = 6  # where the prefetches used stand, those of a look-ahead and in the background
 GUESSED = 11  # where the prefetches used stand that a look-ahead asked for
 BACKGROUND = 12  # where the background reads stand
 
@@ -73,9 +77,13 @@ class WaveArrays:
         experts: int32 [E], a step's experts in the order they are served.
         pairs: int64 [E], pairs of each of them, substitutes left out.
         reads: records of `READ` [2 E], what the last call asks storage for.
-        counts: int64 [14] of the last call: activations whose bytes came from device, RAM, NVMe;
-            substitutes alike; prefetches used; issued; bytes read; promoted; demoted; prefetches
-            used that a look-ahead of this planner asked for; background reads and their bytes.
+        copies: records of `COPY` [4 E], what the last call asks the GPU for.
+        arm: int32 [k + 1], how many of so many experts of a token in RAM are computed there.
+        counts: int64 [16] of the last call: activations whose bytes came from device, RAM, NVMe;
+            substitutes alike; prefetches used; issued; bytes read; promoted (to a GPU: all bytes
+            that cross its link); demoted; prefetches used that a look-ahead of this planner asked
+            for; background reads and their bytes; experts to be computed in
+            RAM; reads that a look-ahead asked for.
     """
 
     def __init__(self, layout: WaveLayout, n_experts: int, max_tokens: int, top_k: int) -> None:
@@ -89,6 +97,8 @@ class WaveArrays:
         self.experts = np.zeros(n_experts, np.int32)
         self.pairs = np.zeros(n_experts, np.int64)
         self.reads = np.zeros(2 * n_experts, READ)
+        self.copies = np.zeros(4 * n_experts, COPY)
+        self.arm = np.zeros(top_k + 1, np.int32)
         self.counts = np.zeros(_COUNTS, np.int64)
 
 
@@ -98,6 +108,10 @@ class WavePlanner:
     The results of a call stand in `arrays` until the next call. Prefetched experts are asked for
     again, as demand, when they are wanted: storage may have dropped a prefetch that never got its
     turn.
+
+    On nodes of GPUs a call also leaves copies, see `fomoe.engine.copies`: `step_copies` go with the
+    step, `ahead_copies` do not. There the answer to every wave is passed on by `answered` before
+    the device's next one is planned, and answers to ahead lists by `ended`.
     """
 
     def __init__(
@@ -108,6 +122,7 @@ class WavePlanner:
         self.arrays = WaveArrays(layout, n_experts, max_tokens, top_k)
         self._residency = residency
         self._segments = list(segments)
+        self._cancelled: dict[int, list[npt.NDArray[np.void]]] = {}  # by device
         self._native = _engine.WavePlanner(
             residency.native, self._segments, self.arrays, ahead, priorities
         )
@@ -174,6 +189,40 @@ class WavePlanner:
         """Plan the next wave, once the last one is computed and released; returns its reads."""
         return self._native.wave()
 
+    @property
+    def step_copies(self) -> npt.NDArray[np.void]:
+        """Return the copies that the last call wants with the step, records of `COPY`."""
+        return self.arrays.copies[: self._native.step_copies]
+
+    @property
+    def ahead_copies(self) -> npt.NDArray[np.void]:
+        """Return the copies that the last call wants beside the step, records of `COPY`."""
+        first = self._native.step_copies
+        return self.arrays.copies[first : first + self._native.ahead_copies]
+
+    def answered(self, device: int, *, aborted: bool) -> None:
+        """A device has answered for its last wave; or it was never sent, which is an abort.
+
+        To be called before the residency releases the layer, and before the device's next wave.
+        After an abort the experts whose loads the wave waited for are nowhere any more.
+        """
+        self._native.answered(device, aborted)
+
+    def is_tight(self, layer: int) -> bool:
+        """Whether a step of the layer must wait for the answers of steps under way elsewhere.
+
+        They hold slots of the segment that it may need. Never so without such steps.
+        """
+        return self._native.is_tight(layer)
+
+    def ended(self, copies: npt.NDArray[np.void]) -> None:
+        """A device has answered for records of ahead lists, by `outcome`."""
+        self._native.ended(copies)
+
+    def take_cancelled(self, device: int) -> npt.NDArray[np.void]:
+        """Return the CANCEL records that the device must be sent, each once."""
+        return np.concatenate([np.empty(0, COPY), *self._cancelled.pop(device, [])])
+
     def look_ahead(self, layer: int, scores: npt.NDArray[np.float32], depth: int = 1) -> int:
         """Prefetch what the layer, `depth` further on, will want for sure enough.
 
@@ -202,7 +251,7 @@ class WavePlanner:
     def charge(self, totals: HostCounters, *, decoding: bool) -> None:
         """Add what the last call cost to the totals."""
         device, ram, nvme, on_device, in_ram, in_file, *rest = self.arrays.counts.tolist()
-        used, issued, read, promoted, demoted, guessed, _, later = rest
+        used, issued, read, promoted, demoted, guessed, _, later, stayed, guesses = rest
         if decoding:
             totals.hits_device += device
             totals.hits_ram += ram
@@ -210,13 +259,14 @@ class WavePlanner:
             totals.substitutes_device += on_device
             totals.substitutes_ram += in_ram
             totals.substitutes_nvme += in_file
-            totals.prefetched += issued
+            totals.prefetched += guesses
             totals.prefetched_used += guessed
         else:
             totals.prompt_hits_device += device
             totals.prompt_hits_ram += ram
             totals.prompt_reads_nvme += nvme
         totals.background_bytes += later
+        totals.computed_in_ram += stayed
         totals.prefetch_used += used
         totals.prefetch_issued += issued
         totals.nvme_bytes += read
@@ -226,5 +276,10 @@ class WavePlanner:
     def forget(self, key: ExpertKey) -> None:
         """Drop an expert whose read failed from both tiers and from its segment."""
         self._residency.forget(key.layer, np.array([key.expert], np.int32))
-        self._segments[self.arrays.layer_node[key.layer]].forget(key)
+        segment = self._segments[self.arrays.layer_node[key.layer]]
+        if isinstance(segment, GpuSegment):
+            device = int(self.arrays.layer_device[key.layer])
+            self._cancelled.setdefault(device, []).append(segment.drop(key))
+        else:
+            segment.forget(key)
         self.arrays.unproven[key.layer, key.expert] = Tier.DEVICE

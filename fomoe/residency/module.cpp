@@ -117,9 +117,17 @@ void check_experts(const Planner& p, const Ids& experts) {
                                 .c_str());
 }
 
-int64_t py_plan(Planner& p, int32_t layer, Ids wanted) {
+int64_t py_plan(Planner& p, int32_t layer, Ids wanted, std::optional<Ids> in_ram) {
   check_layer(p, layer);
-  return p.plan(layer, wanted.data(), wanted.size());
+  if (!in_ram) return p.plan(layer, wanted.data(), wanted.size());
+  return p.plan(layer, wanted.data(), wanted.size(), in_ram->data(), in_ram->size());
+}
+
+void py_drop_demoted(Planner& p, int32_t layer, int32_t expert) {
+  check_layer(p, layer);
+  if (expert < 0 || expert >= p.state().n_experts || p.state().ram.slot(layer, expert) < 0)
+    throw nb::index_error("no such expert in RAM");
+  p.drop_demoted(layer, expert);
 }
 
 int64_t py_prefetch(Planner& p, int32_t layer, Ids candidates, int64_t limit, bool eager) {
@@ -250,7 +258,8 @@ NB_MODULE(_residency, m) {
   nb::class_<Planner>(m, "Planner")
       .def("__init__", &init_planner, "state"_a, "plan"_a, "policy"_a, "is_exclusive"_a,
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
-      .def("plan", &py_plan, "layer"_a, "wanted"_a)
+      .def("plan", &py_plan, "layer"_a, "wanted"_a, "in_ram"_a.none() = nb::none())
+      .def("drop_demoted", &py_drop_demoted, "layer"_a, "expert"_a)
       .def("prefetch", &py_prefetch, "layer"_a, "candidates"_a, "limit"_a, "eager"_a)
       .def("release", &py_release, "layer"_a)
       .def("release_some", &py_release_some, "layer"_a, "experts"_a)

@@ -21,13 +21,15 @@ Planner::Planner(const State& state, PlanArrays out, std::unique_ptr<Worth> wort
   experts_.reserve(state.n_experts);
 }
 
-int64_t Planner::plan(int32_t layer, const int32_t* wanted, int64_t n) {
+int64_t Planner::plan(int32_t layer, const int32_t* wanted, int64_t n, const int32_t* in_ram_ids,
+                      int64_t n_in_ram) {
   for (int64_t i = 0; i < n; ++i)
     if (wanted[i] < 0 || wanted[i] >= state_.n_experts || (i && wanted[i] <= wanted[i - 1]))
       throw Bug("the experts of a plan must ascend");
   const int32_t* const slots = state_.device.slot_of.row(layer);
   const int32_t* const in_ram = state_.ram.slot_of.row(layer);
   begin(layer, wanted, n);
+  use_in_ram(layer, in_ram_ids, n_in_ram);
   int64_t hits = 0, found[3] = {};
   claims_.clear();
   for (const bool from_nvme : {false, true})
@@ -48,7 +50,10 @@ int64_t Planner::plan(int32_t layer, const int32_t* wanted, int64_t n) {
   lookups[kNvme] += found[kNvme];
   if (claims_.empty()) return 0;
   claim_all(layer);
-  return move(layer);
+  for (int64_t i = 0; i < n_in_ram; ++i) guesses_[in_ram_ids[i]] = true;
+  const int64_t fetches = move(layer, {false, layer, guesses_.get()});
+  for (int64_t i = 0; i < n_in_ram; ++i) guesses_[in_ram_ids[i]] = false;
+  return fetches;
 }
 
 void Planner::begin(int32_t layer, const int32_t* wanted, int64_t n) {
@@ -67,6 +72,21 @@ void Planner::begin(int32_t layer, const int32_t* wanted, int64_t n) {
     pinned[e] = last[e] = true;
     unused[e] = false;
   }
+}
+
+// A use like any other, but of RAM: these experts have no slot of the device to pin.
+void Planner::use_in_ram(int32_t layer, const int32_t* experts, int64_t n) {
+  const int64_t step = state_.history.steps[layer];
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t e = experts[i];
+    if (e < 0 || e >= state_.n_experts || tier(layer, e) != kRam)
+      throw Bug("an expert that is to be computed in RAM does not lie there");
+    state_.history.touch(layer, e, step);
+    state_.flags.last_wanted.row(layer)[e] = true;
+    if (!is_exclusive_) state_.ram_history.touch(layer, e, step);
+  }
+  if (n && !is_exclusive_) state_.ram_history.steps[layer] = step;
+  state_.counters.lookups.row(layer)[kRam] += n;
 }
 
 // The worthiest victims meet the first experts: those from RAM stand first and swap with their
@@ -149,9 +169,9 @@ int64_t Planner::prefetch(int32_t layer, const int32_t* candidates, int64_t n, i
 }
 
 // Applies the claims to both tables.
-int64_t Planner::move(int32_t layer) {
+int64_t Planner::move(int32_t layer, Shelter in_ram) {
   // An inclusive tier keeps what a copy may still be reading; an exclusive one has none.
-  ram_victims_.begin({});
+  ram_victims_.begin(in_ram);
   Fetch* fetch = out_.fetches;
   for (const Claim& claim : claims_) {
     const Victim& v = claim.victim;
@@ -254,6 +274,11 @@ void Planner::forget(int32_t layer, const int32_t* experts, int64_t n) {
     leave(layer, experts[i]);
     clear(state_.flags.pinned, state_.flags.n_pinned, layer, experts[i]);
   }
+}
+
+void Planner::drop_demoted(int32_t layer, int32_t expert) {
+  state_.ram.give_up(layer, expert);
+  --state_.counters.demotions[layer];
 }
 
 int64_t Planner::capacity(int32_t layer) const {

@@ -27,14 +27,18 @@ class Planner {
   Planner(const State& state, PlanArrays out, std::unique_ptr<Worth> worth, bool is_exclusive);
   Planner(const Planner&) = delete;
 
-  // Both return the number of fetches; a plan's other experts are hits.
-  int64_t plan(int32_t layer, const int32_t* wanted, int64_t n);
+  // Both return the number of fetches; a plan's other experts are hits. `in_ram` are computed
+  // where they lie: they move nowhere and nothing of the plan takes their place.
+  int64_t plan(int32_t layer, const int32_t* wanted, int64_t n, const int32_t* in_ram = nullptr,
+               int64_t n_in_ram = 0);
   int64_t prefetch(int32_t layer, const int32_t* candidates, int64_t n, int64_t limit, bool eager);
 
   void release(int32_t layer);
   void release(int32_t layer, const int32_t* experts, int64_t n);
   void forget(int32_t layer, const int32_t* experts, int64_t n);
   int64_t capacity(int32_t layer) const;
+  // A victim's bytes find no place in RAM: the plan drops it instead.
+  void drop_demoted(int32_t layer, int32_t expert);
   // Keep what `resident` [L, E] marks, as it changes; null for nothing.
   void follow(const bool* resident) { followed_.resident = resident; }
 
@@ -54,11 +58,12 @@ class Planner {
   };
 
   void begin(int32_t layer, const int32_t* wanted, int64_t n);
+  void use_in_ram(int32_t layer, const int32_t* experts, int64_t n);
   void claim_all(int32_t layer);
   int32_t claim_slot(int32_t layer, const Victim& victim);
   Victim least(int32_t layer);
   static bool falls(const Claim& a, const Claim& b);
-  int64_t move(int32_t layer);
+  int64_t move(int32_t layer, Shelter in_ram = {});
   void promote(int32_t layer, Fetch* fetch);
   void read(int32_t layer, double worth, Fetch* fetch);
   int32_t room(int32_t layer, double worth);

@@ -54,20 +54,30 @@ class Residency:
         self.last_plan = PlanArrays(topology.n_experts)
         self.native = Planner(self._state, self.last_plan, policy, self._is_exclusive)
 
-    def plan(self, layer: int, wanted: npt.NDArray[np.int32]) -> Plan:
+    def plan(
+        self, layer: int, wanted: npt.NDArray[np.int32],
+        in_ram: npt.NDArray[np.int32] | None = None,
+    ) -> Plan:  # fmt: skip
         """Bring the wanted experts onto the layer's device and pin them until `release`.
 
         Args:
             layer: index of the MoE layer.
             wanted: int32 [n], ascending and distinct, n <= `capacity(layer)`.
+            in_ram: int32 [m], distinct, none of them in `wanted`: experts that are wanted as well
+                and computed where they lie, in RAM. They move nowhere, and the plan puts nothing
+                in their place.
 
         Returns:
             Hits, and fetches: those from RAM first, each group ascending by expert.
 
         Raises:
-            AssertionError: the ids are not ascending, or more than `capacity` allows.
+            AssertionError: the ids are not ascending, or more than `capacity` allows; or one of
+                `in_ram` is not there.
         """
-        n = self.native.plan(layer, np.ascontiguousarray(wanted, dtype=np.int32))
+        n = self.native.plan(
+            layer, np.ascontiguousarray(wanted, dtype=np.int32),
+            None if in_ram is None else np.ascontiguousarray(in_ram, dtype=np.int32),
+        )  # fmt: skip
         return self.last_plan.plan(layer, len(wanted) - n, n)
 
     def prefetch(
@@ -143,6 +153,18 @@ class Residency:
         """Whether the expert is on its device."""
         return bool(self._state.device.slot_of[key.layer, key.expert] >= 0)
 
+    def device_slot(self, key: ExpertKey) -> int:
+        """Return the expert's slot in its device's pool, -1 for none."""
+        return int(self._state.device.slot_of[key.layer, key.expert])
+
+    def is_in_ram(self, key: ExpertKey) -> bool:
+        """Whether the RAM tier holds the expert, on the device or not."""
+        return bool(self._state.ram.slot_of[key.layer, key.expert] >= 0)
+
+    def ram_free(self, layer: int) -> int:
+        """Return the number of free slots in the layer's RAM pool."""
+        return self._state.ram.free(layer)
+
     def evict(self, key: ExpertKey) -> bool:
         """Free the device slot of an entry; returns whether a copy in RAM stays."""
         self._state.device.give_up(key.layer, key.expert)
@@ -154,6 +176,18 @@ class Residency:
         flags.recount()
         self.counters.evictions[key.layer] += 1
         return bool(self._state.ram.slot_of[key.layer, key.expert] >= 0)
+
+    def drop_demoted(self, key: ExpertKey) -> None:
+        """Drop a victim that the last plan demoted, because its bytes find no place in RAM."""
+        self.native.drop_demoted(key.layer, key.expert)
+
+    def borrow(self, layer: int) -> int:
+        """Return a free device slot of the layer's pool that no table knows until `give_back`."""
+        return self._state.device.lend(layer)
+
+    def give_back(self, layer: int, slot: int) -> None:
+        """Free a slot that was borrowed."""
+        self._state.device.take_back(layer, slot)
 
     def forget(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
         """Drop entries from both tiers, because their bytes never came (a read failed)."""

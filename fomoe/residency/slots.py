@@ -52,6 +52,7 @@ class SlotTable:
         # The last one is taken first.
         stacks = [np.arange(size - 1, -1, -1, dtype=np.int32) for size in sizes]
         self.free_slots = np.concatenate(stacks) if stacks else np.empty(0, dtype=np.int32)
+        self._lent: set[tuple[int, int]] = set()  # pool, slot
         for pool, layers in by_pool.items():
             share, rest = divmod(pool_slots.get(pool, 0), len(layers))
             self.quota[layers] = share
@@ -96,13 +97,30 @@ class SlotTable:
         self.free_count[pool] += 1
         return slot
 
+    def lend(self, layer: int) -> int:
+        """Return a free slot of the layer's pool that nobody is charged for."""
+        pool = int(self.pool[layer])
+        assert self.free_count[pool] > 0, "no slot to lend"
+        self.free_count[pool] -= 1
+        slot = int(self.free_slots[self.free_start[pool] + self.free_count[pool]])
+        self._lent.add((pool, slot))
+        return slot
+
+    def take_back(self, layer: int, slot: int) -> None:
+        """Free a lent slot."""
+        pool = int(self.pool[layer])
+        self._lent.remove((pool, slot))
+        self.free_slots[self.free_start[pool] + self.free_count[pool]] = slot
+        self.free_count[pool] += 1
+
     def check(self) -> None:
-        """Assert that every slot is free or held by exactly one expert."""
+        """Assert that every slot is free, lent, or held by exactly one expert."""
         for pool, count in enumerate(self.free_count.tolist()):
             members = self.members[self.member_start[pool] : self.member_start[pool + 1]]
             slots = self.slot_of[members]
             free = self.free_slots[self.free_start[pool] :][:count]
-            used = np.sort(np.concatenate([slots[slots >= 0], free]))
+            lent = [slot for where, slot in self._lent if where == pool]
+            used = np.sort(np.concatenate([slots[slots >= 0], free, np.array(lent, np.int32)]))
             assert np.array_equal(used, np.arange(self.size[members[0]])), (pool, used)
             held = self.held[members]
             assert np.array_equal((slots >= 0).sum(axis=1), held), (pool, held)

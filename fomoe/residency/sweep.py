@@ -5,7 +5,8 @@ uses resident ones in place at their turn. What the ring may take is decided her
 layer holds the worthiest experts up to its share, which is its quota less its part of the ring.
 
 Unlike a step's plan a sweep pins nothing and moves nothing between tiers: it places experts into
-free slots and drops others, and nobody else changes the tables of its pool meanwhile.
+free slots and drops others, and nobody else changes the tables of its pool meanwhile. Where a
+device cannot compute in RAM, experts that lie there pass through borrowed slots of its ring.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ Mask = npt.NDArray[np.bool_]
 class Wave:
     """Experts `first` to `end` of a sweep, which have a place now.
 
-    `dropped` left their slots for it and are nowhere any more; `placed` must be read from the file.
+    `dropped` left their slots for it and are nowhere any more; `placed` must be read from the file;
+    `borrowed` lie in RAM and have a slot of the device until they are computed.
     """
 
     first: int
     end: int
     dropped: tuple[ExpertKey, ...]
     placed: tuple[Placement, ...]
+    borrowed: tuple[Placement, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +135,43 @@ class Room:
 
         None without room.
         """
+        has_room, gone = self._make_room()
+        if not has_room:
+            return None
+        slot = self._residency.place(layer, expert, guess=guess)
+        return Placement(ExpertKey(layer, expert), Tier.DEVICE, slot), gone
+
+    def borrow(self, layer: int, expert: int) -> tuple[Placement, ExpertKey | None] | None:
+        """As `take`, of an expert in RAM that stays there."""
+        has_room, gone = self._make_room()
+        if not has_room:
+            return None
+        slot = self._residency.borrow(layer)
+        return Placement(ExpertKey(layer, expert), Tier.DEVICE, slot), gone
+
+    def _make_room(self) -> tuple[bool, ExpertKey | None]:
+        """Free a slot unless one is free; returns whether one is now, and who is nowhere for it."""
         gone = None
-        while not self._residency.free(layer):
+        while not self._residency.free(self._layer):
             while not self._leaving and self._others:
                 self._look_further()
             if not self._leaving:
-                return None
+                return False, None
             gone = self._leaving.popleft()
             # It may have been forgotten since, because its read failed, or stay in RAM.
             if not self._residency.holds(gone) or self._residency.evict(gone):
                 gone = None
-        slot = self._residency.place(layer, expert, guess=guess)
-        return Placement(ExpertKey(layer, expert), Tier.DEVICE, slot), gone
+        return True, gone
 
 
 class Sweep:
     """One chunk's way through one layer.
+
+    Args:
+        residency: the tables.
+        layer: index of the layer.
+        use: what the chunk wants.
+        borrows: whether experts in RAM need a slot of the device, too.
 
     Attributes:
         experts: int32 [n], what the chunk wants, ascending.
@@ -155,8 +179,12 @@ class Sweep:
         kept: bool [n], whether it stays after its turn.
     """
 
-    def __init__(self, residency: Residency, layer: int, use: ChunkUse) -> None:
+    def __init__(
+        self, residency: Residency, layer: int, use: ChunkUse, *, borrows: bool = False
+    ) -> None:
         self.layer = layer
+        self._borrows = borrows
+        self._borrowed: deque[tuple[int, int]] = deque()  # position and slot, in order
         self.experts = use.experts
         self._tokens = use.tokens
         self._residency = residency
@@ -182,27 +210,39 @@ class Sweep:
         """Whether every expert has been computed."""
         return self._computed == len(self.experts)
 
-    def next_wave(self, most: int) -> Wave | None:
-        """Find a place for up to `most` of the next experts; None as long as there is none."""
+    def next_wave(self, most: int, reads: int | None = None) -> Wave | None:
+        """Find a place for up to `most` of the next experts; None as long as there is none.
+
+        Not more than `reads` of them are read from the file.
+        """
         first = self._placed
         placed: list[Placement] = []
+        borrowed: list[Placement] = []
         dropped, self._vacated = self._vacated, []
         end = min(first + most, len(self.experts))
-        for at in (first + (self.sources[first:end] == Tier.NVME).nonzero()[0]).tolist():
-            taken = self._room.take(self.layer, int(self.experts[at]))
+        for at in (first + self._is_absent()[first:end].nonzero()[0]).tolist():
+            expert, in_ram = int(self.experts[at]), self.sources[at] == Tier.RAM
+            taken = None
+            if in_ram:
+                taken = self._room.borrow(self.layer, expert)
+            elif len(placed) != reads:
+                taken = self._room.take(self.layer, expert)
             if taken is None:
                 end = at
                 break
-            placed.append(taken[0])
+            (borrowed if in_ram else placed).append(taken[0])
+            if in_ram:
+                self._borrowed.append((at, taken[0].slot))
             if taken[1] is not None:
                 dropped.append(taken[1])
         self._placed = end
         if end == first:
-            assert not dropped, "what was dropped makes room"
+            self._vacated = dropped  # without room for a read they are still to be told of
+            assert reads == 0 or not dropped, "what was dropped makes room"
             return None
         lookups = self._residency.counters.lookups[self.layer]
         lookups += np.bincount(self.sources[first:end], minlength=_N_TIERS)
-        return Wave(first, end, tuple(dropped), tuple(placed))
+        return Wave(first, end, tuple(dropped), tuple(placed), tuple(borrowed))
 
     def computed(self, end: int) -> None:
         """The experts before position `end` have had their turn: what is not kept may leave."""
@@ -211,18 +251,33 @@ class Sweep:
         for expert in self.experts[turn][passing].tolist():
             self._room.offer(ExpertKey(self.layer, expert))
         self._computed = end
+        self._give_back(end)
 
-    def guess(self, layer: int, expected: Mask) -> Guess:
+    def abandon(self) -> None:
+        """End early: nothing computes in slots of this sweep any more."""
+        self._give_back(len(self.experts))
+
+    def _give_back(self, end: int) -> None:
+        while self._borrowed and self._borrowed[0][0] < end:
+            self._residency.give_back(self.layer, self._borrowed.popleft()[1])
+
+    def _is_absent(self) -> Mask:
+        """Return bool [n]: the experts that need a slot of the device."""
+        absent: Mask = self.sources == Tier.NVME
+        return absent | (self.sources == Tier.RAM) if self._borrows else absent
+
+    def guess(self, layer: int, expected: Mask, most: int | None = None) -> Guess:
         """Place experts of a later layer that it will probably want, ascending, in what is left.
 
-        Where that layer shares this one's pool, nothing is placed before this one needs no more.
+        Not more than `most`. Where that layer shares this one's pool, nothing is placed before this
+        one needs no more.
         """
         if layer not in self._residency.members(self.layer):
-            return guess_ahead(self._residency, layer, expected, self._tokens)
+            return guess_ahead(self._residency, layer, expected, self._tokens, most)
         if not self.is_placed:
             return Guess((), ())
         self._room.spare(layer, expected)
-        return _guess(self._residency, self._room, layer, expected)
+        return _guess(self._residency, self._room, layer, expected, most)
 
     def _choose(self, tiers: npt.NDArray[np.int8], wanted: Mask) -> Mask:
         """Choose what the layer holds on its device after the sweep, bool [E]."""
@@ -237,11 +292,11 @@ class Sweep:
         Slots that reads pass through: what can be had at first, and what earlier experts leave
         behind, less what earlier reads stay in. Guesses that came true pass through already.
         """
-        if not (self.sources == Tier.NVME).any():
+        if not self._is_absent().any():
             return
         ring = min(ring_slots(self._residency, self.layer, self._tokens), RING_LEAST) - n_guessed
         while True:
-            reads = self.sources == Tier.NVME
+            reads = self._is_absent()
             passing = (self.sources == Tier.DEVICE) & ~self.kept
             slots = self._room.size + np.cumsum(passing) - np.cumsum(reads & self.kept)
             short = np.flatnonzero(reads & (slots < max(ring, 1)))
@@ -254,20 +309,24 @@ class Sweep:
             self.sources[late[0]] = self._residency.tier_of(self.layer)[key.expert]
 
 
-def guess_ahead(residency: Residency, layer: int, expected: Mask, tokens: int) -> Guess:
+def guess_ahead(
+    residency: Residency, layer: int, expected: Mask, tokens: int, most: int | None = None
+) -> Guess:
     """Place experts, bool [E], that a chunk of `tokens` will probably want of the layer, ascending.
 
-    No sweep of the layer's pool may be under way. The layer's worthiest stay where they are.
+    Not more than `most`. No sweep of the layer's pool may be under way. The layer's worthiest stay
+    where they are.
     """
     held = residency.tier_of(layer) == Tier.DEVICE
     kept = _worthiest(residency.worth(layer), held, share_slots(residency, layer, tokens))
-    return _guess(residency, Room(residency, layer, kept | expected, tokens), layer, expected)
+    room = Room(residency, layer, kept | expected, tokens)
+    return _guess(residency, room, layer, expected, most)
 
 
-def _guess(residency: Residency, room: Room, layer: int, expected: Mask) -> Guess:
+def _guess(residency: Residency, room: Room, layer: int, expected: Mask, most: int | None) -> Guess:
     absent = expected & (residency.tier_of(layer) == Tier.NVME)
     placed, dropped = [], []
-    for expert in absent.nonzero()[0].tolist():
+    for expert in absent.nonzero()[0][:most].tolist():
         taken = room.take(layer, expert, guess=True) if room.size > room.reserve else None
         if taken is None:
             break

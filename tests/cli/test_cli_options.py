@@ -61,6 +61,7 @@ def test_options_reach_the_model(
         "prefetch": False,
         "prefetch_depth": 2,
         "prefetch_budget": 0.1,
+        "cpu_arm": "off",
         "overlap": False,
         "prefill_chunk": 5,
         "transport": "tcp",

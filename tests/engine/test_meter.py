@@ -22,7 +22,7 @@ from fomoe.types import Tier
 BY_RECEIPT_FIELD = {
     "hits_device": 3, "hits_ram": 5, "reads_nvme": 7, "prompt_hits_device": 11,
     "prompt_hits_ram": 13, "prompt_reads_nvme": 17, "nvme_bytes": 19, "ram_bytes": 23,
-    "demoted_bytes": 29,
+    "demoted_bytes": 29, "computed_in_ram": 31,
 }  # fmt: skip
 
 

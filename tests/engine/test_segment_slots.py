@@ -122,11 +122,12 @@ class History(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(present))
         segment = self.segments[self.node[key.layer]]
         slots, _, generations = segment.locate(key.layer, np.array([key.expert], np.int32))
-        assert segment.is_current(key, int(generations[0]))
-        assert not segment.is_current(key, int(generations[0]) + 1)
+        assert segment.is_current(key, int(slots[0]), int(generations[0]))
+        assert not segment.is_current(key, int(slots[0]), int(generations[0]) + 1)
+        assert not segment.is_current(key, int(slots[0]) + 1, int(generations[0]))
         self.residency.forget(key.layer, np.array([key.expert], np.int32))
         segment.forget(key)
-        assert not segment.is_current(key, int(generations[0]))
+        assert not segment.is_current(key, int(slots[0]), int(generations[0]))
         assert slots[0] >= 0
 
     @invariant()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fomoe.residency import LFRU, LRU, EvictionPolicy, Residency, Topology
 from fomoe.residency.reference import ReferenceResidency
-from fomoe.types import ExpertKey
+from fomoe.types import ExpertKey, Tier
 
 
 class Oldest(EvictionPolicy):
@@ -112,7 +112,12 @@ class Pair:
             a, b = self.both(lambda r: r.capacity(layer))
             assert a == b
             wanted = np.sort(self.some(layer, min(int(rng.integers(0, 12)), a)))
-            assert_same_plan(*self.both(lambda r: r.plan(layer, wanted)))
+            in_ram = wanted[self.native.tier_of(layer)[wanted] == Tier.RAM]
+            in_ram = in_ram[rng.random(in_ram.size) < 0.3]
+            moved = np.setdiff1d(wanted, in_ram)
+            assert_same_plan(*self.both(lambda r: r.plan(layer, moved, in_ram)))
+            for expert in in_ram.tolist():
+                assert self.native.is_in_ram(ExpertKey(layer, expert)), "computed in RAM, and gone"
         elif act == "prefetch":
             guesses, limit = self.some(layer, int(rng.integers(0, 8))), int(rng.integers(0, 8))
             eager = bool(rng.integers(2))

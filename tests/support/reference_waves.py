@@ -11,6 +11,8 @@ from fomoe.types import ExpertKey, Tier
 class ReferenceWaves:
     """Works on a residency and segments of its own; `priorities` are those of `Priorities`."""
 
+    in_ram = ()  # of the wave, those that are computed there
+
     def __init__(self, residency, segments, layout, priorities, ahead, max_tokens, top_k):
         self.ahead, self.guesses = ahead, {}
         self.residency, self.segments, self.layout = residency, segments, layout
@@ -41,8 +43,8 @@ class ReferenceWaves:
             self.counts, self.reads = counts, np.concatenate([first, self.reads])
 
     def read_later(self, layer, experts):
-        self.counts = np.zeros(14, np.int64)
-        plan = self.residency.prefetch(layer, experts, len(experts), eager=True)
+        self.counts = np.zeros(16, np.int64)
+        plan = self._prefetch(layer, experts)
         reads = self._fetch(plan)
         self.reads = self._records(reads, self.background_priority)
         nbytes = int(self.layout.expert_bytes[layer])
@@ -55,7 +57,7 @@ class ReferenceWaves:
                 self.ahead.charged[layer, fetch.expert] = False
                 self.ahead.misses += 1
                 self.ahead.credit += nbytes * self.ahead.budget_permille // 1000
-        self.counts[12:] = len(reads), len(reads) * nbytes
+        self.counts[12:14] = len(reads), len(reads) * nbytes
 
     def place(self, layer, route):
         groups = group_by_expert(route.ids)
@@ -105,7 +107,7 @@ class ReferenceWaves:
         self.entries = [tuple(int(x) for x in row) for row in rows]
 
     def look_ahead(self, layer, scores, depth):
-        self.counts = np.zeros(14, np.int64)
+        self.counts = np.zeros(16, np.int64)
         if not np.isfinite(scores.max(axis=1)).all():
             self.reads = self._records([], self.prefetch)
             return
@@ -120,30 +122,37 @@ class ReferenceWaves:
             affordable = self.ahead.credit[0] >= 2 * nbytes * (len(sure) + 1)
             if self.ahead.allowed[depth - 1, level] and affordable:
                 sure.append(expert)
-        plan = self.residency.prefetch(layer, np.array(sure, np.int32), len(sure), eager=True)
+        plan = self._prefetch(layer, np.array(sure, np.int32))
         self.reads = self._records(self._fetch(plan), self.prefetch)
         for fetch in plan.fetches:
             self.unproven[layer, fetch.expert] = fetch.source
             self.background[layer, fetch.expert] = False
             self.ahead.charged[layer, fetch.expert] = True
             self.ahead.credit -= 2 * nbytes
-        self.counts[7] = len(plan.fetches)
+        self.counts[7], self.counts[15] = len(plan.fetches), len(self.reads)
 
     def forget(self, key):
         self.residency.forget(key.layer, np.array([key.expert], np.int32))
         self._segment(key.layer).forget(key)
         self.unproven[key.layer, key.expert] = Tier.DEVICE
 
+    def _prefetch(self, layer, experts):
+        return self.residency.prefetch(layer, experts, len(experts), eager=True)
+
     def _segment(self, layer):
         return self.segments[self.layout.layer_node[layer]]
 
     def _by_tier(self, plan, experts):
         source = np.where(self.background[self.layer], Tier.DEVICE, self.unproven[self.layer])
-        counts = np.zeros(14, np.int64)
+        counts = np.zeros(16, np.int64)
         counts[6] = np.count_nonzero(source[experts] != Tier.DEVICE)
         for fetch in plan.fetches:
             if source[fetch.expert] != Tier.NVME:
                 source[fetch.expert] = fetch.source
+        counts[14] = len(self.in_ram)
+        for expert in self.in_ram:
+            if source[expert] != Tier.NVME:
+                source[expert] = Tier.RAM
         for at, of in ((0, self.pairs), (3, self.replaced)):
             tiers = np.bincount(source[experts], weights=of[self.first : self.end], minlength=3)
             counts[at : at + 3] = tiers

@@ -40,6 +40,10 @@ class RamTier(ABC):
         return self.table.take_from(key, layer)
 
     @abstractmethod
+    def use(self, layer: int, experts: npt.NDArray[np.int32], step: int) -> None:
+        """Experts are used where they lie, in RAM."""
+
+    @abstractmethod
     def queue(
         self,
         values: Callable[[int], npt.NDArray[np.float64]],
@@ -61,6 +65,9 @@ class RamTier(ABC):
 
 class ExclusiveRam(RamTier):
     """RAM holds what the device does not: victims move down, promotions leave no copy."""
+
+    def use(self, layer: int, experts: npt.NDArray[np.int32], step: int) -> None:
+        """Nothing: both tiers rank by the same worth."""
 
     def queue(
         self,
@@ -107,6 +114,11 @@ class InclusiveRam(RamTier):
         super().__init__(table, counters)
         self._history = history
         self._policy = policy
+
+    def use(self, layer: int, experts: npt.NDArray[np.int32], step: int) -> None:
+        """Count a use of the copies."""
+        self._history.touch(layer, experts, step)
+        self._history.steps[layer] = step
 
     def queue(
         self,

@@ -31,12 +31,19 @@ class ReferenceResidency(Residency):
             else InclusiveRam(state.ram, self.counters, policy, state.ram_history)
         )
 
-    def plan(self, layer: int, wanted: npt.NDArray[np.int32]) -> Plan:
+    def plan(
+        self, layer: int, wanted: npt.NDArray[np.int32],
+        in_ram: npt.NDArray[np.int32] | None = None,
+    ) -> Plan:  # fmt: skip
         """See `Residency.plan`."""
         assert not wanted.size or (wanted[0] >= 0 and (wanted[1:] > wanted[:-1]).all()), wanted
         slots = self._device.slot_of[layer][wanted]
         is_hit = slots >= 0
         self._begin(layer, wanted)
+        kept = np.zeros_like(self._flags.pinned[layer])
+        if in_ram is not None and in_ram.size:
+            kept[in_ram] = True
+            self._use_in_ram(layer, in_ram)
         missing = wanted[~is_hit]
         hits = wanted[is_hit]
         self.counters.lookups[layer, Tier.DEVICE] += hits.size
@@ -47,7 +54,7 @@ class ReferenceResidency(Residency):
             self.counters.lookups[layer, Tier.RAM] += n_ram
             self.counters.lookups[layer, Tier.NVME] += missing.size - n_ram
             experts = np.concatenate([missing[in_ram], missing[~in_ram]]).tolist()
-            fetches = self._move(layer, self._claim(layer, experts))
+            fetches = self._move(layer, self._claim(layer, experts), kept)
         self._flags.recount()
         return Plan(layer, hits, slots[is_hit], fetches)
 
@@ -85,7 +92,7 @@ class ReferenceResidency(Residency):
             self._flags.awaited[layer, expert] = self._flags.unused[layer, expert] = True
         in_ram = self._ram.table.slot_of[layer]
         claims.sort(key=lambda claim: (in_ram[claim[0]] < 0, _falling_worth(claim[2])))
-        fetches = self._move(layer, claims)
+        fetches = self._move(layer, claims, np.zeros_like(guesses))
         for fetch in fetches:
             self.counters.prefetches[layer, fetch.source] += 1
         self._flags.recount()
@@ -128,6 +135,15 @@ class ReferenceResidency(Residency):
         last[:] = False
         last[wanted] = True
 
+    def _use_in_ram(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
+        """Count a use of experts that have no slot of the device to pin."""
+        assert (self._device.slot_of[layer][experts] < 0).all(), experts
+        assert (self._ram.table.slot_of[layer][experts] >= 0).all(), experts
+        self._history.touch(layer, experts, self._step(layer))
+        self._flags.last_wanted[layer, experts] = True
+        self._ram.use(layer, experts, self._step(layer))
+        self.counters.lookups[layer, Tier.RAM] += experts.size
+
     def _claim(self, layer: int, experts: list[int]) -> list[_Claim]:
         """Find a device slot for each expert; the worthiest victims meet the first experts."""
         table = self._device
@@ -151,11 +167,17 @@ class ReferenceResidency(Residency):
         self._leave(key)
         return self._device.take_from(key, layer)
 
-    def _move(self, layer: int, claims: list[_Claim]) -> tuple[Fetch, ...]:
-        """Apply claims to both tables."""
+    def _move(
+        self, layer: int, claims: list[_Claim], in_ram: npt.NDArray[np.bool_]
+    ) -> tuple[Fetch, ...]:
+        """Apply claims to both tables; `in_ram` bool [E] stay in RAM."""
         ram = self._ram
         # An inclusive tier keeps what a copy may still be reading; an exclusive one has none.
-        queue = ram.queue(self._values, self._keep, self._followed)
+        queue = ram.queue(
+            self._values,
+            lambda m: self._keep(m) | (in_ram if m == layer else False),
+            self._followed,
+        )
         fetches = []
         for expert, slot, victim in claims:
             key = ExpertKey(layer, expert)
