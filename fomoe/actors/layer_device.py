@@ -252,7 +252,8 @@ class LayerServer:
                 raise DeviceError(f"{what} has not come within {_BOUND_S:.0f} s")
             if nap and not self._copies.under_way:
                 self._fabric.wait(bell, _SPIN_US, _WAIT_MS)
-        self._waited += time.perf_counter_ns() - started
+        if nap:  # not for the device's own work
+            self._waited += time.perf_counter_ns() - started
 
     def _begin(self, do: int, tokens: int, position: int, state: int) -> None:
         model, ids = self._model, self._mine.tokens[:tokens]
