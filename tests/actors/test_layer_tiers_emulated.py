@@ -1,4 +1,4 @@
-"""Tiers over GPUs that are played by the CPU: real kernels, copies beside them, and not a bit off."""
+"""Tiers over GPUs that the CPU plays: real kernels, copies beside them, and not a bit off."""
 
 import random
 import threading
