@@ -14,6 +14,8 @@ SOURCES := pyproject.toml CMakeLists.txt \
   $(shell find fomoe -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt 2>/dev/null)
 MODEL ?=
 ARGS ?=
+# Tests that start processes and bound their time run one after the other, the others side by side.
+APART := $(addprefix tests/,actors channel cli deploy e2e packaging ray_cluster server storage telemetry)
 
 .PHONY: serve test check venv stop clean
 
@@ -21,7 +23,12 @@ serve: $(VENV)/installed
 	@exec $(BIN)/fomoe serve $(MODEL) $(ARGS)
 
 test: check
+ifeq ($(ARGS),)
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile $(addprefix --ignore=,$(APART))
+	@$(BIN)/python -m pytest -q $(APART)
+else
 	@$(BIN)/python -m pytest -q $(ARGS)
+endif
 
 check: $(VENV)/installed-dev
 	@$(BIN)/ruff check --quiet .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
@@ -23,6 +23,22 @@ def device_ms(gpu: GPU, work: Callable[[], None], rounds: int) -> list[float]:
         gpu.runtime.synchronize(gpu.stream)
         times.append(gpu.runtime.elapsed_ms(start, end))
     return times
+
+
+def graph_ms(gpu: GPU, launches: Sequence[Launch], rounds: int) -> float:
+    """Median milliseconds of a graph of launches."""
+    gpu.runtime.begin_capture(gpu.stream)
+    for launch in launches:
+        gpu.launch(launch)
+    graph = gpu.runtime.end_capture(gpu.stream)
+
+    def work() -> None:
+        gpu.runtime.run(graph, gpu.stream)
+
+    device_ms(gpu, work, 2)
+    median = statistics.median(device_ms(gpu, work, rounds))
+    gpu.runtime.drop(graph)
+    return median
 
 
 def queued_ms(

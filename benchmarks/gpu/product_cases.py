@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -14,9 +14,8 @@ from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import ExpertLayout, Matrix
 from fomoe.kernels.gpu.moe import MoEBuffers, experts_in, experts_out
-from fomoe.kernels.gpu.products import Options, project_rows
+from fomoe.kernels.gpu.products import project_rows
 from fomoe.kernels.gpu.step import Rows, picks
-from fomoe.kernels.gpu.tuning import Tuning
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -88,10 +87,9 @@ class MatrixCase:
         self._h = upload_rows(gpu, x)
         self._y = gpu.arena.take(rows * 4)
 
-    def launches(self, tuning: Tuning) -> list[Launch]:
+    def launches(self) -> list[Launch]:
         """What is timed: four products."""
-        options = Options(tuning=tuning)
-        one = project_rows(self._gpu, self._h, self._matrix, self._y, add=False, options=options)
+        one = project_rows(self._gpu, self._h, self._matrix, self._y, add=False)
         return [one] * 4
 
     def check(self) -> float:
@@ -191,16 +189,16 @@ class ExpertsCase:
         shared = 0 if self.part == "in" else self._shared.nbytes
         return self._layers * (self._sizes.top_k * parts[self.part] + shared)
 
-    def launches(self, tuning: Tuning) -> list[Launch]:
+    def launches(self) -> list[Launch]:
         """What is timed: all layers."""
-        options, made = Options(tuning=tuning), []
+        made = []
         for picked, shared in zip(self._picks, self._shared_downs, strict=True):
             k, out = self._sizes.top_k, self._buffers
             if self.part != "out":
-                made.append(experts_in(self._gpu, self._layout, k, picked, out, options=options))
+                made.append(experts_in(self._gpu, self._layout, k, picked, out))
             if self.part != "in":
                 args = (self._layout, (k, picked), shared, out, self._x)
-                made.append(experts_out(self._gpu, *args, options=options))
+                made.append(experts_out(self._gpu, *args))
         self._last = made
         return made
 
@@ -245,15 +243,3 @@ class ExpertsCase:
 
 def _silu(x: F64) -> F64:
     return x / (1 + np.exp(-x))
-
-
-def tunings(own: Tuning) -> list[Tuning]:
-    """Candidates for a device whose copies into shared memory run by themselves."""
-    groups = ((8, 1), (16, 1), (8, 2), (8, 3), (4, 4))
-    made = [
-        replace(own, waves=waves, per_core=per_core, stages=stages, tile=tile)
-        for waves, per_core in groups
-        for stages in (2, 3, 4, 6)
-        for tile in (1152, 2304, 3456)
-    ]
-    return [*made, replace(own, held=0), replace(own, early=False)]

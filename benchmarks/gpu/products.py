@@ -2,32 +2,29 @@
 
 Run: python benchmarks/gpu/products.py [--device cuda:0] [--mib 600] [--cases q4_k,q6_k,experts]
          [--tune] [--out result.json]
+With --tune instead many variants of the kernels run over decode layers of two models' sizes, and a
+table for fomoe/kernels/gpu/tuning.py is printed in the end (product_tuning.py).
 Weights are larger than any cache. Times are medians over replays of a graph, launches included;
 shares are bytes of weights a second over those that a copy in the same run reads and writes. Every
-result is compared with NumPy float64. With --tune many variants of the kernels run, best first in
-the table; else the device's own tuning (fomoe/kernels/gpu/tuning.py).
+result is compared with NumPy float64. The tuning is the device's own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from bandwidth import copy_bandwidth
-from device_time import device_ms
-from product_cases import TOLERANCE, ExpertsCase, LayerSizes, MatrixCase, tunings
+from device_time import graph_ms
+from product_cases import TOLERANCE, ExpertsCase, LayerSizes, MatrixCase
+from product_tuning import tune
 
-from fomoe.errors import DeviceError
 from fomoe.gguf.quants import GGMLType
 from fomoe.kernels.gpu.gpu import GPU, open_gpu
-from fomoe.kernels.gpu.launch import Launch
-from fomoe.kernels.gpu.tuning import Tuning, tuning_of
 
 Case = MatrixCase | ExpertsCase
 QUANTS = ("Q4_K", "Q6_K", "Q5_K", "Q8_0", "Q5_0", "IQ4_XS", "F16", "F32")
@@ -35,72 +32,18 @@ LAYER = LayerSizes(hidden=4096, width=1024, shared=1024, top_k=10)
 INT8_TOLERANCE = 5e-3  # an int8 that rounds the other way, where float32 and float64 differ
 
 
-def graph_ms(gpu: GPU, launches: Sequence[Launch], rounds: int) -> float:
-    """Median milliseconds of a graph of launches."""
-    gpu.runtime.begin_capture(gpu.stream)
-    for launch in launches:
-        gpu.launch(launch)
-    graph = gpu.runtime.end_capture(gpu.stream)
-
-    def work() -> None:
-        gpu.runtime.run(graph, gpu.stream)
-
-    device_ms(gpu, work, 2)
-    median = statistics.median(device_ms(gpu, work, rounds))
-    gpu.runtime.drop(graph)
-    return median
-
-
-def measure(
-    gpu: GPU, case: Case, tuning: Tuning | None, copy: float, rounds: int
-) -> dict[str, Any]:
-    """Return time, share and error of one variant."""
-    launches = case.launches(tuning)
+def measure(gpu: GPU, case: Case, copy: float, rounds: int) -> dict[str, Any]:
+    """Return time, share and error of a case."""
+    launches = case.launches()
     repeats = 4 if isinstance(case, MatrixCase) else 1
     ms = graph_ms(gpu, launches, rounds) / repeats
-    error = case.check()
     return {
         "case": case.name,
-        "tuning": asdict(tuning),
         "us": ms * 1e3,
         "us_per_launch": ms * 1e3 * repeats / len(launches),
         "share": case.nbytes / (ms * 1e-3) / copy,
-        "error": error,
+        "error": case.check(),
     }
-
-
-def fits(gpu: GPU, launch: Launch, tuning: Tuning) -> bool:
-    """Whether as many groups as the tuning wants find room on a core."""
-    waves = launch.group[0] // gpu.runtime.wave
-    room = gpu.runtime.shared_bytes + 1024
-    return waves == tuning.waves and tuning.per_core * (launch.shared + 1024) <= room
-
-
-def variants(gpu: GPU, case: Case) -> list[Tuning]:
-    """The candidates that fit the device, all compiled."""
-    jobs: list[tuple[str, dict[str, int]]] = []
-    kernel, kept = gpu.kernel, []
-
-    def note(unit: str, name: str, defines: dict[str, int]) -> int:
-        jobs.append((unit, defines))
-        return 0
-
-    gpu.kernel = note  # type: ignore[method-assign, assignment]
-    try:
-        for tuning in tunings(tuning_of(gpu.runtime)):
-            before = len(jobs)
-            try:
-                fit = all(fits(gpu, launch, tuning) for launch in case.launches(tuning))
-            except DeviceError:
-                fit = False
-            if fit:
-                kept.append(tuning)
-            else:
-                del jobs[before:]
-    finally:
-        gpu.kernel = kernel  # type: ignore[method-assign]
-    gpu.prepare(jobs)
-    return kept
 
 
 def cases(
@@ -119,38 +62,23 @@ def cases(
     return made
 
 
-def late(tuning: Tuning) -> list[Tuning]:
-    """The same without early starts, to see what they bring."""
-    return [replace(tuning, early=False)] if tuning.early else []
-
-
-def run_case(gpu: GPU, case: Case, copy: float, rounds: int, *, tune: bool) -> list[dict[str, Any]]:
-    """Measure a case, for experts in parts as well; prints a line each, the best one first."""
+def run_case(gpu: GPU, case: Case, copy: float, rounds: int) -> list[dict[str, Any]]:
+    """Measure a case, for experts in parts as well; prints a line each."""
     rows: list[dict[str, Any]] = []
     for part in ("both", "in", "out") if isinstance(case, ExpertsCase) else ("",):
         if isinstance(case, ExpertsCase):
             case.part = part
-        own = tuning_of(gpu.runtime)
-        candidates = variants(gpu, case) if tune else [own, *late(own)]
-        found = [measure(gpu, case, tuning, copy, rounds) for tuning in candidates]
-        found.sort(key=lambda row: row["us"])
-        for row in found[: 8 if tune else None]:
-            print(line_of(row), flush=True)
+        row = measure(gpu, case, copy, rounds)
         bound = INT8_TOLERANCE if part in ("both", "out") else TOLERANCE
-        wrong = [row for row in found if not row["error"] < bound]
-        for row in wrong:
-            print("WRONG", line_of(row), flush=True)
-        rows += found
+        print("" if row["error"] < bound else "WRONG ", line_of(row), sep="", flush=True)
+        rows.append(row)
     return rows
 
 
 def line_of(row: dict[str, Any]) -> str:
     """A row of the table."""
-    t = row["tuning"]
-    how = f"{t['waves']:2} x {t['per_core']} waves {t['stages']} x {t['tile']} held {t['held']}"
-    how += " early" if t["early"] else ""
     return (
-        f"{row['case']:48} {how}: {row['us']:8.1f} us, {row['us_per_launch']:6.1f} a launch, "
+        f"{row['case']:48} {row['us']:8.1f} us, {row['us_per_launch']:6.1f} a launch, "
         f"share {row['share']:.3f}, error {row['error']:.1e}"
     )
 
@@ -172,10 +100,12 @@ def main(arguments: Sequence[str] | None = None, sizes: LayerSizes = LAYER) -> l
     copy = copy_bandwidth(gpu, max(nbytes, 1 << 20), 10)
     gpu.close()
     print(f"copy {copy / 1e9:.0f} GB/s", flush=True)
-    for name in args.cases.split(","):
+    if args.tune:
+        tune(args.device, nbytes, copy)
+    for name in () if args.tune else args.cases.split(","):
         gpu = open_gpu(args.device, int(nbytes * 1.3) + (64 << 20))
         for make in cases(gpu, [name], nbytes, sizes):
-            rows += run_case(gpu, make(), copy, args.rounds, tune=args.tune)
+            rows += run_case(gpu, make(), copy, args.rounds)
         gpu.close()
     print(f"{time.perf_counter() - begin:.0f} s")
     if args.out:

@@ -1,9 +1,10 @@
 """The prompt's products at the shapes of two models: time, TFLOP/s, share of the copy bandwidth.
 
-Run: python benchmarks/gpu/prompt.py [--device cuda:0] [--json FILE]; `--tiny` runs small shapes on
-the CPU stand-in of the tests. Weights are random blocks, Q4_K and Q6_K as in common files; dense
-matrices rotate over more bytes than a cache has. Every result is checked on samples against NumPy.
-The last lines compare a layer's products with what llama.cpp's CUDA build takes for a whole layer.
+Run: python benchmarks/gpu/prompt.py [--device cuda:0] [--json FILE]. Besides the default tile two
+that come close are measured, with `--sweep` all; `--tiny` runs small shapes on the CPU stand-in of
+the tests. Weights are random blocks, Q4_K and Q6_K as in common files; dense matrices rotate over
+more bytes than a cache has. Every result is checked on samples against NumPy. The last lines
+compare a layer's products with what llama.cpp's CUDA build takes for a whole layer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from bandwidth import copy_bandwidth
 from device_time import device_ms
 from plain_blocks import F32, Q4_K, random_rows, values_of
-from prompt_shapes import DENSE_TILES, EXPERT_TILES, MODELS, TINY, Model, fitting, kernels_of, tiled
+from prompt_shapes import MODELS, TINY, Model, dense_tiles, expert_tiles, kernels_of, tiled
 
 from fomoe.kernels.gpu import prompt, prompt_experts
 from fomoe.kernels.gpu.gpu import GPU, open_gpu
@@ -30,7 +31,7 @@ from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import Matrix
 from fomoe.kernels.gpu.prompt import Chunk, Norm
 from fomoe.kernels.gpu.prompt_experts import PairRows, Shared
-from fomoe.kernels.gpu.prompt_tiles import Tile
+from fomoe.kernels.gpu.prompt_tiles import FloatTile
 from fomoe.kernels.gpu.step import STEP, Rows
 
 Work = tuple[float, float]  # floating point operations, bytes moved
@@ -60,10 +61,14 @@ class Line:
         )
 
 
-def name_of(tile: Tile | None) -> str:
+def name_of(chunk: Chunk) -> str:
+    tile = chunk.float_tile or chunk.tile
     if tile is None:
         return "default"
-    return f"{tile.rows}x{tile.tokens} t{tile.threads} s{tile.stages} p{tile.part}"
+    shape = f"{tile.rows}x{tile.tokens} t{tile.threads}"
+    if isinstance(tile, FloatTile):
+        return f"{shape} m{tile.micro[0]}x{tile.micro[1]} k{tile.step}"
+    return f"{shape} s{tile.stages} p{tile.part}"
 
 
 def worst(found: Any, expected: Any) -> float:
@@ -96,7 +101,7 @@ class Bench:
         """Add a line; `work` are floating point operations and bytes moved."""
         flops, nbytes = work
         share = nbytes / (us * 1e-6) / self.copy_bytes_s
-        tile = name_of(chunk.tile)
+        tile = name_of(chunk)
         line = Line(self.model.name, chunk.tokens, what, tile, us, flops / us * 1e-6, share, error)
         self.lines.append(line)
         print(line, flush=True)
@@ -122,32 +127,39 @@ class Bench:
         self.add(chunk, f"norm {n}", us, (0, chunk.tokens * n * 9.25), 0.0)
         return rows
 
+    def lines_at(self, address: int, dtype: Any, picked: Any, n: int) -> Any:
+        """Some lines of an array with n values a line."""
+        nbytes = n * np.dtype(dtype).itemsize
+        return np.stack([self.gpu.download(address + int(i) * nbytes, dtype, n) for i in picked])
+
     def restored(self, rows: Rows, picked: Any, n: int, is_int8: bool) -> Any:
         """The values of some rows as a product takes them, float64."""
-        last = int(max(picked)) + 1
         if not is_int8:
-            return self.gpu.download(rows.x, np.float32, (last, n))[picked].astype(np.float64)
-        q = self.gpu.download(rows.q, np.int8, (last, n))[picked].astype(np.float64)
-        s = self.gpu.download(rows.s, np.float32, (last, n // 32, 2))[picked, :, 0]
+            return self.lines_at(rows.x, np.float32, picked, n).astype(np.float64)
+        q = self.lines_at(rows.q, np.int8, picked, n).astype(np.float64)
+        s = self.lines_at(rows.s, np.float32, picked, n // 16)[:, ::2]
         return q * np.repeat(s.astype(np.float64), 32, axis=1)
 
     def dense(self, chunks: Sequence[Chunk], what: str, rows: Rows) -> None:
-        """One dense matrix, with each chunk's tile."""
-        gpu, (n_rows, cols, qtype) = self.gpu, self.model.dense[what]
+        """Dense matrices that share a launch, with each chunk's tile; the last one is checked."""
+        gpu, (n_rows, cols, qtype, count) = self.gpu, self.model.dense[what]
         blocks = random_rows(self.rng, qtype, n_rows, cols)
         copies = min(16, -(-ROTATE_BYTES // blocks.nbytes)) if chunks[0].tokens > 64 else 2
-        matrices = [Matrix(self.array(blocks), qtype, n_rows, cols) for _ in range(copies)]
         tokens = chunks[0].tokens
-        out = gpu.arena.take(4 * tokens * n_rows)
+        outs = [gpu.arena.take(4 * tokens * n_rows) for _ in range(count)]
+        sets = [
+            [(Matrix(self.array(blocks), qtype, n_rows, cols), out) for out in outs]
+            for _ in range(copies)
+        ]
         tested, picked = np.arange(0, n_rows, max(1, n_rows // 40)), self.picked(tokens)
         x = self.restored(rows, picked, cols, qtype != F32)
         expected = x @ values_of(qtype, blocks[tested]).T
+        moved = count * (blocks.nbytes + 4 * tokens * n_rows) + tokens * cols
+        work = (2.0 * count * tokens * n_rows * cols, moved)
         for chunk in chunks:
-            launches = [prompt.matmul(gpu, chunk, rows, m, out) for m in matrices]
+            launches = [m for parts in sets for m in prompt.matmuls(gpu, chunk, rows, parts)]
             us = self.time_us(launches)
-            found = gpu.download(out, np.float32, (tokens, n_rows))[picked][:, tested]
-            moved = blocks.nbytes + 4 * tokens * n_rows + tokens * cols
-            work = (2.0 * tokens * n_rows * cols, moved)
+            found = self.lines_at(outs[-1], np.float32, picked, n_rows)[:, tested]
             self.add(chunk, what, us, work, worst(found, expected))
 
     def picked(self, tokens: int) -> Any:
@@ -215,7 +227,7 @@ class Bench:
         picked = self.picked(n)
         x = self.restored(h, token_of[picked], layout.hidden, True)
         inner = self.restored(rows.hidden, picked, layout.width, True)
-        outer = gpu.download(rows.out, np.float32, (n, layout.hidden))[picked]
+        outer = self.lines_at(rows.out, np.float32, picked, layout.hidden)
         errors = []
         for i, expert in enumerate(expert_of[picked]):
             gate, up, down = self.values[expert % DISTINCT]
@@ -257,21 +269,18 @@ class Bench:
         self.add(chunk, "shared scale", us, (0, 4 * chunk.tokens * hidden), 0.0)
 
 
-def measure(bench: Bench, tokens: int, step: int, table: int) -> None:
+def measure(bench: Bench, tokens: int, step: int, table: int, *, sweep: bool) -> None:
     """All products of one model over so many tokens; tiles are tried on the largest."""
     gpu, model = bench.gpu, bench.model
     layout, plain = model.experts.layout, tiled(step, tokens, [None])
     h, inner = bench.rows(plain[0], model.hidden), bench.rows(plain[0], layout.width)
-    heads = bench.rows(plain[0], model.dense["out"][1])
-    for what, (_, cols, qtype) in model.dense.items():
-        tiles: list[Tile | None] = [None]
-        if what in ("qkv", "out"):
-            tiles = fitting(gpu, DENSE_TILES, (qtype, qtype), cols)
+    heads = bench.rows(plain[0], model.dense["out"].cols)
+    for what in model.dense:
+        tiles = dense_tiles(gpu, model, what, sweep=sweep)
         rows = {"out": heads, "shared down": inner}.get(what, h)
         bench.dense(tiled(step, tokens, tiles), what, rows)
     bench.shared_expert(plain[0], h)
-    worst_type = (max(layout.types), max(layout.types))
-    tiles = fitting(gpu, EXPERT_TILES, worst_type, layout.hidden)
+    tiles = expert_tiles(gpu, model, tokens, sweep=sweep)
     bench.experts(tiled(step, tokens, tiles), table, h)
 
 
@@ -296,9 +305,10 @@ def summary(model: Model, lines: Sequence[Line]) -> list[str]:
     return out
 
 
-def run(gpu: GPU, models: Sequence[Model], arena_note: str) -> list[Line]:
+def run(gpu: GPU, models: Sequence[Model], arena_note: str, *, sweep: bool) -> list[Line]:
     start = time.monotonic()
-    jobs = [job for m in models for tokens in m.llama_tok_s for job in kernels_of(gpu, m, tokens)]
+    shapes = [(m, tokens) for m in models for tokens in m.llama_tok_s]
+    jobs = [job for m, tokens in shapes for job in kernels_of(gpu, m, tokens, sweep=sweep)]
     gpu.prepare(jobs)
     print(f"{len(jobs)} kernels ready after {time.monotonic() - start:.1f} s; {arena_note}")
     copy = copy_bandwidth(gpu, 1 << 30 if models is MODELS else 1 << 20, 5)
@@ -309,7 +319,7 @@ def run(gpu: GPU, models: Sequence[Model], arena_note: str) -> list[Line]:
         table = bench.place_experts()
         for tokens in m.llama_tok_s:
             step = bench.array(np.array([(0, 0, tokens, 0, 0)], STEP))
-            measure(bench, tokens, step, table)
+            measure(bench, tokens, step, table, sweep=sweep)
         lines += bench.lines
         notes += summary(m, bench.lines)
     print("\n".join([*notes, f"{time.monotonic() - start:.1f} s in all"]))
@@ -321,6 +331,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--sweep", action="store_true", help="try all tiles, not the best few")
     args = parser.parse_args()
     if args.tiny:
         sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
@@ -329,7 +340,8 @@ def main() -> None:
         install_standin()
     arena = 64 << 20 if args.tiny else 32 << 30
     gpu = open_gpu("hip:0" if args.tiny else args.device, arena)
-    lines = run(gpu, TINY if args.tiny else MODELS, f"arena {arena >> 20} MiB")
+    models = TINY if args.tiny else MODELS
+    lines = run(gpu, models, f"arena {arena >> 20} MiB", sweep=args.sweep)
     gpu.close()
     if args.json:
         args.json.write_text(json.dumps([asdict(line) for line in lines], indent=1))

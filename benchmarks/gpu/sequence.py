@@ -1,6 +1,8 @@
 """Sequence kernels on a GPU at the shapes of the 397B and the 35B model.
 
-Run: python benchmarks/gpu/sequence.py [--device cuda:0] [--only delta,attend,...] [--shapes 35b].
+Run: python benchmarks/gpu/sequence.py [--device cuda:0] [--only delta,attend,...] [--shapes 35b]
+[--late]. Calls of a graph start early, as those of a model do: a call's time is less than its
+length by what it does beside the one before; with --late it is not.
 Prints a JSON object per line: microseconds of the device per call, medians, from graphs of many
 calls whose states rotate over more memory than caches hold; `share` is bytes read + written per
 second over the copy bandwidth of the same run. An empty node of a graph is in `node_us`.
@@ -21,6 +23,7 @@ from device_time import device_ms, ticks_launch
 
 from fomoe.kernels.gpu import sequence
 from fomoe.kernels.gpu.attention import attend_plan
+from fomoe.kernels.gpu.delta import delta_plan
 from fomoe.kernels.gpu.gpu import GPU, open_gpu
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.state import StateLayout, channels
@@ -69,8 +72,9 @@ class Table(NamedTuple):
 class Bench:
     """Random tensors in the memory of a GPU, and the time of launches."""
 
-    def __init__(self, gpu: GPU) -> None:
+    def __init__(self, gpu: GPU, *, early: bool) -> None:
         self.gpu = gpu
+        self._early = early
         self.bandwidth = copy_bandwidth(gpu)
         self._noise = np.random.default_rng(1).standard_normal(1 << 20, dtype=np.float32)
         empty = ticks_launch(gpu, 0)
@@ -105,6 +109,7 @@ class Bench:
         runtime.begin_capture(self.gpu.stream)
         for launches in calls:
             for launch in launches:
+                launch.early = launch.early and self._early
                 self.gpu.launch(launch)
         graph = runtime.end_capture(self.gpu.stream)
 
@@ -160,9 +165,12 @@ def delta(bench: Bench, shape: Shape) -> None:
     call = bench.delta_call(spec, 1, layout.layers[0])
     steps = [bench.step(state, position=9) for state in states(bench, layout.nbytes)]
     moved = 2 * 4 * spec.n_v_heads * spec.key_dim * spec.value_dim
-    for parts in (None, 1, 2, 4):
-        calls = [[sequence.delta(bench.gpu, step, spec, call, parts)] for step in steps]
-        bench.show(f"{shape.name} delta", bench.per_call_us(calls), moved, parts=parts)
+    usual = delta_plan(spec, bench.gpu.runtime)
+    others = [sequence.DeltaPlan(parts, staged) for parts in (1, 2) for staged in (False, True)]
+    for plan in dict.fromkeys([usual, *others]):
+        calls = [[sequence.delta(bench.gpu, step, spec, call, plan)] for step in steps]
+        us = bench.per_call_us(calls)
+        bench.show(f"{shape.name} delta", us, moved, plan=plan, usual=plan == usual)
 
 
 def attend(bench: Bench, shape: Shape) -> None:
@@ -256,11 +264,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--late", action="store_true", help="no launch starts before its turn")
     args = parser.parse_args()
     for part in args.only.split(","):
         for name in args.shapes.split(","):
             gpu = open_gpu(args.device, ARENA_BYTES)
-            bench = Bench(gpu)
+            bench = Bench(gpu, early=not args.late)
             rates = {"copy_GBs": round(bench.bandwidth / 1e9), "node_us": round(bench.node_us, 2)}
             print(json.dumps({"part": part, "cores": gpu.runtime.cores, **rates}), flush=True)
             PARTS[part](bench, SHAPES[name])

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from fomoe.engine.requests import SamplingParams
-from fomoe.engine.sampler import sample
-from fomoe.errors import EngineError, RequestError
+from fomoe.engine.sampler import refuse_broken, sample
+from fomoe.errors import RequestError
 from fomoe.gguf.reader import open_gguf
 from fomoe.kernels.gpu.gpu import open_gpu
 from fomoe.model.archs import read_spec
@@ -29,7 +29,7 @@ _PLAIN = SamplingParams(temperature=0.0)
 @contextmanager
 def resident_model(
     path: Path | str, device: str, *, ctx_size: int, max_tokens: int = 512, int8: bool = True,
-    graphs: bool = True,
+    graphs: bool = True, kv_dtype: str = "f16",
 ) -> Iterator[GPUModel]:  # fmt: skip
     """Yield the model of a file with all its experts on a device such as `cuda:0` or `hip:0`.
 
@@ -40,7 +40,7 @@ def resident_model(
     spec = read_spec(file)
     options = HostOptions(
         layers=tuple(range(spec.n_layers)), ctx_size=ctx_size, max_tokens=max_tokens, int8=int8,
-        graphs=graphs,
+        graphs=graphs, kv_dtype=kv_dtype,
     )  # fmt: skip
     needed = planned_bytes(file, spec, options) + resident_bytes(file, spec, options)
     gpu = open_gpu(device, needed + _SPARE_BYTES)
@@ -97,10 +97,7 @@ class GPUText:
         decoded = self._model.decoded()
         self._observe(decoded.ids[:, None])
         self.tokens.append(token)
-        if not np.isfinite(decoded.logit):
-            raise EngineError(
-                f"the logits of position {len(self.tokens)} are not finite; check the model file"
-            )
+        refuse_broken(decoded.logit, len(self.tokens))
         return decoded.token
 
     def generate(
@@ -110,7 +107,13 @@ class GPUText:
         """Yield up to `max_tokens` tokens after a prompt, none of `stop_ids`.
 
         The draw of a position depends on (seed, position) and the logits alone, as everywhere.
+
+        Raises:
+            RequestError: the prompt is empty, or the context does not hold it.
+            EngineError: logits are not finite.
         """
+        if not prompt:
+            raise RequestError("the prompt is empty: give at least one token", "prompt")
         rows = 0
         for size in self.feed(prompt):
             rows = size

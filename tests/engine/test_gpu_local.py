@@ -68,3 +68,8 @@ def test_the_context_ends_the_text(model: GPUModel, prompt: list[int]) -> None:
     assert len(list(text.generate(prompt, 100))) == CTX - len(prompt) + 1
     with pytest.raises(RequestError, match="room for 0"):
         text.step(1)
+
+
+def test_a_text_begins_with_a_token(model: GPUModel) -> None:
+    with pytest.raises(RequestError, match="empty"):
+        next(GPUText(model).generate([], 1))

@@ -14,7 +14,7 @@ from fomoe.errors import DeviceError
 from fomoe.kernels import reference
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.matrices import Matrix, place
-from fomoe.kernels.gpu.products import Options, project, project_rows, share_groups
+from fomoe.kernels.gpu.products import Options, Span, project, project_rows, share_groups
 from fomoe.kernels.gpu.step import Rows
 from fomoe.kernels.gpu.tuning import Tuning
 
@@ -114,6 +114,39 @@ def test_rows_times_a_vector_are_added(gpu: GPU, kind: Kind) -> None:
     assert error(first, expected_product(kind, blocks, x, int8=True)) < TOLERANCE
     gpu.launch(project_rows(gpu, vector, matrix, out.address))
     np.testing.assert_array_equal(out.read(), first + first)
+
+
+def test_int8_rounds_as_division_does(gpu: GPU) -> None:
+    """Halves go to even, at any scale; x of +-1 leaves the norm's weight as it is."""
+    rng = np.random.default_rng(4)
+    blocks = rng.normal(size=(64, 32))
+    blocks[::2] = rng.integers(-126, 126, (32, 32)) + 0.5
+    blocks[::2, 0] = 127
+    powers = 2.0 ** np.linspace(60, -118, 32).round()  # values of a block are normal numbers
+    norm = (blocks.reshape(32, 2, 32) * powers[:, None, None]).astype(np.float32).reshape(-1)
+    x = np.where(rng.random(norm.size) < 0.5, 1, -1).astype(np.float32)
+    kept = RowsOut.empty(gpu, 1, norm.size, int8=True)
+    matrix = placed(gpu, Kind.F32, blocks_of(rng, Kind.F32, 1, norm.size))
+    addresses = [Guarded.of(gpu, a).address for a in (x, norm, np.zeros(1, np.float32))]
+    gpu.launch(project(gpu, *addresses[:2], 0.0, [(matrix, addresses[2])], keep=kept.rows))
+    found = kept.read()
+    np.testing.assert_array_equal(found[0][0], x * norm)
+    check_rows(found, (x * norm)[None].astype(np.float64), 1e-6)
+
+
+def test_weights_asked_for_ahead_change_nothing(gpu: GPU) -> None:
+    rng = np.random.default_rng(5)
+    matrix, other = (placed(gpu, Kind.Q4_K, blocks_of(rng, Kind.Q4_K, 45, 256)) for _ in range(2))
+    rows = upload_rows(gpu, rng.normal(size=(1, 256)).astype(np.float32))
+    seen = []
+    for ahead in (0, 16, 4096):
+        out = Guarded.empty(gpu, (45,), np.float32)
+        span = Span(other.address, other.nbytes)
+        options = Options(tuning=Tuning(2, 2, 3, ahead=ahead), ahead=span)
+        gpu.launch(project_rows(gpu, rows, matrix, out.address, add=False, options=options))
+        seen.append(out.read())
+    np.testing.assert_array_equal(seen[0], seen[1])
+    np.testing.assert_array_equal(seen[0], seen[2])
 
 
 def test_zeros_stay_zeros(gpu: GPU) -> None:

@@ -12,7 +12,7 @@ from support.random_blocks import random_matrix
 from fomoe.kernels import reference
 from fomoe.kernels.gpu import prompt
 from fomoe.kernels.gpu.matrices import Matrix
-from fomoe.kernels.gpu.prompt_tiles import Tile
+from fomoe.kernels.gpu.prompt_tiles import FloatTile, Tile
 
 EPS = 1e-6
 FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
@@ -42,6 +42,15 @@ def placed(memory, kind, blocks, cols):
     return Matrix(memory.put(blocks), int(kind), len(blocks), cols)
 
 
+FLOAT_TILES = (FloatTile(16, 16, 64, (4, 4), 32), FloatTile(32, 16, 64, (8, 4), 64))
+
+
+def chunk_of(step, most, tile=None, int8=True):
+    """A chunk of either kind of tile."""
+    is_float = isinstance(tile, FloatTile)
+    return prompt.Chunk(step, most, int8, None if is_float else tile, tile if is_float else None)
+
+
 def check_matmul(gpu, kind, shape, tile=None, int8=True, add=False):
     tokens, rows, cols = shape
     rng, memory = np.random.default_rng(cols + tokens), Memory(gpu)
@@ -49,7 +58,7 @@ def check_matmul(gpu, kind, shape, tile=None, int8=True, add=False):
     before = rng.standard_normal((tokens, rows), np.float32)
     out = memory.put(before)
     step, most = memory.step(tokens), tokens + 21  # more room than tokens: some groups have none
-    chunk = prompt.Chunk(step, most, int8, tile)
+    chunk = chunk_of(step, most, tile, int8)
     matrix = placed(memory, kind, blocks, cols)
     gpu.launch(prompt.matmul(gpu, chunk, memory.rows(x), matrix, out, add))
     if chunk.is_int8(int(kind)):
@@ -82,14 +91,33 @@ def test_every_depth_of_copies_and_share_of_waves_gives_the_same_bits(gpu):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("kind", FLOATS, ids=lambda k: k.name)
-def test_float_weights_take_float_activations(gpu, kind):
-    check_matmul(gpu, kind, (35, 37, 96))
+@pytest.mark.parametrize(
+    ("kind", "tile"), [*zip(FLOATS, (*FLOAT_TILES, None), strict=True)], ids=lambda k: str(k)[:12]
+)
+def test_float_weights_take_float_activations(gpu, kind, tile):
+    check_matmul(gpu, kind, (35, 37, 96), tile, add=tile is None)
 
 
 @pytest.mark.parametrize("kind", [Kind.Q5_0, Kind.Q4_K, Kind.Q6_K], ids=lambda k: k.name)
 def test_quantised_weights_take_float_activations_when_asked(gpu, kind):
-    check_matmul(gpu, kind, (5, 33, 256), int8=False)
+    check_matmul(gpu, kind, (5, 33, 256), FLOAT_TILES[1], int8=False)
+
+
+def test_matrices_of_one_shape_share_a_launch(gpu):
+    rng, memory, tokens, cols = np.random.default_rng(8), Memory(gpu), 5, 64
+    shapes = ((Kind.F16, 20), (Kind.F32, 20), (Kind.F16, 20), (Kind.F16, 24), (Kind.F16, 20))
+    x = rng.standard_normal((tokens, cols), np.float32)
+    blocks = [blocks_of(rng, kind, rows, cols) for kind, rows in shapes]
+    outs = [memory.put(np.zeros((tokens, rows), np.float32)) for _, rows in shapes]
+    matrices = [placed(memory, kind, b, cols) for (kind, _), b in zip(shapes, blocks, strict=True)]
+    chunk = chunk_of(memory.step(tokens), tokens, FLOAT_TILES[0])
+    parts = list(zip(matrices, outs, strict=True))
+    launches = prompt.matmuls(gpu, chunk, memory.rows(x), parts)
+    assert len(launches) == 3
+    for launch in launches:
+        gpu.launch(launch)
+    for (kind, _), weights, out in zip(shapes, blocks, outs, strict=True):
+        close(memory.take(out), reference.matmul_f32(kind, weights, x))
 
 
 @pytest.mark.parametrize("cols", [96, 1056])

@@ -118,22 +118,23 @@ def pool_of(rng, memory, kinds, hidden, width, count):
 
 
 CASES = {
-    "q4_k q6_k": ((Kind.Q4_K, Kind.Q4_K, Kind.Q6_K), 256, 256, True),
-    "small blocks": ((Kind.Q5_0, Kind.Q8_0, Kind.Q8_0), 96, 64, True),
-    "float activations": ((Kind.Q4_K, Kind.Q4_K, Kind.Q5_0), 256, 32, False),
-    "float weights": ((Kind.F16, Kind.F16, Kind.F32), 64, 96, True),
+    "q4_k q6_k": ((Kind.Q4_K, Kind.Q4_K, Kind.Q6_K), 256, 256, TILE),
+    "left out tiles": ((Kind.Q4_K, Kind.Q4_K, Kind.Q6_K), 256, 256, Tile(64, 64, 128)),
+    "small blocks": ((Kind.Q5_0, Kind.Q8_0, Kind.Q8_0), 96, 64, TILE),
+    "float activations": ((Kind.Q4_K, Kind.Q4_K, Kind.Q5_0), 256, 32, None),
+    "float weights": ((Kind.F16, Kind.F16, Kind.F32), 64, 96, TILE),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_experts_of_a_chunk(gpu, case):
-    kinds, hidden, width, int8 = case
+    kinds, hidden, width, tile = case
     rng, memory, tokens, count, top_k = np.random.default_rng(2), Memory(gpu), 21, 5, 3
     layout = ExpertLayout(tuple(int(k) for k in kinds), hidden, width)
     shape = prompt_experts.Experts(layout, count, top_k)
     pool, table = pool_of(rng, memory, kinds, hidden, width, count)
     ids, x = ids_of(rng, tokens, count, top_k), rng.standard_normal((tokens, hidden), np.float32)
-    grouped = group(gpu, memory, shape, ids, tokens + 9, int8)
+    grouped = group(gpu, memory, shape, ids, tokens + 9, tile is not None, tile)
 
     hidden_rows = memory.empty_rows(ids.size, width)
     out = memory.put(np.zeros((ids.size, hidden), np.float32))
@@ -195,11 +196,3 @@ def check_combine(gpu, memory, grouped, shape, routed):
     expected = reference.reduce_pairs(outputs, grouped.place, weights)
     expected = reference.add3(expected, shared * reference.sigmoid(scale)[:, None], before)
     np.testing.assert_allclose(memory.take(x), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
-
-
-def test_a_tile_names_what_does_not_fit(gpu):
-    from fomoe.errors import DeviceError
-    from fomoe.kernels.gpu.prompt_tiles import int8_tile
-
-    with pytest.raises(DeviceError, match="1,000"):
-        int8_tile((12, 12), 256, 64, 1000)

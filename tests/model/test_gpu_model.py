@@ -68,13 +68,15 @@ def test_prompts_of_any_length_run_on_grids_of_their_size() -> None:
     assert relative_l2(np.concatenate([short, long]), expected).max() <= BOUND["f32"]
 
 
-def test_f16_cache_rounds_keys_and_values_and_nothing_else() -> None:
-    path, tokens, _ = golden("f32_tied")
+@pytest.mark.parametrize("name", ["f32_tied", "wide_q4_k_m"])  # heads of 16 and 32
+def test_f16_cache_rounds_keys_and_values_and_nothing_else(name: str) -> None:
+    """Far below the bound where it would still be: nothing else is rounded to half, either."""
+    path, tokens, _ = golden(name)
     expected = forward(path, tokens, kv="f16").logits
     with hosted(path, kv_dtype="f16", max_tokens=16) as model:
-        assert relative_l2(prefill_logits(model, tokens, 16), expected).max() <= BOUND["f32"]
+        assert relative_l2(prefill_logits(model, tokens, 16), expected).max() <= 0.2 * BOUND["f32"]
         model.reset(0)
-        assert relative_l2(decode_logits(model, tokens), expected).max() <= BOUND["f32"]
+        assert relative_l2(decode_logits(model, tokens), expected).max() <= 0.2 * BOUND["f32"]
 
 
 def test_int8_activations_are_rounded_as_specified() -> None:
@@ -193,6 +195,17 @@ def test_largest_is_that_of_the_logits() -> None:
         assert found.log_sum == pytest.approx(log_sum, abs=1e-5)
         assert found.weights.sum(axis=1) == pytest.approx(1, abs=1e-6)
         assert (np.diff(found.ids, axis=1) > 0).all()
+
+
+def test_rows_that_a_pass_has_not_are_refused() -> None:
+    path, tokens, _ = golden("f32_tied")
+    with hosted(path) as model:
+        model.decode(tokens[0], 0)
+        for row in (-1, 1):
+            with pytest.raises(DeviceError, match=rf"rows \[{row}\]: the pass has 1"):
+                model.logits([row])
+            with pytest.raises(DeviceError, match="the pass has 1"):
+                model.largest(row)
 
 
 def test_every_launch_of_a_token_is_timed() -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import ziglang
 from cuda.bindings import nvrtc
 
 _STEP_S = 100
@@ -48,7 +48,8 @@ def compile_amd(source: str, target: str, folder: Path) -> Report:
     """Compile, assemble and link a source; AssertionError with the compiler's words."""
     folder.mkdir()
     (folder / "k.hip").write_text(source)
-    clang = [sys.executable, "-m", "ziglang", "clang"]
+    zig = str(Path(ziglang.__file__).parent / "zig")
+    clang = [zig, "clang"]
     steps = [
         [
             *clang,
@@ -62,7 +63,7 @@ def compile_amd(source: str, target: str, folder: Path) -> Report:
             "k.s",
         ],
         [*clang, "--target=amdgcn-amd-amdhsa", f"-mcpu={target}", "-c", "k.s", "-o", "k.o"],
-        [sys.executable, "-m", "ziglang", "ld.lld", "-shared", "k.o", "-o", "k.co"],
+        [zig, "ld.lld", "-shared", "k.o", "-o", "k.co"],
     ]
     for step in steps:
         done = subprocess.run(

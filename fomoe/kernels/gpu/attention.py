@@ -15,7 +15,10 @@ from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.state import TILE, AttentionShape, KVPlace
 from fomoe.kernels.gpu.step import Rows
 
-_LONG_CTX = 32768  # from here on reading keys once counts for more than short sums of parts
+# Contexts from which on more query heads of a group read the same keys. For short ones few heads
+# are best: their sums are short, and their parts are soon put together.
+_LONG_CTX = {1: 2, 1 << 14: 4, 1 << 17: 8}
+_DOUBLE_CTX = 1 << 14  # from here on two groups of a core hide each other's waits
 _CHUNK_ROWS = 16  # query vectors of a group in float32
 _TILE_ROWS, _TILE_WAVES = 16, 4  # query vectors of a wave on matrix units, waves of a group
 _MOST_SPLITS = 128
@@ -54,7 +57,7 @@ class AttendCall(NamedTuple):
 
 
 class AttendPlan(NamedTuple):
-    """How decode is shared out: `rows` query heads of a group, `splits` of the positions."""
+    """How decode is split: `rows` query heads of a group, at most `splits` of the positions."""
 
     rows: int
     splits: int
@@ -71,11 +74,18 @@ def rope_turns(spec: AttentionShape) -> npt.NDArray[np.uint64]:
 
 
 def attend_plan(spec: AttentionShape, place: KVPlace, cores: int) -> AttendPlan:
-    """Return the plan that fills `cores` cores for the contexts that `place` has room for."""
+    """Return the plan for `cores` cores and the contexts that `place` has room for."""
     shared = spec.n_heads // spec.n_kv_heads
-    rows = divisor(shared, 8 if place.ctx >= _LONG_CTX and place.kv_dtype == "f16" else 4)
-    splits = max(1, cores * rows // spec.n_heads)
+    most = max(rows for ctx, rows in _LONG_CTX.items() if place.ctx >= ctx)
+    rows = divisor(shared, most if place.kv_dtype == "f16" else 2)  # floats fill the registers
+    fill = 2 if place.ctx >= _DOUBLE_CTX else 1
+    splits = fill * _filling(spec, rows, cores)
     return AttendPlan(rows, min(splits, _MOST_SPLITS, -(-place.ctx // TILE)))
+
+
+def _filling(spec: AttentionShape, rows: int, cores: int) -> int:
+    """Splits that give each core one group."""
+    return max(1, cores * rows // spec.n_heads)
 
 
 def attend(
@@ -94,7 +104,8 @@ def attend(
         (shared % rows == 0, f"{rows} of {shared} query heads of a kv head a group: not a divisor"),
         (1 <= splits <= _MOST_SPLITS, f"{splits} splits: from 1 to {_MOST_SPLITS}"),
     )
-    defines = {**_sizes(spec, call.place), "ROWS": rows, "SPLITS": splits}
+    few = min(splits, _filling(spec, rows, gpu.runtime.cores))
+    defines = {**_sizes(spec, call.place), "ROWS": rows, "SPLITS": splits, "FEW": few}
     function = gpu.kernel("attend", "attend", defines)
     subsets = spec.n_heads // rows
     parts = gpu.arena.take(4 * subsets * splits * rows * (spec.head_dim + 2))
@@ -108,7 +119,7 @@ def attend(
         pointers(parts, zeros_at(gpu, 4 * subsets)),
         rows_out(call.out, spec.head_dim),
     ]
-    return Launch(function, (splits, subsets), defines["THREADS"], 0, args)
+    return Launch(function, (subsets, splits), defines["THREADS"], 0, args, early=True)
 
 
 def attend_scratch_bytes(spec: AttentionShape, tokens: int) -> int:
@@ -117,20 +128,21 @@ def attend_scratch_bytes(spec: AttentionShape, tokens: int) -> int:
 
 
 def attend_chunk(
-    gpu: GPU, step: int, spec: AttentionShape, call: AttendCall, chunk: tuple[int, int]
-) -> list[Launch]:
+    gpu: GPU, step: int, spec: AttentionShape, call: AttendCall, chunk: tuple[int, int],
+    *, half: bool = True,
+) -> list[Launch]:  # fmt: skip
     """Return the launches for the step block's T tokens, which see the cache and each other.
 
-    `chunk` is the largest T and the address of `attend_scratch_bytes` bytes. With a cache of f16
-    and heads of 32 or more the products are those of matrix units: queries and weights are rounded
-    to half, sums are float32.
+    `chunk` is the largest T and the address of `attend_scratch_bytes` bytes. With `half`, a cache
+    of f16 and heads of whole 32 values, the products are those of matrix units: queries and weights
+    are rounded to half, sums are float32. Otherwise all but the cache is float32.
 
     Raises:
         DeviceError: sizes that the kernels do not take.
     """
     tokens, queries = chunk
     sizes, place = _sizes(spec, call.place), call.place
-    tiles = int(place.kv_dtype == "f16" and spec.head_dim % 32 == 0)
+    tiles = int(half and place.kv_dtype == "f16" and spec.head_dim % 32 == 0)
     threads = sizes["THREADS"]
     inputs = gpu.kernel("attend_inputs", "attend_inputs", {**sizes, "TILES": tiles})
     items = -(-(spec.n_heads + 2 * spec.n_kv_heads) // (threads // 32))

@@ -8,11 +8,14 @@ from typing import NamedTuple
 from fomoe.kernels.gpu.arguments import align, check, pointers, rows_out, zeros_at
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
+from fomoe.kernels.gpu.runtime import Runtime
 from fomoe.kernels.gpu.state import DeltaPlace, DeltaShape
 from fomoe.kernels.gpu.step import Rows
+from fomoe.kernels.gpu.tuning import starts_early
 
 _MOST_THREADS = 256
 _CHUNK_THREADS = 256
+_MOST_STAGED = 1 << 16
 
 
 class DeltaWeights(NamedTuple):
@@ -49,19 +52,39 @@ class DeltaCall(NamedTuple):
     out: Rows
 
 
+class DeltaPlan(NamedTuple):
+    """How decode is shared out: `parts` groups for a head; memory waits in shared memory or not."""
+
+    parts: int
+    staged: bool
+
+
+def delta_plan(spec: DeltaShape, runtime: Runtime) -> DeltaPlan:
+    """Return the plan for a device.
+
+    Parts of a head wait for each other in the end, which takes longer than a head on one core:
+    there is one part while half of the cores have something to do. Where launches start early, a
+    head's memory comes to shared memory meanwhile, if there is room beside the launch before.
+    """
+    parts = 1
+    while 4 * parts * spec.n_v_heads <= runtime.cores and spec.value_dim % (8 * parts) == 0:
+        parts *= 2
+    room = _staged_bytes(spec, parts) <= min(runtime.shared_bytes, _MOST_STAGED)
+    return DeltaPlan(parts, starts_early(runtime) and room)
+
+
 def delta(
-    gpu: GPU, step: int, spec: DeltaShape, call: DeltaCall, parts: int | None = None
+    gpu: GPU, step: int, spec: DeltaShape, call: DeltaCall, plan: DeltaPlan | None = None
 ) -> Launch:
     """Return the launch of one token: convolution, delta rule, gated norm, rows [n_v * dv].
 
-    `step` is the address of the step block. `parts` is the number of groups that share a head;
-    without it, as many as the device has cores for.
+    `step` is the address of the step block.
 
     Raises:
         DeviceError: sizes that the kernel does not take.
     """
     _check(spec)
-    parts = parts or _parts(spec, gpu.runtime.cores)
+    parts, staged = plan or delta_plan(spec, gpu.runtime)
     check(
         (
             spec.value_dim % (4 * parts) == 0,
@@ -69,7 +92,8 @@ def delta(
         )
     )
     threads = _threads(spec, spec.value_dim // parts)
-    function = gpu.kernel("delta", "delta", {**_sizes(spec), "PARTS": parts, "THREADS": threads})
+    defines = {**_sizes(spec), "PARTS": parts, "THREADS": threads, "STAGED": int(staged)}
+    function = gpu.kernel("delta", "delta", defines)
     outputs = gpu.arena.take(4 * spec.n_v_heads * spec.value_dim) if parts > 1 else 0
     finished = zeros_at(gpu, 4 * spec.n_v_heads) if parts > 1 else 0
     args = [
@@ -81,7 +105,8 @@ def delta(
         pointers(outputs, finished),
         rows_out(call.out, spec.value_dim),
     ]
-    return Launch(function, (parts, spec.n_v_heads), threads, 0, args)
+    shared = _staged_bytes(spec, parts) if staged else 0
+    return Launch(function, (parts, spec.n_v_heads), threads, shared, args, early=True)
 
 
 def delta_scratch_bytes(spec: DeltaShape, tokens: int) -> int:
@@ -163,11 +188,8 @@ def _threads(spec: DeltaShape, columns: int) -> int:
     return max(128, min(_MOST_THREADS, wanted))
 
 
-def _parts(spec: DeltaShape, cores: int) -> int:
-    parts = 1
-    while 2 * parts * spec.n_v_heads <= cores and spec.value_dim % (8 * parts) == 0:
-        parts *= 2
-    return parts
+def _staged_bytes(spec: DeltaShape, parts: int) -> int:
+    return 4 * spec.value_dim // parts * spec.key_dim
 
 
 def _places(place: DeltaPlace) -> tuple[int, int]:

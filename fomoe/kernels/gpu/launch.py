@@ -22,8 +22,10 @@ class Launch:
     addresses (stored as 8 bytes); `args[i].value` may be changed between launches, and a launch
     takes the values of its moment. A captured graph keeps those of its capture.
 
-    `early` lets it start beside the launch before it on its stream, where the driver can: its
-    kernel touches nothing that others write before it has called fm_wait_before.
+    `early` lets it start beside the launches before it on its stream, where the driver can, back to
+    the last copy or launch that is not early. Its kernel reads nothing that one of those writes,
+    and writes nothing, before it has called fm_wait_before; every group calls it, so that the end
+    of a launch is the end of all launches before it.
     """
 
     __slots__ = ("_pointers", "args", "early", "function", "grid", "group", "parameters", "shared")

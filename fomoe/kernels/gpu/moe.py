@@ -81,26 +81,30 @@ def experts_in(
     """Return inner = silu(gate h) * (up h) of the `top_k` experts in `picked` (step.picks).
 
     With `choose` the kernel takes the top-k of the scores itself and writes `picked`: by score
-    descending, then by lower id; weights are the softmax over the chosen ones.
+    descending, then by lower id; weights are the softmax over the chosen ones. The kernel asks the
+    cache for the experts' down by itself; `options.ahead` is for the shared expert's.
     """
     if layout.types[0] != layout.types[1]:
         names = [GGMLType(t).name for t in layout.types[:2]]
         raise DeviceError(f"experts with gate {names[0]} and up {names[1]}: GPUs want one type")
     shape = RowShape(GGMLType(layout.types[0]), layout.hidden, options.int8)
-    plan = _plan(gpu, [shape], _pick_bytes(top_k) + shape.input_bytes, options)
+    wanted = options.tuning or tuning_of(gpu.runtime, "experts_in", layout.types[0])
+    plan = _plan(gpu, [shape], _pick_bytes(top_k) + shape.input_bytes, wanted)
     defines = _expert_defines(layout, top_k, plan, options)
     defines |= {
         "FM_TYPE_IN": layout.types[0],
+        "FM_DOWN_BYTES": layout.part_bytes[2] // 16 * 16,
         "FM_EXPERTS": choose.n_experts if choose else 0,
     }
     wave = gpu.runtime.wave
-    sets = top_k * -(-layout.width // shape.side(wave))
+    sets = top_k * -(-layout.width // shape.rows(wave, wanted.tile))
     groups = min(gpu.runtime.cores * plan.tuning.per_core, sets)
     resident = (ctypes.c_uint64 * 4)(
         buffers.scores, choose.table if choose else 0, layout.offsets[1], layout.offsets[2]
     )
     kernel = gpu.kernel("experts_in", "experts_in", defines)
-    args = [*buffers.h, picked, buffers.inner, resident]
+    ahead = options.ahead.argument(plan.tuning.ahead)
+    args = [*buffers.h, picked, buffers.inner, resident, ahead]
     threads, early = plan.tuning.waves * wave, plan.tuning.early
     return Launch(kernel, groups, threads, plan.shared_bytes, args, early)
 
@@ -118,12 +122,12 @@ def experts_out(
     wave = gpu.runtime.wave
     routed = RowShape(GGMLType(layout.types[2]), layout.width, options.int8)
     shared = RowShape(GGMLType(shared_down.type), shared_down.cols, options.int8)
-    wanted = options.tuning or tuning_of(gpu.runtime)
-    side = max(routed.side(wave), shared.side(wave))
+    wanted = options.tuning or tuning_of(gpu.runtime, "experts_out", layout.types[2])
+    side = max(shape.rows(wave, wanted.tile) for shape in (routed, shared))
     rows = -(-layout.hidden // (gpu.runtime.cores * wanted.per_core * side)) * side
-    inputs = _pick_bytes(top_k) + _whole16(4 * (top_k + 1) * rows)
+    inputs = _pick_bytes(top_k) + _whole16(4 * ((top_k + 2) * rows + 1))
     inputs += top_k * routed.input_bytes + shared.input_bytes
-    plan = _plan(gpu, [routed, shared], inputs, options)
+    plan = _plan(gpu, [routed, shared], inputs, wanted)
     defines = _expert_defines(layout, top_k, plan, options)
     defines |= {
         "FM_ROWS": rows,
@@ -135,7 +139,7 @@ def experts_out(
     second = (ctypes.c_uint64 * 4)(buffers.gate, buffers.up, buffers.scale, shared_down.address)
     groups = -(-layout.hidden // rows)
     threads, early = plan.tuning.waves * wave, plan.tuning.early
-    args = [picks_address, buffers.inner, second, x]
+    args = [picks_address, buffers.inner, second, x, options.ahead.argument(plan.tuning.ahead)]
     return Launch(kernel, groups, threads, plan.shared_bytes, args, early)
 
 
@@ -148,8 +152,7 @@ class _Plan:
     shared_bytes: int
 
 
-def _plan(gpu: GPU, shapes: Sequence[RowShape], input_bytes: int, options: Options) -> _Plan:
-    wanted = options.tuning or tuning_of(gpu.runtime)
+def _plan(gpu: GPU, shapes: Sequence[RowShape], input_bytes: int, wanted: Tuning) -> _Plan:
     stage = max(shape.stage_bytes(gpu.runtime.wave, wanted.tile) for shape in shapes)
     tuning = fit(wanted, gpu.runtime, input_bytes, stage)
     return _Plan(tuning, stage, input_bytes + tuning.waves * tuning.stages * stage)

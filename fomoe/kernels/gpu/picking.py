@@ -15,6 +15,7 @@ from fomoe.kernels.gpu.launch import Launch
 # ggml's numbers: F32, F16, Q5_0, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_XS, BF16
 _TABLE_TYPES = (0, 1, 6, 8, 12, 13, 14, 23, 30)
 _THREADS = 256
+_PEAK_THREADS = 512
 _MOST_EXPERTS, _MOST_CHOSEN = 1024, 32
 _PEAK_BYTES = 16
 
@@ -91,11 +92,11 @@ def largest(gpu: GPU, logits: int, n: int, out: int) -> Launch:
 
     `logits` float32 [n].
     """
-    groups = max(1, min(gpu.runtime.cores, n // _THREADS))
-    function = gpu.kernel("pick", "largest", {"THREADS": _THREADS})
+    groups = max(1, min(gpu.runtime.cores, n // _PEAK_THREADS))
+    function = gpu.kernel("pick", "largest", {"THREADS": _PEAK_THREADS})
     parts = gpu.arena.take(_PEAK_BYTES * groups)
     args = [logits, ctypes.c_int(n), parts, zeros_at(gpu, 4), out]
-    return Launch(function, groups, _THREADS, 0, args)
+    return Launch(function, groups, _PEAK_THREADS, 0, args, early=True)
 
 
 def _table_defines(table: Table) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fomoe.errors import DeviceError
 from fomoe.gguf.quants import GGMLType
@@ -21,14 +21,35 @@ _SCRATCH_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """`int8`: quantised weights take int8 activations, else float32 ones; `tuning` of the kernels.
+class Span:
+    """Bytes of device memory from a multiple of 16 on."""
 
-    A `tuning` of None is the device's own.
+    address: int
+    nbytes: int
+
+    def argument(self, piece: int) -> ctypes.Array[ctypes.c_int64]:
+        """`struct Span` of ahead.h, for a wave that takes `piece` bytes at a time."""
+        return (ctypes.c_int64 * 3)(self.address, self.nbytes // 16 * 16, piece // 16 * 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How launches are made.
+
+    Attributes:
+        int8: quantised weights take int8 activations, else float32 ones.
+        tuning: of the kernel; None is the device's own.
+        ahead: weights that the launch after this one reads, which this one asks the device's cache
+            for when it has read its own. They must stay where they are.
     """
 
     int8: bool = True
     tuning: Tuning | None = None
+    ahead: Span = Span(0, 0)
+
+    def before(self, matrix: Matrix) -> Options:
+        """Return the same for a launch after which one reads `matrix`."""
+        return replace(self, ahead=Span(matrix.address, matrix.nbytes))
 
 
 DEFAULT = Options()
@@ -45,7 +66,7 @@ def project(
     """
     plan = _plan(gpu, parts, options, {})
     args = [x, norm, ctypes.c_float(eps), keep.x, keep.q, keep.s]
-    return _launch(gpu, "project", plan, args)
+    return _launch(gpu, "project", plan, args, options.ahead)
 
 
 def project_rows(
@@ -59,7 +80,7 @@ def project_rows(
     plan = _plan(gpu, [(matrix, x)], options, {"FM_ADD": int(add)})
     if not (rows.q and rows.s if plan.shapes[0].is_int8 else rows.x):
         raise DeviceError(f"activations for a {plan.shapes[0].qtype.name} matrix are missing")
-    return _launch(gpu, "project_rows", plan, list(rows))
+    return _launch(gpu, "project_rows", plan, list(rows), options.ahead)
 
 
 head = project
@@ -94,7 +115,9 @@ def _plan(gpu: GPU, parts: Sequence[Part], options: Options, defines: dict[str, 
     cols = {matrix.cols for matrix, _ in parts}
     if len(cols) != 1:
         raise DeviceError(f"matrices of one launch have {sorted(cols)} columns; they must agree")
-    wanted, wave = options.tuning or tuning_of(gpu.runtime), gpu.runtime.wave
+    most_bytes = max((matrix for matrix, _ in parts), key=lambda m: m.nbytes)
+    wanted = options.tuning or tuning_of(gpu.runtime, "project", most_bytes.type)
+    wave = gpu.runtime.wave
     shapes = [RowShape(GGMLType(m.type), m.cols, options.int8) for m, _ in parts]
     stage = max(shape.stage_bytes(wave, wanted.tile) for shape in shapes)
     input_bytes = max(shape.input_bytes for shape in shapes)
@@ -110,7 +133,7 @@ def _plan(gpu: GPU, parts: Sequence[Part], options: Options, defines: dict[str, 
         **defines,
     }
     most = [
-        -(-matrix.rows // shape.side(wave))
+        -(-matrix.rows // shape.rows(wave, tuning.tile))
         for (matrix, _), shape in zip(parts, shapes, strict=True)
     ]
     groups = share_groups(
@@ -134,7 +157,7 @@ def share_groups(nbytes: Sequence[int], most: Sequence[int], groups: int) -> lis
     return given
 
 
-def _launch(gpu: GPU, name: str, plan: _Plan, args: list[object]) -> Launch:
+def _launch(gpu: GPU, name: str, plan: _Plan, args: list[object], ahead: Span) -> Launch:
     table, first = (_Part * len(plan.parts))(), 0
     for entry, (matrix, out), groups in zip(table, plan.parts, plan.groups, strict=True):
         entry.weights, entry.out = matrix.address, out
@@ -143,5 +166,5 @@ def _launch(gpu: GPU, name: str, plan: _Plan, args: list[object]) -> Launch:
         first += groups
     kernel = gpu.kernel("project", name, plan.defines)
     threads = plan.tuning.waves * gpu.runtime.wave
-    early = plan.tuning.early
-    return Launch(kernel, first, threads, plan.shared_bytes, [*args, table], early)
+    arguments = [*args, table, ahead.argument(plan.tuning.ahead)]
+    return Launch(kernel, first, threads, plan.shared_bytes, arguments, plan.tuning.early)

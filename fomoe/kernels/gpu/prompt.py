@@ -7,6 +7,7 @@ read from the step block, so that a captured graph serves every prompt.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,16 @@ from fomoe.gguf.quants import GGMLType
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import Matrix
-from fomoe.kernels.gpu.prompt_tiles import Tile, float_tile, float_tile_of_halves, int8_tile
+from fomoe.kernels.gpu.prompt_tiles import (
+    AnyTile,
+    FloatTile,
+    Room,
+    Size,
+    Tile,
+    float_tile,
+    float_tile_of_halves,
+    int8_tile,
+)
 from fomoe.kernels.gpu.step import Rows
 
 _ROW_THREADS = 256
@@ -33,21 +43,23 @@ class Chunk:
     """Address of the step block and the most tokens of a pass.
 
     Without `int8` quantised weights are multiplied with float32 activations, which is slow;
-    `tile` overrides the choice of tiles for int8 products.
+    `tile` and `float_tile` override the choice of tiles for int8 and for dense float32 products.
     """
 
     step: int
     tokens: int
     int8: bool = True
     tile: Tile | None = None
+    float_tile: FloatTile | None = None
 
     def is_int8(self, *types: int) -> bool:
         """Whether weights of these types are multiplied with int8 activations."""
         return self.int8 and not any(GGMLType(qtype).is_float for qtype in types)
 
-    def int8_tile(self, gpu: GPU, types: tuple[int, int], cols: int, tokens: int) -> Tile:
-        """Return the tile for matrices of `types` (of its two halves) that `tokens` share."""
-        return self.tile or int8_tile(types, cols, tokens, gpu.runtime.shared_bytes)
+
+def room_of(gpu: GPU) -> Room:
+    """Return what a device has for tiles."""
+    return Room(gpu.runtime.cores, gpu.runtime.shared_bytes)
 
 
 def structure(*addresses: int) -> ctypes.Array[ctypes.c_uint64]:
@@ -60,13 +72,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def product_defines(
-    types: tuple[int, int], rows: int, cols: int, is_int8: bool, tile: Tile
-) -> dict[str, int]:
+def product_defines(types: tuple[int, int], rows: int, cols: int, tile: AnyTile) -> dict[str, int]:
     """Return the defines that every product has; `types` are those of a tile's two halves."""
-    shared = tile.shared_bytes(types, cols, is_int8)
-    sizes = {"ROWS": rows, "COLS": cols, "TYPE": types[0], "TYPE_UP": types[1], "ADD": 0}
-    return {**sizes, **tile.defines(is_int8), "SHARED_BYTES": shared}
+    shared = tile.shared_bytes(types, cols)
+    sizes = {"ROWS": rows, "COLS": cols, "TYPE": types[0], "TYPE_UP": types[1]}
+    return {**sizes, **tile.defines(), "SHARED_BYTES": shared, "ADD": 0, "RAGGED": 0}
 
 
 def norm_rows(gpu: GPU, chunk: Chunk, x: int, norm: Norm, rows: Rows) -> Launch:
@@ -95,30 +105,50 @@ def matmul(
 
     Quantised weights take `rows.q` and `rows.s`; float weights, and all without int8, `rows.x`.
     """
-    types = (matrix.type, matrix.type)
-    is_int8 = chunk.is_int8(*types)
-    tile = (
-        chunk.int8_tile(gpu, types, matrix.cols, chunk.tokens)
-        if is_int8
-        else float_tile(matrix.rows, chunk.tokens)
-    )
-    defines = product_defines(types, matrix.rows, matrix.cols, is_int8, tile) | {"ADD": int(add)}
+    return _matmul(gpu, chunk, rows, [(matrix, out)], add)
+
+
+def matmuls(
+    gpu: GPU, chunk: Chunk, rows: Rows, parts: Sequence[tuple[Matrix, int]]
+) -> list[Launch]:
+    """Return `matmul` of the same rows for (matrix, out) of each part, one launch per shape."""
+    alike: dict[tuple[int, int, int], list[tuple[Matrix, int]]] = {}
+    for matrix, out in parts:
+        alike.setdefault((matrix.type, matrix.rows, matrix.cols), []).append((matrix, out))
+    return [_matmul(gpu, chunk, rows, some, add=False) for some in alike.values()]
+
+
+def _matmul(
+    gpu: GPU, chunk: Chunk, rows: Rows, parts: Sequence[tuple[Matrix, int]], add: bool
+) -> Launch:
+    """Return the launch for matrices of one shape and type."""
+    matrix = parts[0][0]
+    types = matrix.type, matrix.type
+    size = Size(matrix.rows, matrix.cols, chunk.tokens, len(parts))
+    tile: AnyTile
+    if chunk.is_int8(*types):
+        tile = chunk.tile or int8_tile(types, size, room_of(gpu))
+    else:
+        tile = chunk.float_tile or float_tile(size, gpu.runtime.cores)
+    defines = product_defines(types, matrix.rows, matrix.cols, tile)
+    defines |= {"ADD": int(add), "PARTS": len(parts)}
     function = gpu.kernel("matmul", "matmul", defines)
-    grid = (ceil_div(matrix.rows, tile.rows), ceil_div(chunk.tokens, tile.tokens))
-    args = [chunk.step, matrix.address, structure(rows.q, rows.s, rows.x), out]
+    grid = (ceil_div(matrix.rows, tile.rows), ceil_div(chunk.tokens, tile.tokens), len(parts))
+    places = structure(*(m.address for m, _ in parts), *(out for _, out in parts))
+    args = [chunk.step, places, structure(rows.q, rows.s, rows.x)]
     return Launch(function, grid, tile.threads, defines["SHARED_BYTES"], args)
 
 
 def swiglu(gpu: GPU, chunk: Chunk, rows: Rows, gate: Matrix, up: Matrix, out: Rows) -> Launch:
     """Return out = silu(gate rows) * (up rows), [T, gate.rows], as int8 rows or as `out.x`."""
     types = (gate.type, up.type)
-    is_int8 = chunk.is_int8(*types)
-    tile = (
-        chunk.int8_tile(gpu, types, gate.cols, chunk.tokens)
-        if is_int8
-        else float_tile_of_halves(chunk.tokens)
-    )
-    defines = product_defines(types, gate.rows, gate.cols, is_int8, tile)
+    tile: AnyTile
+    if chunk.is_int8(*types):
+        size = Size(2 * gate.rows, gate.cols, chunk.tokens)
+        tile = chunk.tile or int8_tile(types, size, room_of(gpu))
+    else:
+        tile = float_tile_of_halves(chunk.tokens)
+    defines = product_defines(types, gate.rows, gate.cols, tile)
     function = gpu.kernel("swiglu", "swiglu", defines)
     grid = (ceil_div(gate.rows, tile.rows // 2), ceil_div(chunk.tokens, tile.tokens))
     sources, results = structure(rows.q, rows.s, rows.x), structure(out.q, out.s, out.x)

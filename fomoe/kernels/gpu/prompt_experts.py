@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fomoe.errors import DeviceError
+from fomoe.gguf.quants import GGMLType
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import ExpertLayout
-from fomoe.kernels.gpu.prompt import Chunk, ceil_div, product_defines, structure
-from fomoe.kernels.gpu.prompt_tiles import Tile, float_tile_of_halves
+from fomoe.kernels.gpu.prompt import Chunk, ceil_div, product_defines, room_of, structure
+from fomoe.kernels.gpu.prompt_tiles import AnyTile, expert_tiles, float_tile_of_halves
 from fomoe.kernels.gpu.step import Rows
 
 _CHUNK = 64  # tokens that one group of count_pairs and place_pairs takes
 _MOST_THREADS = 1024
 _COMBINE_THREADS = 256
+# Out of experts, leaving out tiles takes these so many registers that a core holds one group only.
+_WHOLE_TILES = (GGMLType.Q4_K, GGMLType.Q5_K)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,8 @@ class Pairs:
 
     lists: PairLists
     most_tiles: int
-    tile_in: Tile
-    tile_out: Tile
+    tile_in: AnyTile
+    tile_out: AnyTile
 
 
 def pair_buffers(gpu: GPU, chunk: Chunk, experts: Experts) -> Pairs:
@@ -75,20 +78,16 @@ def pair_buffers(gpu: GPU, chunk: Chunk, experts: Experts) -> Pairs:
     return Pairs(PairLists(*addresses), most_tiles, tile_in, tile_out)
 
 
-def _tiles(gpu: GPU, chunk: Chunk, experts: Experts) -> tuple[Tile, Tile]:
+def _tiles(gpu: GPU, chunk: Chunk, experts: Experts) -> tuple[AnyTile, AnyTile]:
     """Return tiles of equally many tokens for the products into and out of the experts."""
-    layout, gate_up = experts.layout, experts.layout.types[:2]
-    down = (layout.types[2], layout.types[2])
+    layout = experts.layout
     each = ceil_div(chunk.tokens * experts.top_k, experts.count)
-    if chunk.is_int8(*layout.types):
-        wanted = 2 * each if each > 12 else each  # most of the experts fit one tile
-        tile_in = chunk.int8_tile(gpu, gate_up, layout.hidden, wanted)
-        tile_out = chunk.int8_tile(gpu, down, layout.width, wanted)
-    else:
-        tile_in = tile_out = float_tile_of_halves(each)
-    if tile_in.tokens != tile_out.tokens:
-        raise DeviceError(f"tiles of {tile_in.tokens} and {tile_out.tokens} tokens for one layer")
-    return tile_in, tile_out
+    if not chunk.is_int8(*layout.types):
+        tile = float_tile_of_halves(each)
+        return tile, tile
+    if chunk.tile:
+        return chunk.tile, chunk.tile
+    return expert_tiles(layout.types, (layout.hidden, layout.width), each, room_of(gpu))
 
 
 def group_pairs(
@@ -132,21 +131,20 @@ def experts_chunk(
     """
     layout = experts.layout
     gate_up, down = layout.types[:2], (layout.types[2], layout.types[2])
-    is_int8 = chunk.is_int8(*layout.types)
-    lists = pairs.lists
+    lists, of_experts = pairs.lists, {"EXPERTS": experts.count}
     tiles = structure(lists.tile_count, lists.tiles, lists.starts, lists.token_of)
 
     tile = pairs.tile_in
-    defines = product_defines(gate_up, layout.width, layout.hidden, is_int8, tile)
-    function = gpu.kernel("chunk_in", "experts_in", defines | {"EXPERTS": experts.count})
+    defines = product_defines(gate_up, layout.width, layout.hidden, tile)
+    function = gpu.kernel("chunk_in", "experts_in", defines | of_experts | {"RAGGED": 1})
     results = structure(rows.hidden.q, rows.hidden.s, rows.hidden.x)
     args = [tiles, addresses, structure(h.q, h.s, h.x), results]
     grid = (ceil_div(layout.width, tile.rows // 2), pairs.most_tiles)
     into = Launch(function, grid, tile.threads, defines["SHARED_BYTES"], args)
 
-    tile = pairs.tile_out
-    defines = product_defines(down, layout.hidden, layout.width, is_int8, tile)
-    function = gpu.kernel("chunk_out", "experts_out", defines | {"EXPERTS": experts.count})
+    tile, ragged = pairs.tile_out, {"RAGGED": int(down[0] not in _WHOLE_TILES)}
+    defines = product_defines(down, layout.hidden, layout.width, tile)
+    function = gpu.kernel("chunk_out", "experts_out", defines | of_experts | ragged)
     args = [tiles, addresses, results, rows.out]
     grid = (ceil_div(layout.hidden, tile.rows), pairs.most_tiles)
     return into, Launch(function, grid, tile.threads, defines["SHARED_BYTES"], args)

@@ -15,6 +15,7 @@ from fomoe.kernels.gpu.attention import (
 from fomoe.kernels.gpu.delta import (
     DeltaCall,
     DeltaInputs,
+    DeltaPlan,
     DeltaWeights,
     delta,
     delta_chunk,
@@ -32,6 +33,7 @@ __all__ = [
     "DeltaCall",
     "DeltaInputs",
     "DeltaPlace",
+    "DeltaPlan",
     "DeltaWeights",
     "KVPlace",
     "StateLayout",

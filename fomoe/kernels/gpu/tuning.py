@@ -5,7 +5,9 @@ They may change the order in which a row is summed, so bits are those of one tab
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from fomoe.errors import DeviceError
 from fomoe.gguf.quants import GGMLType, row_bytes
@@ -23,6 +25,8 @@ class Tuning:
         tile: bytes of a tile at most, where a row is longer.
         held: 4-byte words of activations that a lane may keep in registers.
         early: start beside the launch before, with weights that nobody writes.
+        ahead: bytes of the next launch's weights that a wave asks the device's cache for whenever
+            it has none of its own to fetch any more, `stages` - 1 times; a multiple of 16.
     """
 
     waves: int = 8
@@ -31,6 +35,7 @@ class Tuning:
     tile: int = 2304
     held: int = 96
     early: bool = False
+    ahead: int = 0
 
     def defines(self, stage_bytes: int) -> dict[str, int]:
         """What the kernels' sources call these numbers."""
@@ -43,6 +48,8 @@ class Tuning:
         }
 
 
+Kernel = Literal["project", "experts_in", "experts_out"]
+
 # By the first letters of a target. NVIDIA's copies into shared memory cost no registers and bypass
 # L1, so that a few waves with deep rings fill the bus; AMD's cards need waves for that.
 _TUNINGS = {
@@ -50,15 +57,42 @@ _TUNINGS = {
     "sm_7": Tuning(waves=8, per_core=1, stages=2, tile=2304, held=48),
     "gfx9": Tuning(waves=4, per_core=4, stages=2, tile=4608, held=48),
     "gfx1": Tuning(waves=8, per_core=2, stages=2, tile=2304, held=48),
-    "cpu": Tuning(waves=2, per_core=1, stages=3, tile=2304, held=96),
+    "cpu": Tuning(waves=2, per_core=1, stages=3, tile=2304, held=96, ahead=1024),
 }
 
 
-def tuning_of(runtime: Runtime) -> Tuning:
-    """Return the table's line for a device."""
+_SM = _TUNINGS["sm_"]
+_FEW_LARGE = replace(_SM, stages=2, tile=4608)
+_DEEP = replace(_SM, stages=4)
+
+# What was measured for a kernel and the type of most of its weights, where it is not the above:
+# `benchmarks/gpu/products.py --tune` on an NVIDIA H200. Asking the cache ahead won nothing there.
+_MEASURED: Mapping[str, Mapping[tuple[Kernel, GGMLType], Tuning]] = {
+    "sm_": {
+        ("project", GGMLType.Q4_K): _FEW_LARGE,
+        ("project", GGMLType.Q8_0): _DEEP,
+        ("experts_in", GGMLType.Q4_K): _FEW_LARGE,
+        ("experts_out", GGMLType.Q5_K): _FEW_LARGE,
+        ("experts_out", GGMLType.Q6_K): _DEEP,
+    }
+}
+
+
+def tuning_of(runtime: Runtime, kernel: Kernel, qtype: int) -> Tuning:
+    """Return the tables' line for a device, a kernel and the type of most of its weights."""
+    start = _line_of(runtime)
+    return _MEASURED.get(start, {}).get((kernel, GGMLType(qtype)), _TUNINGS[start])
+
+
+def starts_early(runtime: Runtime) -> bool:
+    """Whether kernels are made so that they can start beside the launch before."""
+    return _TUNINGS[_line_of(runtime)].early
+
+
+def _line_of(runtime: Runtime) -> str:
     for start in sorted(_TUNINGS, key=len, reverse=True):
         if runtime.target.startswith(start):
-            return _TUNINGS[start]
+            return start
     raise DeviceError(f"{runtime.name}: no kernels for target {runtime.target!r}")
 
 
@@ -91,18 +125,27 @@ class RowShape:
         """Whether activations are int8."""
         return self.int8 and not self.qtype.is_float
 
-    def side(self, wave: int) -> int:
-        """Rows that a wave takes at once."""
+    def rows(self, wave: int, tile: int) -> int:
+        """Rows of a tile."""
         lanes = min(wave, 1 << (self.cols // self._piece - 1).bit_length())
-        return wave // lanes
+        side = wave // lanes
+        if self._segment_bytes(wave, tile) < self._row_bytes:
+            return side
+        return side * max(1, min(4, tile // (side * self._row_bytes)))
 
     def stage_bytes(self, wave: int, tile: int) -> int:
         """Shared memory for one tile, with margins for its alignment."""
-        row = row_bytes(self.qtype, self.cols)
-        step = wave * self._piece * self.qtype.block_bytes // self.qtype.block_elements
-        side = self.side(wave)
-        most = side * row if side > 1 else min(row, max(step, tile // step * step))
+        most = self.rows(wave, tile) * min(self._row_bytes, self._segment_bytes(wave, tile))
         return -(-(most + 32) // 16) * 16
+
+    @property
+    def _row_bytes(self) -> int:
+        return row_bytes(self.qtype, self.cols)
+
+    def _segment_bytes(self, wave: int, tile: int) -> int:
+        """Bytes of a row in a tile at most, if the row has more than a piece for each lane."""
+        step = wave * self._piece * self.qtype.block_bytes // self.qtype.block_elements
+        return max(step, tile // step * step)
 
     @property
     def input_bytes(self) -> int:

@@ -43,8 +43,16 @@ struct Quantised {
   fm_f2 scale;
 };
 
-FM_DEV unsigned byte_of(float value, float d) {
-  return d > 0.0f ? (unsigned)(int)fm_rint(value / d) & 0xff : 0;
+// x / d to the nearest int, ties to even, as the low byte of the result; `r` is 1 / d.
+//
+// Two corrections of x * r give the quotient as division rounds it (P. Markstein, "Computation of
+// elementary functions on the IBM RISC System/6000 processor", theorem 8). 1.5 * 2^23 more, and its
+// fraction has no bits behind the point: the integer stands in the low ones.
+FM_DEV unsigned byte_of(float x, float d, float r) {
+  float q = x * r;
+  q = fm_fma(fm_fma(-q, d, x), r, q);
+  q = fm_fma(fm_fma(-q, d, x), r, q);
+  return fm_bits<unsigned>(q + 12582912.0f) & 0xff;
 }
 
 // Eight neighbouring lanes have the 32 values; all lanes of the wave come here.
@@ -53,7 +61,10 @@ FM_DEV Quantised quantise(const fm_f4& v) {
   FM_UNROLL for (int mask = 4; mask; mask /= 2) most = fm_max(most, fm_wave_xor(most, mask));
   const float d = most / 127.0f;
   Quantised q;
-  q.word = byte_of(v.x, d) | byte_of(v.y, d) << 8 | byte_of(v.z, d) << 16 | byte_of(v.w, d) << 24;
+  // The corrections of tiny values would lose bits: both sides of the quotient are lifted.
+  const float lift = d > 1e-25f ? 1.0f : 0x1p80f, by = d * lift, r = d > 0.0f ? 1.0f / by : 0.0f;
+  const auto byte = [&](float x) { return byte_of(x * lift, by, r); };
+  q.word = byte(v.x) | byte(v.y) << 8 | byte(v.z) << 16 | byte(v.w) << 24;
   int sum = fm_dp4a((int)q.word, 0x01010101, 0);
   FM_UNROLL for (int mask = 4; mask; mask /= 2) sum += fm_wave_xor(sum, mask);
   q.scale = fm_f2{d, d * (float)sum};

@@ -1,7 +1,10 @@
 // One token of an attention layer in one launch: norms, rotation, cache, attention, gate, rows.
 //
-// Grid (SPLITS, HEADS / ROWS): a group attends ROWS query heads of a kv head to its share of the
-// positions, and the last of those that share heads puts the parts together.
+// Grid (HEADS / ROWS, SPLITS): a group attends ROWS query heads of a kv head to its share of the
+// positions, and the last of those that share heads puts the parts together. What earlier tokens
+// and the weights have is asked for before the launch that makes the inputs has ended: other
+// launches that write this cache belong to other passes, and a copy, that of the step block,
+// separates passes.
 #include "attend_span.h"
 #include "last.h"
 
@@ -18,37 +21,49 @@ struct AttendScratch {
   unsigned* finished;  // [HEADS / ROWS], zeros between launches
 };
 
-// How positions are shared out: whole tiles, equally; late splits of a short context have nothing.
+// How positions are shared out: whole tiles, equally. FEW splits give each core a group; SPLITS, as
+// many or more, pay when there is much to read. Late splits of a short context have nothing.
 struct Shares {
+  static constexpr int kMuch = 8;  // tiles of a split
   int each, active;
   FM_DEV explicit Shares(int positions) {
     const int tiles = (positions + kTile - 1) / kTile;
-    each = (tiles + SPLITS - 1) / SPLITS;
+    const int splits = tiles < kMuch * SPLITS ? FEW : SPLITS;
+    each = (tiles + splits - 1) / splits;
     active = (tiles + each - 1) / each;
   }
 };
 
-FM_DEV void prepare_queries(Attention& a, const AttendInputs& in, const AttendWeights& w, float eps,
-                            int head, int position) {
-  const float factor = 1.0f / fm_sqrt((float)HEAD_DIM);
-  for (int n = 0; n < ROWS; n += kUnits) {
-    const int row = n + unit_index(), r = row < ROWS ? row : ROWS - 1;
-    norm_and_rotate(in.q + (head + r) * 2 * HEAD_DIM, w.q_norm, eps, factor, w.turns, position,
-                    a.q[r], row < ROWS);
-  }
-}
+// Norms and rotations of the group's queries and of the token's key, whose row comes last: a unit
+// has a row at a time.
+struct Queries {
+  static constexpr int kTurns = (ROWS + kUnits) / kUnits;
+  UnitVector<HEAD_DIM> norm[kTurns];
+  Rotations rotations;
 
-// Key and value of the token itself, rounded as the cache has them.
-FM_DEV void prepare_fresh(const AttendInputs& in, const AttendWeights& w, float eps, int kv_head,
-                          int position, float* row, Stored (*fresh)[HEAD_DIM]) {
-  const bool has = unit_index() == 0;
-  norm_and_rotate(in.k + kv_head * HEAD_DIM, w.k_norm, eps, 1.0f, w.turns, position, row, has);
-  fm_barrier();
-  for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
-    fresh[0][i] = to_stored(row[i]);
-    fresh[1][i] = to_stored(in.v[kv_head * HEAD_DIM + i]);
+  FM_DEV static int row(int n) { return unit_index() + n * kUnits; }
+  FM_DEV void begin(const AttendWeights& w, int position) {
+    FM_UNROLL
+    for (int n = 0; n < kTurns; ++n) norm[n].load(row(n) < ROWS ? w.q_norm : w.k_norm);
+    rotations.begin(w.turns, position);
   }
-}
+  // Queries to a.q; the key, rounded as the cache has it, to `fresh`, by way of `key` (both shared
+  // memory). A barrier has to follow.
+  FM_DEV void end(Attention& a, const AttendInputs& in, float eps, int head, float* key,
+                  Stored* fresh) const {
+    const float factor = 1.0f / fm_sqrt((float)HEAD_DIM);
+    FM_UNROLL
+    for (int n = 0; n < kTurns; ++n) {
+      const bool is_query = row(n) < ROWS, is_key = row(n) == ROWS;
+      UnitVector<HEAD_DIM> x;
+      x.load(is_query ? in.q + (head + row(n)) * 2 * HEAD_DIM : in.k + head / kShared * HEAD_DIM);
+      norm_and_rotate(x, norm[n], eps, is_query ? factor : 1.0f, rotations,
+                      is_query ? a.q[row(n)] : key, is_query || is_key);
+      if (!is_key) continue;
+      for (int i = unit_lane(); i < HEAD_DIM; i += kUnit) fresh[i] = to_stored(key[i]);
+    }
+  }
+};
 
 FM_DEV void store_fresh(const Cache& cache, int position, int kv_head,
                         const Stored (*fresh)[HEAD_DIM]) {
@@ -58,28 +73,65 @@ FM_DEV void store_fresh(const Cache& cache, int position, int kv_head,
   }
 }
 
-// share[split][row]: what a part's sums are multiplied with; splits in ascending order.
-FM_DEV void part_shares(const Part* parts, int active, float (*share)[ROWS]) {
-  const int r = threadIdx.x;
-  if (r >= ROWS) return;
-  float top = kLowest, mass = 0.0f;
-  for (int s = 0; s < active; ++s) top = fm_max(top, parts[s].top[r]);
-  for (int s = 0; s < active; ++s) {
-    share[s][r] = fm_exp(parts[s].top[r] - top);
-    mass = fm_fma(parts[s].mass[r], share[s][r], mass);
+// Of each part and row: what its sums are multiplied with, made in the place of its top.
+struct PartShares {
+  float share[SPLITS][ROWS], mass[SPLITS][ROWS];
+
+  FM_DEV void make(const Part* parts, int active) {
+    for (int i = threadIdx.x; i < active * ROWS; i += THREADS) {
+      share[i / ROWS][i % ROWS] = parts[i / ROWS].top[i % ROWS];
+      mass[i / ROWS][i % ROWS] = parts[i / ROWS].mass[i % ROWS];
+    }
+    fm_barrier();
+    FM_UNROLL
+    for (int n = 0; n < ROWS; n += kUnits) {
+      const int row = n + unit_index(), count = row < ROWS ? active : 0;
+      share_row(row < ROWS ? row : 0, count);
+    }
+    fm_barrier();
   }
-  for (int s = 0; s < active; ++s) share[s][r] /= mass;
+
+ private:
+  // One unit; a lane has every 32nd part.
+  FM_DEV void share_row(int row, int count) {
+    float top = kLowest, all = 0.0f;
+    for (int s = unit_lane(); s < count; s += kUnit) top = fm_max(top, share[s][row]);
+    top = lanes_max(top);
+    for (int s = unit_lane(); s < count; s += kUnit) {
+      share[s][row] = fm_exp(share[s][row] - top);
+      all = fm_fma(mass[s][row], share[s][row], all);
+    }
+    all = lanes_sum(all);
+    for (int s = unit_lane(); s < count; s += kUnit) share[s][row] /= all;
+  }
+};
+
+// The parts' sums of a row in ascending order, several on their way at a time.
+FM_DEV float join(const Part* parts, int active, const PartShares& of, int row, int dim) {
+  constexpr int at_once = 8;
+  float sum = 0.0f;
+  for (int s = 0; s < active; s += at_once) {
+    float part[at_once];
+    FM_UNROLL
+    for (int j = 0; j < at_once; ++j) part[j] = s + j < active ? parts[s + j].sum[row][dim] : 0.0f;
+    FM_UNROLL
+    for (int j = 0; j < at_once; ++j)
+      sum = s + j < active ? fm_fma(part[j], of.share[s + j][row], sum) : sum;
+  }
+  return sum;
 }
 
 // Row by row: a thread has a dimension, a unit one or more blocks of 32 of them.
-FM_DEV void combine(const Part* parts, int active, const float (*share)[ROWS],
-                    const AttendInputs& in, int head, const RowsOut& out) {
-  const int dim = (int)threadIdx.x < HEAD_DIM ? threadIdx.x : 0;
+FM_DEV void combine(const Part* parts, int active, PartShares& of, const AttendInputs& in, int head,
+                    const RowsOut& out) {
+  const int dim = Walk::dim();
+  float gate[ROWS];
+  FM_UNROLL
+  for (int r = 0; r < ROWS; ++r) gate[r] = in.q[(2 * (head + r) + 1) * HEAD_DIM + dim];
+  of.make(parts, active);
+  FM_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-    float sum = 0.0f;
-    FM_UNROLL
-    for (int s = 0; s < active; ++s) sum = fm_fma(parts[s].sum[r][dim], share[s][r], sum);
-    sum *= sigmoid(in.q[(2 * (head + r) + 1) * HEAD_DIM + dim]);
+    const float sum = join(parts, active, of, r, dim) * sigmoid(gate[r]);
     put_one(out, (head + r) * HEAD_DIM + dim, sum, threadIdx.x < HEAD_DIM);
   }
 }
@@ -89,35 +141,42 @@ void attend(const fm_step* step, unsigned long long keys_at, unsigned long long 
             AttendWeights w, AttendInputs in, float eps, AttendScratch scratch, RowsOut out) {
   FM_SHARED Attention a;
   FM_SHARED Stored fresh[2][HEAD_DIM];
-  FM_SHARED float share[SPLITS][ROWS];
+  FM_SHARED float key[HEAD_DIM];
+  FM_SHARED PartShares part_shares;
   FM_SHARED int flag;
-  const int position = step->position, split = blockIdx.x, head = (int)blockIdx.y * ROWS;
+  fm_release_next();
+  const int position = step->position, head = (int)blockIdx.x * ROWS, split = blockIdx.y;
   const int kv_head = head / kShared;
   const Shares shares(position + 1);
-  if (split >= shares.active) return;
-  const Cache cache = {(Stored*)(step->state + keys_at), (Stored*)(step->state + values_at)};
+  if (split >= shares.active) {
+    fm_wait_before();  // as every group does: the end of a launch is the end of those before it
+    return;
+  }
   const bool has_fresh = split == shares.active - 1;
-
-  if (has_fresh) prepare_fresh(in, w, eps, kv_head, position, &a.partial[0][0][0], fresh);
-  prepare_queries(a, in, w, eps, head, position);
+  const int tiles = kTile * shares.each, stop = has_fresh ? position + 1 : (split + 1) * tiles;
+  const Cache cache = {(Stored*)(step->state + keys_at), (Stored*)(step->state + values_at)};
+  Walk walk = {cache, {kv_head, split * tiles, stop, position}, {}, {}};
+  walk.ask();
+  Queries queries;
+  queries.begin(w, position);
   begin(a);
+  fm_wait_before();
+
+  for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS)
+    fresh[1][i] = to_stored(in.v[kv_head * HEAD_DIM + i]);
+  queries.end(a, in, eps, head, key, fresh[0]);
   fm_barrier();
   if (has_fresh && head % kShared == 0) store_fresh(cache, position, kv_head, fresh);
-
-  const int tiles = kTile * shares.each, end = (split + 1) * tiles;
-  const Span span = {kv_head, split * tiles, has_fresh ? position + 1 : end, position};
   float sum[ROWS];
-  attend_span(a, cache, span, [&](int) { return position; }, has_fresh ? fresh : nullptr, sum);
+  walk.run(a, [&](int) { return position; }, has_fresh ? fresh : nullptr, sum);
 
-  Part* const parts = scratch.parts + (long long)blockIdx.y * SPLITS;
+  Part* const parts = scratch.parts + (long long)blockIdx.x * SPLITS;
   if (threadIdx.x < HEAD_DIM)
     for (int r = 0; r < ROWS; ++r) parts[split].sum[r][threadIdx.x] = sum[r];
   if (threadIdx.x < ROWS) {
     parts[split].mass[threadIdx.x] = a.mass[threadIdx.x];
     parts[split].top[threadIdx.x] = a.top[threadIdx.x];
   }
-  if (!is_last_group(scratch.finished + blockIdx.y, shares.active, &flag)) return;
-  part_shares(parts, shares.active, share);
-  fm_barrier();
-  combine(parts, shares.active, share, in, head, out);
+  if (is_last_group(scratch.finished + blockIdx.x, shares.active, &flag))
+    combine(parts, shares.active, part_shares, in, head, out);
 }

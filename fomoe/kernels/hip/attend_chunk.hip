@@ -7,7 +7,8 @@
 constexpr int kHeadsOf = ROWS / TOKENS;  // query heads of a group
 static_assert(kHeadsOf * TOKENS == ROWS && kShared % kHeadsOf == 0, "rows of tokens and heads");
 
-// Grid (HEADS / kHeadsOf, blocks of TOKENS tokens); the latest tokens, which have most to do, first.
+// Grid (HEADS / kHeadsOf, blocks of TOKENS tokens); the latest tokens, which have most to do,
+// first.
 FM_KERNEL(THREADS)
 void attend_rows(const fm_step* step, unsigned long long keys_at, unsigned long long values_at,
                  const float* queries, int most, const float* q_and_gate, RowsOut out) {
@@ -30,7 +31,9 @@ void attend_rows(const fm_step* step, unsigned long long keys_at, unsigned long 
   const Cache cache = {(Stored*)(step->state + keys_at), (Stored*)(step->state + values_at)};
   const Span span = {head / kShared, 0, position + last + 1, position + tokens};
   float sum[ROWS];
-  attend_span(a, cache, span, [&](int r) { return position + token_of(r); }, nullptr, sum);
+  Walk walk = {cache, span, {}, {}};
+  walk.ask();
+  walk.run(a, [&](int r) { return position + token_of(r); }, nullptr, sum);
 
   const int dim = (int)threadIdx.x < HEAD_DIM ? threadIdx.x : 0;
   FM_UNROLL

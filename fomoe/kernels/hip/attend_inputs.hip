@@ -33,8 +33,12 @@ void attend_inputs(const fm_step* step, unsigned long long keys_at, unsigned lon
   const float* const x = is_query ? in.q + ((long long)t * HEADS + head) * 2 * HEAD_DIM
                                   : in.k + ((long long)t * KV_HEADS + head) * HEAD_DIM;
   const float factor = is_query ? 1.0f / fm_sqrt((float)HEAD_DIM) : 1.0f;
-  norm_and_rotate(x, is_query ? w.q_norm : w.k_norm, eps, factor, w.turns, position, rows[unit],
-                  is_query || is_key);
+  UnitVector<HEAD_DIM> vector, norm;
+  vector.load(x);
+  norm.load(is_query ? w.q_norm : w.k_norm);
+  Rotations rotations;
+  rotations.begin(w.turns, position);
+  norm_and_rotate(vector, norm, eps, factor, rotations, rows[unit], is_query || is_key);
   fm_barrier();
   if (item >= kItems) return;
   const Cache cache = {(Stored*)(step->state + keys_at), (Stored*)(step->state + values_at)};

@@ -147,37 +147,45 @@ struct Span {
   int head, first, stop, stored;
 };
 
-// Attends ROWS rows to a span that begins at a tile; sum[r] is of the dimension of this thread and
-// not yet divided by a.mass. `fresh` holds key and value of position `stored`, or is null.
-template <class Sees>
-FM_DEV void attend_span(Attention& a, const Cache& cache, const Span& span, const Sees& sees,
-                        const Stored (*fresh)[HEAD_DIM], float* sum) {
-  const int unit = unit_index(), dim = (int)threadIdx.x < HEAD_DIM ? threadIdx.x : 0;
-  const int slice = (unit < kSlices ? unit : 0) * kSlice;
-  const auto key_at = [&](int first) {
+// A walk over a span that begins at a tile: `ask` asks for key and value of the first one, `run`
+// for those of the others ahead of their use.
+struct Walk {
+  Cache cache;
+  Span span;
+  Packed<kSlice> key;
+  Packed<kTile> value;
+
+  FM_DEV static int slice() { return (unit_index() < kSlices ? unit_index() : 0) * kSlice; }
+  FM_DEV static int dim() { return (int)threadIdx.x < HEAD_DIM ? threadIdx.x : 0; }
+
+  FM_DEV void ask_key(int first) {
     const int position = first + unit_lane();
-    Packed<kSlice> key;
     key.clear();
     if (position < span.stored && position < span.stop)
-      key.load(cache.key(position, span.head) + slice);
-    else if (position == span.stored && fresh)
-      key.load(fresh[0] + slice);
-    return key;
-  };
-  for (int r = 0; r < ROWS; ++r) sum[r] = 0.0f;
-  Packed<kSlice> key = key_at(span.first);
-  for (int first = span.first; first < span.stop; first += kTile) {
-    Packed<kTile> value;
-    if (!KV_F32) value.load(cache.value(first, span.head, dim));
-    score(a, key);
-    if (KV_F32) value.load(cache.value(first, span.head, dim));  // floats fill the registers
-    else if (first + kTile < span.stop) key = key_at(first + kTile);
-    fm_barrier();
-    weigh(a, first, sees);
-    fm_barrier();
-    if (span.stored < first + kTile)
-      value.cut(span.stored - first, fresh ? fresh[1][dim] : to_stored(0.0f));
-    mix(a, value, sum);
-    if (KV_F32 && first + kTile < span.stop) key = key_at(first + kTile);
+      key.load(cache.key(position, span.head) + slice());
   }
-}
+  FM_DEV void ask_value(int first) { value.load(cache.value(first, span.head, dim())); }
+  FM_DEV void ask() {
+    ask_key(span.first);
+    ask_value(span.first);
+  }
+
+  // Attends ROWS rows; sum[r] is of the dimension of this thread and not yet divided by a.mass.
+  // `fresh` holds key and value of position `stored`, or is null.
+  template <class Sees>
+  FM_DEV void run(Attention& a, const Sees& sees, const Stored (*fresh)[HEAD_DIM], float* sum) {
+    for (int r = 0; r < ROWS; ++r) sum[r] = 0.0f;
+    for (int first = span.first; first < span.stop; first += kTile) {
+      if (first != span.first) ask_value(first);
+      if (fresh && first + unit_lane() == span.stored) key.load(fresh[0] + slice());
+      score(a, key);
+      if (first + kTile < span.stop) ask_key(first + kTile);
+      fm_barrier();
+      weigh(a, first, sees);
+      fm_barrier();
+      if (span.stored < first + kTile)
+        value.cut(span.stored - first, fresh ? fresh[1][dim()] : to_stored(0.0f));
+      mix(a, value, sum);
+    }
+  }
+};

@@ -59,20 +59,40 @@ FM_DEV Rotation rotation(const unsigned long long* turns, int i, int position) {
   return {fm_cos(angle), fm_sin(angle)};
 }
 
-// rms_norm(x) * factor, rotated, into `row` [HEAD_DIM], shared memory. One unit; every thread of
-// the group comes here, and after a barrier the row is whole.
-FM_DEV void norm_and_rotate(const float* x, const float* weight, float eps, float factor,
-                            const unsigned long long* turns, int position, float* row, bool has) {
-  UnitVector<HEAD_DIM> v;
-  v.load(x);
-  rms_norm(v, weight, eps);
-  v.scale(factor);
-  if (has) v.store(row);
-  fm_barrier();
-  for (int i = unit_lane(); has && i < ROPE_DIMS / 2; i += kUnit) {
-    const Rotation r = rotation(turns, i, position);
-    const float a = row[i], b = row[i + ROPE_DIMS / 2];
-    row[i] = fm_fma(a, r.cosine, -b * r.sine);
-    row[i + ROPE_DIMS / 2] = fm_fma(b, r.cosine, a * r.sine);
+// The rotations of this lane's pairs at a position.
+struct Rotations {
+  static constexpr int kPairs = ROPE_DIMS / 2,
+                       kTurns = kPairs > kUnit ? (kPairs + kUnit - 1) / kUnit : 1;
+  Rotation of[kTurns];
+
+  FM_DEV void begin(const unsigned long long* turns, int position) {
+    FM_UNROLL
+    for (int n = 0; n < kTurns; ++n) {
+      const int i = unit_lane() + n * kUnit;
+      if (i < kPairs) of[n] = rotation(turns, i, position);
+    }
   }
+  // Rotates a row of this unit.
+  FM_DEV void turn(float* row) const {
+    FM_UNROLL
+    for (int n = 0; n < kTurns; ++n) {
+      const int i = unit_lane() + n * kUnit;
+      if (i >= kPairs) continue;
+      const float a = row[i], b = row[i + kPairs];
+      row[i] = fm_fma(a, of[n].cosine, -b * of[n].sine);
+      row[i + kPairs] = fm_fma(b, of[n].cosine, a * of[n].sine);
+    }
+  }
+};
+
+// rms_norm(x) * factor, rotated, into `row` [HEAD_DIM], shared memory. One unit; every lane of the
+// wave comes here, and when it returns the unit may read the row.
+FM_DEV void norm_and_rotate(UnitVector<HEAD_DIM> x, const UnitVector<HEAD_DIM>& weight, float eps,
+                            float factor, const Rotations& rotations, float* row, bool has) {
+  rms_norm(x, weight, eps);
+  x.scale(factor);
+  if (has) x.store(row);
+  fm_wave_sync();
+  if (has) rotations.turn(row);
+  fm_wave_sync();
 }

@@ -38,46 +38,85 @@ struct History {
   }
 };
 
-// silu(convolution) of four channels for token t.
+// The convolution of four channels up to the tap of the token itself, and that tap.
+struct Begun {
+  float sum[4], last[4];
+
+  FM_DEV void clear() {
+    for (int i = 0; i < 4; ++i) sum[i] = last[i] = 0.0f;
+  }
+  FM_DEV void begin(const History& history, const float* taps, int t, int channel) {
+    float tap[4 * CONV];
+    load_floats<4 * CONV>(taps + channel * CONV, tap);
+    clear();
+    FM_UNROLL
+    for (int w = 0; w < CONV - 1; ++w) {
+      float input[4];
+      load_floats<4>(history.of(t - (CONV - 1) + w) + channel, input);
+      for (int i = 0; i < 4; ++i) sum[i] = fm_fma(tap[i * CONV + w], input[i], sum[i]);
+    }
+    for (int i = 0; i < 4; ++i) last[i] = tap[i * CONV + CONV - 1];
+  }
+  // silu(convolution) with the token's own inputs.
+  FM_DEV void end(const float* now, float* out) const {
+    for (int i = 0; i < 4; ++i) out[i] = silu(fm_fma(last[i], now[i], sum[i]));
+  }
+};
+
 FM_DEV void convolve_four(const History& history, const float* taps, int t, int channel,
                           float* out) {
-  float tap[4 * CONV];
-  load_floats<4 * CONV>(taps + channel * CONV, tap);
-  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  FM_UNROLL
-  for (int w = 0; w < CONV; ++w) {
-    float input[4];
-    load_floats<4>(history.of(t - (CONV - 1) + w) + channel, input);
-    for (int i = 0; i < 4; ++i) sum[i] = fm_fma(tap[i * CONV + w], input[i], sum[i]);
-  }
-  for (int i = 0; i < 4; ++i) out[i] = silu(sum[i]);
+  Begun begun;
+  begun.begin(history, taps, t, channel);
+  float now[4];
+  load_floats<4>(history.of(t) + channel, now);
+  begun.end(now, out);
 }
 
-FM_DEV UnitVector<DK> convolve_head(const History& history, const float* taps, int t, int first) {
-  UnitVector<DK> v;
-  FM_UNROLL
-  for (int s = 0; s < v.kStrips; ++s) {
-    for (int i = 0; i < 4; ++i) v.v[4 * s + i] = 0.0f;
-    if (v.has(s)) convolve_four(history, taps, t, first + v.at(s), v.v + 4 * s);
+// The same of the channels of a key head. One unit.
+struct BegunHead {
+  Begun strips[UnitVector<DK>::kStrips];
+
+  FM_DEV void begin(const History& history, const float* taps, int t, int first) {
+    FM_UNROLL
+    for (int s = 0; s < UnitVector<DK>::kStrips; ++s) {
+      strips[s].clear();
+      if (UnitVector<DK>::has(s)) strips[s].begin(history, taps, t, first + UnitVector<DK>::at(s));
+    }
   }
-  return v;
-}
+  FM_DEV UnitVector<DK> end(const UnitVector<DK>& now) const {
+    UnitVector<DK> v;
+    FM_UNROLL
+    for (int s = 0; s < v.kStrips; ++s) strips[s].end(now.v + 4 * s, v.v + 4 * s);
+    return v;
+  }
+};
 
 // Key and query of a key head, normalised; q . k. One unit.
 struct KeyQuery {
   UnitVector<DK> k, q;
   float product;
 };
-FM_DEV KeyQuery key_query(const History& history, const float* taps, int t, int head, float eps) {
-  KeyQuery out;
-  out.q = convolve_head(history, taps, t, head * DK);
-  out.k = convolve_head(history, taps, t, kKeys + head * DK);
+FM_DEV KeyQuery key_query(const UnitVector<DK>& key, const UnitVector<DK>& query, float eps) {
+  KeyQuery out = {key, query, 0.0f};
   const float shrink = 1.0f / fm_sqrt((float)DK);
   out.q.scale(shrink / fm_sqrt(out.q.dot(out.q) + eps));
   out.k.scale(1.0f / fm_sqrt(out.k.dot(out.k) + eps));
   out.product = out.q.dot(out.k);
   return out;
 }
+
+// The inputs of a key head's convolutions that are there before its token. One unit.
+struct BegunKeyQuery {
+  BegunHead k, q;
+
+  FM_DEV void begin(const History& history, const float* taps, int t, int head) {
+    q.begin(history, taps, t, head * DK);
+    k.begin(history, taps, t, kKeys + head * DK);
+  }
+  FM_DEV KeyQuery end(const UnitVector<DK>& key, const UnitVector<DK>& query, float eps) const {
+    return key_query(k.end(key), q.end(query), eps);
+  }
+};
 
 // log(1 + exp(x)); log1p(e) as e log(u) / (u - 1), u = 1 + e rounded, which rounding cannot hurt
 // (Kahan).
@@ -90,10 +129,8 @@ FM_DEV float softplus(float x) {
 struct DeltaGates {
   float decay, beta;
 };
-FM_DEV DeltaGates delta_gates(const DeltaInputs& in, const DeltaWeights& w, int t, int head) {
-  const int i = t * N_V + head;
-  const float decay = fm_exp(w.ssm_a[head] * softplus(in.alpha[i] + w.dt_bias[head]));
-  return {decay, sigmoid(in.beta[i])};
+FM_DEV DeltaGates delta_gates(float ssm_a, float dt_bias, float alpha, float beta) {
+  return {fm_exp(ssm_a * softplus(alpha + dt_bias)), sigmoid(beta)};
 }
 
 // A column of a memory is shared by kLanes lanes: lane l has the fours l, l + kLanes, ... of it.
@@ -130,15 +167,14 @@ FM_DEV float delta_column(float* s, const float* k, const float* q, float v, Del
   return fm_fma(product, d, g.decay * with_q);
 }
 
-// rms_norm(o) * silu(z), as rows; `o` are the DV outputs of a head of a token. One unit.
-FM_DEV void finish_head(const float* o, const float* z, const DeltaWeights& w, float eps,
+// rms_norm(o) * norm * silu(z), as rows; `o` are the DV outputs of a head of a token. One unit.
+FM_DEV void finish_head(const float* o, UnitVector<DV> gate, const UnitVector<DV>& norm, float eps,
                         const RowsOut& out, long long first, bool has) {
-  UnitVector<DV> v, gate;
+  UnitVector<DV> v;
   v.load(o);
-  gate.load(z);
   FM_UNROLL
   for (int i = 0; i < v.kHeld; ++i) gate.v[i] = silu(gate.v[i]);
-  rms_norm(v, w.norm, eps);
+  rms_norm(v, norm, eps);
   v.scale(gate);
   put_vector(out, first, v, has);
 }

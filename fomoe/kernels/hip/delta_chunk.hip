@@ -26,7 +26,12 @@ void delta_inputs(const fm_step* step, unsigned long long ring_at, DeltaWeights 
   const int tokens = step->tokens, t = pair / N_K < tokens ? pair / N_K : tokens - 1;
   const bool has = pair / N_K < tokens;
   const History history = {in.qkv, (const float*)(step->state + ring_at), step->position};
-  const KeyQuery both = key_query(history, w.conv, t, head, eps);
+  BegunKeyQuery begun;
+  begun.begin(history, w.conv, t, head);
+  UnitVector<DK> key, query;
+  query.load(history.of(t) + head * DK);
+  key.load(history.of(t) + kKeys + head * DK);
+  const KeyQuery both = begun.end(key, query, eps);
   if (!has) return;
   float* const row = middle.key_query + ((long long)t * N_K + head) * 2 * DK;
   both.k.store(row);
@@ -39,7 +44,8 @@ void delta_inputs(const fm_step* step, unsigned long long ring_at, DeltaWeights 
       store_floats<4>(values + i, v);
     }
     if (unit_lane()) continue;
-    const DeltaGates g = delta_gates(in, w, t, r);
+    const int at = t * N_V + r;
+    const DeltaGates g = delta_gates(w.ssm_a[r], w.dt_bias[r], in.alpha[at], in.beta[at]);
     const float four[4] = {g.decay, g.beta, both.product, 0.0f};
     store_floats<4>((float*)(middle.gates + (long long)t * N_V + r), four);
   }
@@ -53,6 +59,15 @@ struct Stage {
   float key_query[kAhead][2 * DK];
   float values[kAhead][kColumns];
   float gates[kAhead][4];
+};
+
+// This lane's share of a token's key and query.
+struct KeyShare {
+  float k[kHeld], q[kHeld];
+  FM_DEV void load(const Stage& stage, int j) {
+    load_column(stage.key_query[j], k);
+    load_column(stage.key_query[j] + DK, q);
+  }
 };
 
 struct Scan {
@@ -110,14 +125,29 @@ void delta_scan(const fm_step* step, unsigned long long ring_at, unsigned long l
     fm_copy_wait<1>();
     fm_barrier();
     const int count = scan.tokens - from < kAhead ? scan.tokens - from : kAhead;
-    for (int j = 0; j < count; ++j) {
-      float k[kHeld], q[kHeld];
-      load_column(stage.key_query[j], k);
-      load_column(stage.key_query[j] + DK, q);
-      const float* const g = stage.gates[j];
+    const auto run = [&](int j, const KeyShare& in) {
+      float gates[4];
+      load_floats<4>(stage.gates[j], gates);
       const float v = has ? stage.values[j][column] : 0.0f;
-      const float o = delta_column(held, k, q, v, {g[0], g[1]}, g[2]);
+      const float o = delta_column(held, in.k, in.q, v, {gates[0], gates[1]}, gates[2]);
       if (has && threadIdx.x % kLanes == 0) outputs[j][column] = o;
+    };
+    if (count == kAhead) {  // a token's key and query come while the one before is at work
+      KeyShare even, odd;
+      even.load(stage, 0);
+      FM_NO_UNROLL
+      for (int j = 0; j < kAhead; j += 2) {
+        odd.load(stage, j + 1);
+        run(j, even);
+        even.load(stage, (j + 2) % kAhead);
+        run(j + 1, odd);
+      }
+    } else {
+      for (int j = 0; j < count; ++j) {
+        KeyShare in;
+        in.load(stage, j);
+        run(j, in);
+      }
     }
     fm_barrier();
     for (int i = threadIdx.x; i < count * kColumns; i += THREADS)
@@ -137,5 +167,8 @@ void delta_finish(const fm_step* step, DeltaWeights w, const float* z, float eps
                   const float* outputs, RowsOut out) {
   const long long pair = (long long)blockIdx.x * kUnits + unit_index();
   const long long last = (long long)step->tokens * N_V - 1, at = pair < last ? pair : last;
-  finish_head(outputs + at * DV, z + at * DV, w, eps, out, at * DV, pair <= last);
+  UnitVector<DV> gate, norm;
+  gate.load(z + at * DV);
+  norm.load(w.norm);
+  finish_head(outputs + at * DV, gate, norm, eps, out, at * DV, pair <= last);
 }

@@ -88,6 +88,7 @@ FM_DEV void embed_value(const byte* table, int id, float* x) {
 // Row step->token of the table to x [COLS]. A thread has a value.
 FM_KERNEL(256)
 void embed(const fm_step* step, const byte* table, float* x) {
+  fm_release_next();
   embed_value(table, step->token, x);
 }
 

@@ -12,29 +12,37 @@ using SharedTiles = RowTiles<SharedDown, FM_SHARED_WIDTH>;
 
 // The tasks of a group: the rows of each expert in turn, then those of the shared one, set by set.
 struct DownStream {
-  static constexpr int kSets = ceil_div(FM_ROWS, DownTiles::kSide);
-  static constexpr int kSharedSets = ceil_div(FM_ROWS, SharedTiles::kSide);
+  static constexpr int kSets = ceil_div(FM_ROWS, DownTiles::kRows);
+  static constexpr int kSharedSets = ceil_div(FM_ROWS, SharedTiles::kRows);
   static constexpr int kRouted = FM_K * kSets, kTasks = kRouted + kSharedSets;
   Ring ring;
   const Picks& picks;
   const char* shared;
   int task, segment;  // of the next fetch
+  Ahead ahead;
 
-  FM_DEV DownStream(Ring r, const Picks& p, const void* down)
-      : ring(r), picks(p), shared((const char*)down), task((int)threadIdx.x / FM_WAVE), segment(0) {}
+  FM_DEV DownStream(Ring r, const Picks& p, const void* down, const Span& next)
+      : ring(r), picks(p), shared((const char*)down), task((int)threadIdx.x / FM_WAVE), segment(0),
+        ahead(next) {}
 
+  // Rows end with the group's or the matrix.
   template <class T>
   FM_DEV void fetch_of(const char* weights, int set) {
-    const int row = blockIdx.x * FM_ROWS + set * T::kSide;
+    const int first = blockIdx.x * FM_ROWS, row = first + set * T::kRows;
+    const int end = at_most(FM_HIDDEN, first + FM_ROWS);
     ring.fetch<T>(weights + T::offset(row) + segment * T::kSegmentBytes,
-                  row < FM_HIDDEN ? T::bytes(row, segment, FM_HIDDEN) : 0, T::margin(row, segment));
+                  row < end ? T::bytes(row, segment, end) : 0, T::margin(row, segment));
     if (++segment < T::kSegments) return;
     segment = 0, task += FM_WAVES;
   }
   FM_DEV void fetch() {
     if (task < kRouted) fetch_of<DownTiles>((const char*)picks.address[2][task / kSets], task % kSets);
     else if (task < kTasks) fetch_of<SharedTiles>(shared, task - kRouted);
-    else ring.close();
+    else finish();
+  }
+  FM_DEV void finish() {
+    ahead.take();
+    ring.close();
   }
   FM_DEV void start() {
     FM_UNROLL for (int i = 1; i < FM_STAGES; ++i) fetch();
@@ -44,9 +52,12 @@ struct DownStream {
   template <class F, int kCols>
   FM_DEV void product(const Input& x, int set, float* out) {
     using T = RowTiles<F, kCols>;
-    const int row = blockIdx.x * FM_ROWS + set * T::kSide, mine = set * T::kSide + fm_lane() / T::kLanes;
-    const float sum = row_product<F, kCols>(Held<F, kCols>(x), row, ring, *this);
-    if (fm_lane() % T::kLanes == 0 && mine < FM_ROWS) out[mine] = sum;
+    const int row = blockIdx.x * FM_ROWS + set * T::kRows;
+    const auto sums = row_products<F, kCols>(Held<F, kCols>(x), row, ring, *this);
+    FM_UNROLL for (int deep = 0; deep < T::kDeep; ++deep) {
+      const int mine = set * T::kRows + T::lane_row(deep);
+      if (T::writes() && mine < FM_ROWS) out[mine] = sums.of[deep];
+    }
   }
 };
 
@@ -88,23 +99,28 @@ struct SharedExpert {
 
 // x = (sum of weight_e * down_e inner_e, a chain of fma in ascending id, + shared) + x.
 FM_KERNEL(FM_WAVES * FM_WAVE)
-void experts_out(const Picks* picks, const float* inner, SharedExpert shared, float* x) {
+void experts_out(const Picks* picks, const float* inner, SharedExpert shared, float* x, Span next) {
   FM_DYN_SHARED(char, memory);
-  constexpr int kOutBytes = whole16((FM_K + 1) * FM_ROWS * 4);
+  constexpr int kOutBytes = whole16(((FM_K + 2) * FM_ROWS + 1) * 4);
   Picks& mine = *(Picks*)memory;
-  float* const out = (float*)(memory + kPickBytes);
+  float* const out = (float*)(memory + kPickBytes);  // of each expert, of the shared one; x before
+  float *const shared_out = out + FM_K * FM_ROWS, *const before = shared_out + FM_ROWS, *const logit = before + FM_ROWS;
+  const int first = blockIdx.x * FM_ROWS, rows = at_most(FM_ROWS, FM_HIDDEN - first);
   const Inners inners{memory + kPickBytes + kOutBytes};
   Spread<FM_K * FM_WIDTH> routed;
-  Spread<FM_SHARED_WIDTH> gate, up;
   fm_release_next();
   fm_wait_before();
   copy_picks(mine, *picks);
-  routed.read(inner), gate.read(shared.gate), up.read(shared.up);
+  routed.read(inner);
   fm_barrier();
-  DownStream stream(Ring(memory + kPickBytes + kOutBytes + Inners::kBytes), mine, shared.down);
+  DownStream stream(Ring(memory + kPickBytes + kOutBytes + Inners::kBytes), mine, shared.down, next);
   stream.start();
+  Spread<FM_SHARED_WIDTH> gate, up;
+  gate.read(shared.gate), up.read(shared.up);
   inners.put(routed);
   inners.put_shared(gate, up);
+  if (threadIdx.x == 0) *logit = *shared.scale;
+  for (int i = threadIdx.x; i < rows; i += kThreads) before[i] = x[first + i];
   fm_barrier();
 
   using S = DownStream;
@@ -113,15 +129,14 @@ void experts_out(const Picks* picks, const float* inner, SharedExpert shared, fl
       const int expert = task / S::kSets;
       stream.product<Down, FM_WIDTH>(inners.routed(expert), task % S::kSets, out + expert * FM_ROWS);
     } else {
-      stream.product<SharedDown, FM_SHARED_WIDTH>(inners.shared(), task - S::kRouted, out + FM_K * FM_ROWS);
+      stream.product<SharedDown, FM_SHARED_WIDTH>(inners.shared(), task - S::kRouted, shared_out);
     }
   }
   fm_barrier();
-  const float scale = 1.0f / (1.0f + fm_exp(-*shared.scale));
-  for (int i = threadIdx.x; i < FM_ROWS && blockIdx.x * FM_ROWS + i < FM_HIDDEN; i += kThreads) {
+  const float scale = 1.0f / (1.0f + fm_exp(-*logit));
+  for (int i = threadIdx.x; i < rows; i += kThreads) {
     float sum = 0.0f;
-    for (int e = 0; e < FM_K; ++e) sum = fm_fma(mine.weight[e], out[e * FM_ROWS + i], sum);
-    float& to = x[blockIdx.x * FM_ROWS + i];
-    to = (sum + out[FM_K * FM_ROWS + i] * scale) + to;
+    FM_UNROLL for (int e = 0; e < FM_K; ++e) sum = fm_fma(mine.weight[e], out[e * FM_ROWS + i], sum);
+    x[first + i] = (sum + shared_out[i] * scale) + before[i];
   }
 }

@@ -109,6 +109,8 @@ FM_DEV unsigned long long fm_clock() { return __builtin_readsteadycounter(); }  
 // ---- launches: one begins when the one before has ended
 FM_DEV void fm_wait_before() {}
 FM_DEV void fm_release_next() {}
+// Nothing: there is no way to ask for it that all targets have.
+FM_DEV void fm_fetch_ahead(const void*, int) {}
 
 // ---- groups and waves
 // Orders shared memory alone: the caches of global memory stay as they are, unlike with

@@ -122,6 +122,13 @@ FM_DEV unsigned long long fm_clock() { return __builtin_ia32_rdtsc(); }
 // gets before its fm_wait_before, which waits until the one before has ended. Launch.early asks for it.
 FM_DEV void fm_wait_before() {}
 FM_DEV void fm_release_next() {}
+// Asks for bytes that will be read: here they are read, so that one that is not there is found.
+FM_DEV void fm_fetch_ahead(const void* p, int bytes) {
+    fm_check_16(p);
+    if (bytes <= 0 || bytes % 16) fm_engine->fail("bytes fetched ahead are no multiple of 16");
+    const volatile char* const from = static_cast<const volatile char*>(p);
+    (void)from[0], (void)from[bytes - 1];
+}
 
 // ---- groups and waves
 FM_DEV void fm_barrier() { fm_engine->barrier(); }

@@ -115,6 +115,20 @@ FM_DEV int fm_lane() {
     asm("mov.u32 %0, %%laneid;" : "=r"(lane));
     return int(lane);
 }
+// Asks for `bytes`, a multiple of 16, to come into the cache of the whole device; all lanes come here.
+#if __CUDA_ARCH__ >= 900
+FM_DEV void fm_fetch_ahead(const void* p, int bytes) {
+    if (fm_lane() == 0)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bytes)
+                     : "memory");
+}
+#else
+FM_DEV void fm_fetch_ahead(const void* p, int bytes) {
+    const char* const from = static_cast<const char*>(p);
+    for (int i = 128 * fm_lane(); i < bytes; i += 128 * FM_WAVE)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from + i)) : "memory");
+}
+#endif
 template <class T>
 FM_DEV T fm_wave_xor(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);

@@ -41,12 +41,12 @@ FM_DEV void run_as(int type, const Body& body) {
 }
 
 template <class F>
-FM_DEV MatrixStream<F, FM_COLS> stream_of(const Part& part, char* memory) {
+FM_DEV MatrixStream<F, FM_COLS> stream_of(const Part& part, const Span& next, char* memory) {
   static_assert(InputSize<F, FM_COLS>::kBytes <= FM_INPUT_BYTES, "room for the vector");
   // Neighbouring rows go to different groups, so that no core has all of what is left over.
   const int wave = (int)threadIdx.x / FM_WAVE * part.groups + (int)blockIdx.x - part.first;
   const Ring ring(memory + kScratchBytes + FM_INPUT_BYTES);
-  return MatrixStream<F, FM_COLS>(ring, part.weights, part.rows, wave, part.groups * FM_WAVES);
+  return MatrixStream<F, FM_COLS>(ring, part.weights, part.rows, wave, part.groups * FM_WAVES, next);
 }
 
 struct Normed {
@@ -56,6 +56,7 @@ struct Normed {
   unsigned* hq;
   fm_f2* hs;
   Part part;
+  Span next;
   char* memory;
 
   // Each group writes the blocks of 32 values whose turn it is.
@@ -70,7 +71,7 @@ struct Normed {
   FM_DEV void run() const {
     Spread<FM_COLS> v, weight;
     weight.read(norm);
-    auto stream = stream_of<F>(part, memory);
+    auto stream = stream_of<F>(part, next, memory);
     stream.start();
     fm_release_next();
     fm_wait_before();
@@ -91,21 +92,23 @@ struct Normed {
 
 // y = W h for each matrix, where h = x * norm / sqrt(mean(x^2) + eps); h is written where asked for.
 FM_KERNEL(FM_WAVES * FM_WAVE)
-void project(const float* x, const float* norm, float eps, float* hx, unsigned* hq, fm_f2* hs, Parts parts) {
+void project(const float* x, const float* norm, float eps, float* hx, unsigned* hq, fm_f2* hs, Parts parts,
+             Span next) {
   FM_DYN_SHARED(char, memory);
   const Part part = part_of(parts, blockIdx.x);
-  run_as(part.type, Normed{x, norm, eps, hx, hq, hs, part, memory});
+  run_as(part.type, Normed{x, norm, eps, hx, hq, hs, part, next, memory});
 }
 
 template <bool kAdd>
 struct Taken {
   Rows rows;
   Part part;
+  Span next;
   char* memory;
 
   template <class F>
   FM_DEV void run() const {
-    auto stream = stream_of<F>(part, memory);
+    auto stream = stream_of<F>(part, next, memory);
     stream.start();
     fm_release_next();
     fm_wait_before();
@@ -118,8 +121,8 @@ struct Taken {
 
 // y = W h, or y += W h (FM_ADD), for a vector that is there in the form that W needs.
 FM_KERNEL(FM_WAVES * FM_WAVE)
-void project_rows(const float* x, const signed char* q, const fm_f2* s, Parts parts) {
+void project_rows(const float* x, const signed char* q, const fm_f2* s, Parts parts, Span next) {
   FM_DYN_SHARED(char, memory);
   const Part part = part_of(parts, blockIdx.x);
-  run_as(part.type, Taken<FM_ADD != 0>{Rows{x, q, s}, part, memory});
+  run_as(part.type, Taken<FM_ADD != 0>{Rows{x, q, s}, part, next, memory});
 }

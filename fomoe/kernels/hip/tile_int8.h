@@ -179,8 +179,10 @@ struct Sums {
 FM_DEV int wave_row() { return fm_thread() / FM_WAVE % kRowWaves * (16 * kRowTiles); }
 FM_DEV int wave_token() { return fm_thread() / FM_WAVE / kRowWaves * (16 * kTokenTiles); }
 
-// An integer sum stays below 2^22 in size, so that added to the bits of 1.5 * 2^23 it makes the
-// float of that much more: one subtraction instead of a conversion, which runs at a lower rate.
+// An integer sum stays below 2^22 in size, so that added to the bits of kFloatBase, 1.5 * 2^23, it
+// makes the float of that much more; a conversion would run at a lower rate. A weight's scale has at
+// most 19 significant bits (11 of a float16 times an integer of 8), so that scale * kFloatBase is
+// exact, and one fma takes the base away, multiplies by the scale and rounds once.
 constexpr int kFloatBits = 0x4b400000;
 constexpr float kFloatBase = 12582912.0f;
 
@@ -190,20 +192,40 @@ FM_DEV fm_tile_c tile_base() {
     for (int i = 0; i < FM_TILE_REGS; i++) c[i] = kFloatBits;
     return c;
 }
-FM_DEV float tile_value(const fm_tile_c& c, int i) { return fm_bits<float>(c[i]) - kFloatBase; }
+
+// The scales of a 16 x 32 tile's rows, for each of a lane's registers.
+struct RowScales {
+    fm_f2 scale[FM_TILE_REGS], base[FM_TILE_REGS];  // base: -scale * kFloatBase
+};
+FM_DEV RowScales row_scales(const fm_f2* scale) {
+    RowScales rows;
+    FM_UNROLL
+    for (int i = 0; i < FM_TILE_REGS; i++) {
+        const fm_f2 s = rows.scale[i] = scale[fm_tile_row(i)];
+        rows.base[i] = fm_f2{-kFloatBase * s.x, -kFloatBase * s.y};
+    }
+    return rows;
+}
+
+// Adds scale * (the integer in c) * x.
+FM_DEV float add_scaled(float sum, int c, float scale, float base, float x) {
+    return fm_fma(fm_fma(scale, fm_bits<float>(c), base), x, sum);
+}
 
 // Adds the products of one group of 32 columns: w of a 16 x 32 tile's rows, x of its tokens.
 template <int HALF>
-FM_DEV void add_half(float* sums, const fm_tile_a& a, const fm_tile_b& b, const fm_f2* w, const fm_f2* x) {
+FM_DEV void add_half(float* sums, const fm_tile_a& a, const fm_tile_b& b, const RowScales& w, const fm_f2* x) {
     fm_tile_c c = tile_base();
     fm_tile_mma_half<HALF>(c, a, b);
     FM_UNROLL
-    for (int i = 0; i < FM_TILE_REGS; i++)
-        sums[i] = fm_fma((HALF ? w[i].y : w[i].x) * x[i].x, tile_value(c, i), sums[i]);
+    for (int i = 0; i < FM_TILE_REGS; i++) {
+        const float scale = HALF ? w.scale[i].y : w.scale[i].x, base = HALF ? w.base[i].y : w.base[i].x;
+        sums[i] = add_scaled(sums[i], c[i], scale, base, x[i].x);
+    }
 }
 
 template <int T>
-FM_DEV void add_tile(float* sums, const fm_tile_a& a, const fm_tile_b& b, const fm_f2* w, const fm_f2* x) {
+FM_DEV void add_tile(float* sums, const fm_tile_a& a, const fm_tile_b& b, const RowScales& w, const fm_f2* x) {
     if constexpr (kHasHalves<T>) {
         add_half<0>(sums, a, b, w, x);
         add_half<1>(sums, a, b, w, x);
@@ -212,26 +234,31 @@ FM_DEV void add_tile(float* sums, const fm_tile_a& a, const fm_tile_b& b, const 
         fm_tile_mma(c, a, b);
         FM_UNROLL
         for (int i = 0; i < FM_TILE_REGS; i++) {
-            sums[i] = fm_fma(w[i].x * x[i].x, tile_value(c, i), sums[i]);
-            if constexpr (kHasMinima<T>) sums[i] = fm_fma(w[i].y, x[i].y, sums[i]);
+            sums[i] = add_scaled(sums[i], c[i], w.scale[i].x, w.base[i].x, x[i].x);
+            if constexpr (kHasMinima<T>) sums[i] = fm_fma(w.scale[i].y, x[i].y, sums[i]);
         }
     }
 }
 
+// RAGGED: as a rule a tile has fewer pairs than room for them, and waves leave out the tiles of 16 x 16
+// without any. Else that is so of the last tile alone, and straight code is faster.
+constexpr bool kSkips = RAGGED;
+
 template <int T>
-FM_DEV void add_group(const Stage& x, const Unpacked& w, int group, int step_group, Sums& sums) {
+FM_DEV void add_group(const Stage& x, const Unpacked& w, int group, int step_group, int used, Sums& sums) {
     fm_tile_a a[kRowTiles];
-    fm_f2 row_scale[kRowTiles][FM_TILE_REGS], token_scale[FM_TILE_REGS];
+    RowScales row_scale[kRowTiles];
+    fm_f2 token_scale[FM_TILE_REGS];
     FM_UNROLL
     for (int r = 0; r < kRowTiles; r++) {
         const int row = wave_row() + 16 * r;
         a[r] = fm_tile_load_a(w.q + row * kWeightStride + 32 * group, kWeightStride);
-        FM_UNROLL
-        for (int i = 0; i < FM_TILE_REGS; i++) row_scale[r][i] = w.scale[group * kScaleStride + row + fm_tile_row(i)];
+        row_scale[r] = row_scales(w.scale + group * kScaleStride + row);
     }
     FM_UNROLL
     for (int t = 0; t < kTokenTiles; t++) {
         const int token = wave_token() + 16 * t;
+        if (kSkips && t > 0 && 16 * t >= used) break;
         const fm_tile_b b = fm_tile_load_b(x.q + token * kTokenStride + 32 * step_group, kTokenStride);
         FM_UNROLL
         for (int i = 0; i < FM_TILE_REGS; i++)
@@ -242,10 +269,12 @@ FM_DEV void add_group(const Stage& x, const Unpacked& w, int group, int step_gro
 }
 
 template <int T>
-FM_DEV void add_part(const Stage& x, const Unpacked& w, int group0, Sums& sums) {
+FM_DEV void add_part(const Stage& x, const Unpacked& w, int group0, int pairs, Sums& sums) {
+    const int used = pairs - wave_token();
+    if (kSkips && used <= 0) return;
 #pragma unroll 1  // more of them at once take more registers than there are
     for (int group = 0; group < kPartGroups; group++)
-        if (COLS % kStep == 0 || group0 + group < kGroups) add_group<T>(x, w, group, group0 % 8 + group, sums);
+        if (COLS % kStep == 0 || group0 + group < kGroups) add_group<T>(x, w, group, group0 % 8 + group, used, sums);
 }
 
 FM_DEV void store_sums(const Sums& sums, float* out) {
@@ -268,9 +297,9 @@ FM_DEV void compute_step(const TileJob& job, unsigned char* shared, int step, Su
         unpack_part(job, stage, weights, group0);
         fm_barrier();
         if (TYPE == TYPE_UP || wave_row() < kHalfRows)
-            add_part<TYPE>(stage, weights, group0, sums);
+            add_part<TYPE>(stage, weights, group0, job.pairs, sums);
         else
-            add_part<TYPE_UP>(stage, weights, group0, sums);
+            add_part<TYPE_UP>(stage, weights, group0, job.pairs, sums);
     }
 }
 

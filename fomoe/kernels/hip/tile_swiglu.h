@@ -44,7 +44,7 @@ FM_DEV void store_swiglu(float* tile, const TileJob& job, const SwigluRows& out)
         const int token = i / kAcross, row = i % kAcross * 32, first = job.first + row;
         if (token >= job.pairs || first >= job.rows) continue;
         float* const gate = tile + token * kOutStride + row;
-        const float most = swiglu_32(gate, gate + kHalfRows);
+        [[maybe_unused]] const float most = swiglu_32(gate, gate + kHalfRows);
         const long long at = (long long)(job.pair + token) * job.rows + first;
 #if INT8
         out.s[at / 32] = quantize_32(gate, most, reinterpret_cast<unsigned*>(out.q + at));

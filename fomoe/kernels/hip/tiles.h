@@ -27,7 +27,8 @@ template <int kType>
 using Product = typename Either<FM_INT8 || Format<kType>::kBlock == 1, Format<kType>, PlainFormat<kType>>::type;
 
 // How a wave's lanes share rows of kCols values: kLanes take one, kSide rows lie side by side, and
-// a lane has kEach pieces of its row. A long row comes in kSegments tiles of kStep pieces a lane.
+// a lane has kEach pieces of its row. A long row comes in kSegments tiles of kStep pieces a lane;
+// of short ones a tile has kDeep for each lane, which spares it most of the work around them.
 template <class F, int kCols>
 struct RowTiles {
   static constexpr int kPieces = kCols / F::kPiece;
@@ -38,13 +39,15 @@ struct RowTiles {
   static constexpr int kStepBytes = kLanes * F::kPiece / F::kBlock * F::kBytes;
   static constexpr int kStep = kEach == 1 ? 1 : at_most(kEach, at_least(1, FM_TILE / kStepBytes));
   static constexpr int kSegments = ceil_div(kEach, kStep);
-  static constexpr int kTileBytes = kSegments == 1 ? kSide * kRowBytes : kStep * kStepBytes;
+  static constexpr int kDeep = kSegments > 1 ? 1 : at_least(1, at_most(4, FM_TILE / (kSide * kRowBytes)));
+  static constexpr int kRows = kSide * kDeep;  // of a tile
+  static constexpr int kTileBytes = kSegments == 1 ? kRows * kRowBytes : kStep * kStepBytes;
   static_assert(kCols % F::kPiece == 0 && kCols % F::kBlock == 0, "a row is whole pieces");
   static_assert(kTileBytes + 32 <= FM_STAGE_BYTES, "a tile and its margins fit into a stage");
 
   static constexpr int kSegmentBytes = kStep * kStepBytes;  // from one segment to the next
   // Whether all tiles begin at multiples of 16.
-  static constexpr bool kAligned = kSide * kRowBytes % 16 == 0 && (kSegments == 1 || kSegmentBytes % 16 == 0);
+  static constexpr bool kAligned = kRows * kRowBytes % 16 == 0 && (kSegments == 1 || kSegmentBytes % 16 == 0);
 
   // Where the rows from `row` on lie in the matrix; the bytes of a segment of them, and by how much
   // it misses a multiple of 16.
@@ -54,8 +57,11 @@ struct RowTiles {
   }
   FM_DEV static int bytes(int row, int segment, int rows) {
     if (kSegments > 1) return at_most(kTileBytes, kRowBytes - segment * kSegmentBytes);
-    return kSide == 1 ? kTileBytes : at_most(kSide, rows - row) * kRowBytes;
+    return kRows == 1 ? kTileBytes : at_most(kRows, rows - row) * kRowBytes;
   }
+  // Row `deep` of the lane's in a tile, and whether the lane is the one that writes its product.
+  FM_DEV static int lane_row(int deep) { return deep * kSide + fm_lane() / kLanes; }
+  FM_DEV static bool writes() { return fm_lane() % kLanes == 0; }
 };
 
 // One wave's ring. `fetch` and `next` are called in turns, kStages - 1 fetches ahead.
@@ -114,17 +120,18 @@ struct Held {
     }
   }
 
-  // The lane's share of segment `segment` of its row, which is in `tile`.
-  FM_DEV float dot(const char* tile, int margin, int segment) const {
-    const int lane = fm_lane() % T::kLanes;
-    const int row = margin + fm_lane() / T::kLanes * T::kRowBytes - segment * T::kSegmentBytes;
-    float sum = 0.0f;
+  // Adds the lane's share of segment `segment` of its rows, which is in `tile`, to `sums` [kDeep].
+  FM_DEV void dot(const char* tile, int margin, int segment, float* sums) const {
+    const int lane = fm_lane() % T::kLanes, start = margin - segment * T::kSegmentBytes;
+    float tile_sums[T::kDeep] = {};
     FM_UNROLL for (int s = 0; s < T::kStep; ++s) {
       const int j = segment * T::kStep + s, piece = j * T::kLanes + lane;
-      if (j < T::kEach && piece < T::kPieces)
-        sum += F::dot(tile, row, piece, kHeld ? acts[kHeld ? j : 0] : F::load(input, piece, T::kPieces));
+      if (j >= T::kEach || piece >= T::kPieces) continue;
+      const typename F::Acts x = kHeld ? acts[kHeld ? j : 0] : F::load(input, piece, T::kPieces);
+      FM_UNROLL for (int deep = 0; deep < T::kDeep; ++deep)
+        tile_sums[deep] += F::dot(tile, start + T::lane_row(deep) * T::kRowBytes, piece, x);
     }
-    return sum;
+    FM_UNROLL for (int deep = 0; deep < T::kDeep; ++deep) sums[deep] += tile_sums[deep];
   }
 };
 

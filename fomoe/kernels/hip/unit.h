@@ -99,9 +99,13 @@ FM_DEV float silu(float x) { return x / (1.0f + fm_exp(-x)); }
 
 // v / sqrt(mean(v^2) + eps) * weight
 template <int D>
+FM_DEV void rms_norm(UnitVector<D>& v, const UnitVector<D>& weight, float eps) {
+  v.scale(1.0f / fm_sqrt(v.dot(v) / (float)D + eps));
+  v.scale(weight);
+}
+template <int D>
 FM_DEV void rms_norm(UnitVector<D>& v, const float* weight, float eps) {
   UnitVector<D> w;
   w.load(weight);
-  v.scale(1.0f / fm_sqrt(v.dot(v) / (float)D + eps));
-  v.scale(w);
+  rms_norm(v, w, eps);
 }

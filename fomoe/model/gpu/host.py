@@ -265,9 +265,14 @@ class GPUModel:
         return chosen
 
     def logits(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> F32:
-        """Return float32 [n, V] of rows of the pass; waits for them."""
+        """Return float32 [n, V] of rows of the pass; waits for them.
+
+        Raises:
+            DeviceError: the pass has no such row, or the device no head.
+        """
         if self._head is None:
             raise DeviceError("this device hosts no head; ask the one with the last layer")
+        self._check_rows(rows)
         if not self._has_logits:
             self._head.run([int(row) for row in rows])
         logits = self._head.fetch(len(rows))
@@ -279,14 +284,23 @@ class GPUModel:
         """Return id, logit and log sum of a row of the pass; waits.
 
         None is the one row whose logits were asked for last.
+
+        Raises:
+            DeviceError: the pass has no such row, or the device no head.
         """
         if self._head is None:
             raise DeviceError("this device hosts no head; ask the one with the last layer")
-        if row is not None and not self._has_logits:
-            self._head.run([row])
+        if row is not None:
+            self._check_rows([row])
+            if not self._has_logits:
+                self._head.run([row])
         self._ended.mark()
         self._ended.wait("the largest logit")
         return self._head.largest()
+
+    def _check_rows(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> None:
+        if any(not 0 <= row < self._tokens for row in rows):
+            raise DeviceError(f"logits of rows {list(rows)}: the pass has {self._tokens}")
 
     def launches(self) -> dict[int, int]:
         """Return the kernels that a decode step launches in each layer, by layer."""

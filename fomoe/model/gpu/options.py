@@ -18,7 +18,8 @@ class HostOptions:
         layers: numbers of the hosted layers, ascending.
         ctx_size: positions of a sequence's keys and values.
         kv_dtype: "f16" or "f32".
-        int8: quantise activations to int8 per 32 values; float32 otherwise, which is slower.
+        int8: quantise activations to int8 per 32 values, and let prompts' attention round queries
+            and weights to half; all of it float32 otherwise, which is slower.
         max_tokens: tokens of the longest pass.
         n_states: sequences whose state is held.
         embedding, head: whether the first and the last step of a pass are this device's, too.

@@ -53,7 +53,7 @@ def _mixer(
         return tuple(delta_of.inputs), _named("delta", launches), delta_of.out
     assert isinstance(place, KVPlace)
     attend_of = attend_call(desk, mixer, place)
-    launches = attend_chunk(gpu, desk.step, spec.attention, attend_of, chunk)
+    launches = attend_chunk(gpu, desk.step, spec.attention, attend_of, chunk, half=desk.int8)
     return tuple(attend_of.inputs), _named("attend", launches), attend_of.out
 
 
@@ -64,10 +64,8 @@ def prompt_front(
     gpu, work, chunk = desk.gpu, desk.work, bucket.chunk
     mixer, dense = weights.mixer, weights.moe
     outs, mixed, rows = _mixer(desk, mixer, place, (bucket.tokens, work.scratch))
-    into = [
-        prompt.matmul(gpu, chunk, work.moe.h, matrix, out)
-        for matrix, out in zip(mixer.inputs, outs, strict=True)
-    ]
+    inputs = list(zip(mixer.inputs, outs, strict=True))
+    into = prompt.matmuls(gpu, chunk, work.moe.h, inputs)
     router = prompt.matmul(gpu, chunk, work.moe.h, dense.router, work.moe.scores)
     return [
         Step("norm", _norm(desk, chunk, mixer.norm)),

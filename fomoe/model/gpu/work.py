@@ -28,8 +28,8 @@ class Work:
 
     Attributes:
         x: the residual stream float32 [T, D].
-        inputs: outputs of the mixers' projections, float32; `delta_inputs` and
-            `attention_inputs` of `Shapes` say where each begins.
+        inputs: outputs of the mixers' projections, float32; `starts` of `delta_parts` or
+            `attention_parts` says where each begins.
         mixed: what a mixer gives to its output projection.
         moe: a token's way through a MoE layer; `h` and `scores` have T rows.
         scratch: between the launches of a mixer over a prompt.

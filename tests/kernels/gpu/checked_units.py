@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fomoe.kernels.gpu.prompt import product_defines
-from fomoe.kernels.gpu.prompt_tiles import Tile
+from fomoe.kernels.gpu.prompt_tiles import AnyTile, FloatTile, Tile
 from fomoe.kernels.gpu.sources import FOLDER, source_of
 
 AMD = {"gfx1100": 32, "gfx1200": 32, "gfx1201": 32, "gfx942": 64}  # lanes of a wave
@@ -36,10 +36,23 @@ _DELTA = {"N_K": 16, "N_V": 64, "DK": 128, "DV": 128, "CONV": 4}
 _ATTEND = {"HEADS": 32, "KV_HEADS": 2, "HEAD_DIM": 256, "ROPE_DIMS": 64, "THREADS": 256}
 
 # As project() and its like make them for the shapes of the 397B model, types by type.
-_WAVES = {"FM_WAVES": 8, "FM_STAGES": 2, "FM_TILE": 2304, "FM_HELD": 96, "FM_INT8": 1}
+_WAVES = {
+    "FM_WAVES": 8,
+    "FM_STAGES": 2,
+    "FM_TILE": 2304,
+    "FM_HELD": 96,
+    "FM_INT8": 1,
+}
 _PROJECT = {**_WAVES, "FM_ADD": 0, "FM_PARTS": 4}
-_EXPERTS = {**_WAVES, "FM_HIDDEN": 4096, "FM_WIDTH": 1024, "FM_K": 10, "FM_STAGE_BYTES": 3392}
-_OUT = {**_EXPERTS, "FM_SHARED_WIDTH": 1024, "FM_TYPE_SHARED": 8, "FM_ROWS": 64}
+_EXPERTS = {
+    **_WAVES,
+    "FM_HIDDEN": 4096,
+    "FM_WIDTH": 1024,
+    "FM_K": 10,
+    "FM_STAGE_BYTES": 3392,
+    "FM_DOWN_BYTES": 4096 * 576,
+}
+_OUT = {**_EXPERTS, "FM_STAGES": 3, "FM_SHARED_WIDTH": 1024, "FM_TYPE_SHARED": 8, "FM_ROWS": 64}
 _QUANTS = (6, 8, 12, 13, 14, 23)
 
 
@@ -49,8 +62,8 @@ def _project(types: tuple[int, ...], cols: int) -> dict[str, int]:
     return {**_PROJECT, **sizes, "FM_TYPES": mask}
 
 
-def _tiled(types: tuple[int, int], tile: Tile, is_int8: bool = True) -> dict[str, int]:
-    return {**product_defines(types, 1024, 4096, is_int8, tile), "EXPERTS": 512}
+def _tiled(types: tuple[int, int], tile: AnyTile) -> dict[str, int]:
+    return {**product_defines(types, 1024, 4096, tile), "EXPERTS": 512, "PARTS": 2}
 
 
 _TILE = Tile(64, 32, 128)
@@ -58,10 +71,15 @@ _TILE = Tile(64, 32, 128)
 CHECKS = (
     Check("matmul", _tiled((12, 12), Tile(128, 64, 256)), tiles=True),
     Check("matmul", _tiled((14, 14), Tile(64, 64, 256, 1)), tiles=True),
-    Check("matmul", _tiled((0, 0), Tile(32, 32, 256, micro=2), False)),
-    Check("matmul", _tiled((14, 14), Tile(64, 64, 256, micro=4), False)),
-    Check("chunk_in", _tiled((12, 23), _TILE), tiles=True),
+    Check("matmul", _tiled((12, 12), Tile(128, 128, 512)), tiles=True),
+    Check("matmul", _tiled((14, 14), Tile(64, 128, 256)), tiles=True),
+    Check("matmul", _tiled((0, 0), FloatTile(128, 64, 256, (8, 8), 32))),
+    Check("matmul", _tiled((0, 0), FloatTile(64, 32, 512, (8, 4), 128))),
+    Check("matmul", _tiled((1, 1), FloatTile(16, 32, 512, (4, 4), 256))),
+    Check("matmul", _tiled((14, 14), FloatTile(64, 64, 256, (8, 8), 64))),
+    Check("chunk_in", {**_tiled((12, 23), _TILE), "RAGGED": 1}, tiles=True),
     Check("chunk_out", _tiled((13, 13), _TILE), tiles=True),
+    Check("chunk_out", {**_tiled((14, 14), Tile(64, 64, 256, 1)), "RAGGED": 1}, tiles=True),
     Check("swiglu", _tiled((8, 6), _TILE), tiles=True),
     Check("group_pairs", {"EXPERTS": 512, "TOP_K": 10, "TILE_TOKENS": 32, "THREADS": 512}),
     Check("rows", {"THREADS": 256, "COLS": 4096, "FLOAT_ROWS": 1, "INT8": 1}),
@@ -81,13 +99,14 @@ CHECKS = (
     Check("probe", {"SCALE": 2}, folder=OWN),
     Check("choose", {"EXPERTS": 512, "TOP_K": 10, "THREADS": 256}),
     *(Check("embed", {"TYPE": kind, "COLS": 4096}) for kind in (0, 1, 6, 8, 12, 13, 14, 23, 30)),
-    Check("pick", {"THREADS": 256}),
-    Check("delta", {**_DELTA, "PARTS": 1, "THREADS": 256}),
-    Check("delta", {**_DELTA, "PARTS": 2, "THREADS": 256}),
+    Check("pick", {"THREADS": 512}),
+    Check("delta", {**_DELTA, "PARTS": 1, "THREADS": 256, "STAGED": 0}),
+    Check("delta", {**_DELTA, "PARTS": 2, "THREADS": 256, "STAGED": 0}),
+    Check("delta", {**_DELTA, "PARTS": 1, "THREADS": 256, "STAGED": 1}),
     Check("delta_chunk", {**_DELTA, "THREADS": 256}),
-    Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 4, "SPLITS": 16}),
-    Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 8, "SPLITS": 33}),
-    Check("attend", {**_ATTEND, "KV_F32": 1, "ROWS": 4, "SPLITS": 33}),
+    Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 2, "SPLITS": 16, "FEW": 16}),
+    Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 8, "SPLITS": 66, "FEW": 33}),
+    Check("attend", {**_ATTEND, "KV_F32": 1, "ROWS": 2, "SPLITS": 16, "FEW": 8}),
     Check("attend_inputs", {**_ATTEND, "KV_F32": 0, "TILES": 1}),
     Check("attend_tiles", {**_ATTEND, "KV_F32": 0, "THREADS": 128}, tiles=True),
     Check("attend_chunk", {**_ATTEND, "HEADS": 16, "KV_F32": 1, "ROWS": 16, "TOKENS": 2}),

@@ -1,0 +1,232 @@
+"""The products of decode layers, one layer after the other over more weights than a cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from math import lcm
+
+import numpy as np
+import numpy.typing as npt
+from product_cases import repeated, upload, upload_rows
+from weights import random_blocks
+
+from fomoe.gguf.quants import GGMLType, row_bytes
+from fomoe.kernels.gpu.gpu import GPU
+from fomoe.kernels.gpu.launch import Launch
+from fomoe.kernels.gpu.matrices import ALIGN, ExpertLayout, Matrix
+from fomoe.kernels.gpu.moe import (
+    Choose,
+    MoEBuffers,
+    SharedMatrices,
+    experts_in,
+    experts_out,
+    scores,
+)
+from fomoe.kernels.gpu.products import Options, Span, project, project_rows
+from fomoe.kernels.gpu.step import picks
+from fomoe.kernels.gpu.tuning import Kernel, Tuning
+
+Key = tuple[Kernel, GGMLType]
+Part = str  # "mixer in", "mixer out", "scores", "experts in", "experts out"
+PARTS = ("mixer in", "mixer out", "scores", "experts in", "experts out")
+EPS, POOL_ROWS = 1e-6, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Sizes of a layer; `mixer`: rows of what multiplies its input, `inner`: of its output."""
+
+    name: str
+    hidden: int
+    mixer: tuple[int, ...]
+    inner: int
+    experts: int
+    width: int
+    shared: int
+    top_k: int
+
+
+MODELS = (
+    Model("397B", 4096, (12288, 8192, 64, 64), 8192, 512, 1024, 1024, 10),
+    Model("35B", 2048, (8192, 4096, 32, 32), 4096, 256, 512, 512, 8),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Types:
+    """Types of a layer's weights: the mixer's, gate and up, down; the router is float32."""
+
+    mixer: GGMLType
+    inner: GGMLType
+    down: GGMLType
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A launch to be made: its dense matrices, other bytes that it reads, what it asks ahead."""
+
+    part: Part
+    matrices: Sequence[Matrix]
+    launch: Callable[[Options], Launch]
+    more_bytes: int = 0
+    ahead: Span | None = None  # None: the largest matrix of the launch after it
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that it reads."""
+        return sum(m.nbytes for m in self.matrices) + self.more_bytes
+
+    @property
+    def span(self) -> Span:
+        """Its largest matrix."""
+        if not self.matrices:
+            return Span(0, 0)
+        largest = max(self.matrices, key=lambda m: m.nbytes)
+        return Span(largest.address, largest.nbytes)
+
+
+class Weights:
+    """Matrices one behind the other in a region of valid blocks, at its end from its start."""
+
+    def __init__(self, gpu: GPU, nbytes: int) -> None:
+        self._gpu, self._nbytes = gpu, nbytes
+        self._regions: dict[GGMLType, int] = {}
+        self._next: dict[GGMLType, int] = {}
+
+    def matrix(self, kind: GGMLType, rows: int, cols: int) -> Matrix:
+        """Return the next matrix."""
+        if kind not in self._regions:
+            blocks = random_blocks(np.random.default_rng(int(kind)), kind, POOL_ROWS, 4096)
+            self._regions[kind] = repeated(self._gpu, blocks, self._nbytes)
+        step = lcm(ALIGN, kind.block_bytes)
+        size = -(-rows * row_bytes(kind, cols) // step) * step
+        at = self._next.get(kind, 0)
+        at = at if at + size <= self._nbytes else 0
+        self._next[kind] = at + size
+        return Matrix(self._regions[kind] + at, int(kind), rows, cols)
+
+
+class DecodeLayers:
+    """Layers of one model's sizes; each call of `launches` takes weights where the last one ended.
+
+    Only times are taken: activations are valid numbers that nobody checks, and results go where no
+    launch reads, so that they stay valid.
+    """
+
+    def __init__(self, gpu: GPU, model: Model, types: Types, nbytes: int) -> None:
+        self.model, self.types, self.nbytes = model, types, nbytes
+        self._gpu, self._weights = gpu, Weights(gpu, nbytes)
+        self._layout = ExpertLayout(
+            (types.inner, types.inner, types.down), model.hidden, model.width
+        )
+        rng = np.random.default_rng(3)
+
+        def vector(n: int) -> int:
+            return upload(gpu, rng.standard_normal(n, dtype=np.float32))
+
+        self._x, self._norm, self._sum = (vector(model.hidden) for _ in range(3))
+        self._y = [vector(rows) for rows in model.mixer]
+        self._mixed = upload_rows(gpu, rng.standard_normal(model.inner, dtype=np.float32))
+        rows = upload_rows(gpu, rng.standard_normal(model.hidden, dtype=np.float32))
+        self._scores = vector(model.experts)
+        sizes = model.experts, model.shared, model.shared, 1, model.top_k * model.width
+        self._buffers = MoEBuffers(rows, *(vector(n) for n in sizes))
+
+    @cached_property
+    def _places(self) -> list[tuple[int, int]]:
+        """Addresses of a slot table and of picks for one layer after the other."""
+        gpu, model, rng = self._gpu, self.model, np.random.default_rng(5)
+        slot = np.zeros(-(-self._layout.nbytes // ALIGN) * ALIGN, np.uint8)
+        shapes = [(model.width, model.hidden)] * 2 + [(model.hidden, model.width)]
+        for qtype, shape, at in zip(self._layout.types, shapes, self._layout.offsets, strict=True):
+            blocks = random_blocks(rng, GGMLType(qtype), *shape).reshape(-1)
+            slot[at : at + blocks.size] = blocks
+        count = -(-self.nbytes // (slot.size * model.top_k)) * model.top_k
+        first = repeated(gpu, slot, count * slot.size)
+        slots = np.array([first + i * slot.size for i in range(count)], np.uint64)
+        # The scores and so the chosen experts are the same in each layer; they lie in other slots.
+        return [self._placed(group) for group in slots.reshape(-1, model.top_k)]
+
+    def _placed(self, slots: npt.NDArray[np.uint64]) -> tuple[int, int]:
+        gpu, model = self._gpu, self.model
+        values = gpu.download(self._buffers.scores, np.float32, model.experts)
+        chosen = np.sort(np.argsort(-values, kind="stable")[: model.top_k])
+        table, made = np.resize(slots, model.experts), np.zeros(1, picks(model.top_k))
+        table[chosen] = slots
+        made["address"][0] = slots + np.array(self._layout.offsets, np.uint64)[:, None]
+        made["weight"][0], made["id"][0] = 1 / model.top_k, chosen
+        return upload(gpu, table), upload(gpu, made)
+
+    def keys(self) -> dict[Part, Key]:
+        """What the tuning of each part is looked up by."""
+        t = self.types
+        mixer: Key = ("project", t.mixer)
+        return {
+            "mixer in": mixer,
+            "mixer out": mixer,
+            "scores": ("project", GGMLType.F32),
+            "experts in": ("experts_in", t.inner),
+            "experts out": ("experts_out", t.down),
+        }
+
+    def launches(
+        self, tuning: Mapping[Part, Tuning], only: Part | None = None
+    ) -> tuple[list[Launch], int]:
+        """Return launches over `nbytes` of weights at least, and the bytes that they read."""
+        made: list[Launch] = []
+        total = 0
+        work = (w for w in self._work() if only in (None, w.part))
+        for now, after in pairwise(work):
+            options = Options(tuning=tuning[now.part], ahead=now.ahead or after.span)
+            made.append(now.launch(options))
+            total += now.nbytes
+            if total >= self.nbytes and (only or after.part == PARTS[0]):
+                break
+        return made, total
+
+    def _work(self) -> Iterator[Work]:
+        layer = 0
+        while True:
+            yield from self._layer(self._places[layer % len(self._places)])
+            layer += 1
+
+    def _layer(self, place: tuple[int, int]) -> Iterator[Work]:
+        gpu, m, t, take = self._gpu, self.model, self.types, self._weights.matrix
+        inputs = [take(t.mixer, rows, m.hidden) for rows in m.mixer]
+        parts = list(zip(inputs, self._y, strict=True))
+        x, norm = self._x, self._norm
+        yield Work("mixer in", inputs, lambda o: project(gpu, x, norm, EPS, parts, options=o))
+        out = take(t.mixer, m.hidden, m.inner)
+        rows = self._mixed
+        yield Work("mixer out", [out], lambda o: project_rows(gpu, rows, out, self._sum, options=o))
+        router = take(GGMLType.F32, m.experts, m.hidden)
+        shared = SharedMatrices(
+            take(t.mixer, m.shared, m.hidden),
+            take(t.mixer, m.shared, m.hidden),
+            take(GGMLType.F32, 1, m.hidden),
+        )
+        aside = replace(self._buffers, scores=self._scores)
+        yield Work(
+            "scores", [router, shared.gate, shared.up, shared.scale],
+            lambda o: scores(gpu, x, (norm, EPS), router, shared, aside, options=o),
+        )  # fmt: skip
+        yield from self._experts(*place)
+
+    def _experts(self, table: int, at: int) -> Iterator[Work]:
+        gpu, m, b, layout = self._gpu, self.model, self._buffers, self._layout
+        down = self._weights.matrix(self.types.down, m.hidden, m.shared)
+        gate_up = sum(layout.part_bytes[:2]) * m.top_k
+        choose = Choose(table, m.experts)
+        yield Work(
+            "experts in", [],
+            lambda o: experts_in(gpu, layout, m.top_k, at, b, choose=choose, options=o),
+            gate_up, Span(down.address, down.nbytes),
+        )  # fmt: skip
+        yield Work(
+            "experts out", [down],
+            lambda o: experts_out(gpu, layout, (m.top_k, at), down, b, self._sum, options=o),
+            layout.part_bytes[2] * m.top_k,
+        )  # fmt: skip
