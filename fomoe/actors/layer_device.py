@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 I32 = npt.NDArray[np.int32]
 
-_SPIN_US = 200.0  # while a token is in flight
+_SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take elsewhere
 _WAIT_MS = 20.0
 _SEND_BOUND_S = 5.0
 _BOUND_S = 120.0

@@ -30,7 +30,7 @@ I32 = npt.NDArray[np.int32]
 Records = npt.NDArray[np.void]
 Orders = tuple[Records, Records]  # of `COPY` and of `ENTRY`, with a message
 
-_SPIN_US = 300.0  # while a token is in flight
+_SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take
 _WAIT_MS = 20.0
 _SEND_BOUND_S = 5.0
 _STEP_BOUND_S = 120.0

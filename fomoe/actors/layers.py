@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,8 +26,8 @@ from fomoe.model.archs import read_spec
 from fomoe.model.spec import ModelSpec
 from fomoe.storage.segment import Segment, SegmentHandle
 
-_SPIN_US = 200.0  # while a token is in flight
-_NAP_S = 50e-6  # between two looks at copies: nobody rings when one has ended
+_SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take elsewhere
+_LOOK_US = 50.0  # between two looks at copies: nobody rings when one has ended
 _SEND_BOUND_S = 5.0
 _BATCH = 64  # records of a message
 
@@ -124,9 +123,10 @@ class LayerActor(FabricMember):
         if self._deferred:
             self._server.serve(self._deferred.popleft())
             return True
+        bell = self.fabric.bell()
         message = self._from_driver.try_recv(self._buffer)
         if message is None:
-            return self._advance_copies()
+            return self._advance_copies(bell)
         tag, nbytes = message
         if tag == Tag.LAYERS:
             self._server.take(self._buffer)
@@ -158,12 +158,12 @@ class LayerActor(FabricMember):
         elif tag == Tag.ABORT:
             self._server.abort(STEP_ID.unpack_from(self._buffer)[0])
 
-    def _advance_copies(self) -> bool:
+    def _advance_copies(self, bell: int) -> bool:
         copies = self._copies
         copies.advance()
         answered = self._answer_copies()
         if not answered and copies.under_way:
-            time.sleep(_NAP_S)
+            self.fabric.wait(bell, _LOOK_US, 0.0)
         return answered or copies.under_way
 
     def _answer_copies(self) -> bool:
