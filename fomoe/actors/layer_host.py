@@ -140,6 +140,8 @@ class DeviceLayers:
         planner = placed.planner
         self._layer, self._wanted = layer, planner.arrays.experts[: planner.n_experts]
         self.traffic.read(layer, reads)
+        if self.looks_ahead and decoding:
+            self.traffic.asked(layer, reads)
         while not placed.is_last:  # the slots that experts pass through do not hold all of them
             self._send(link, 0, layer, orders=(planner.step_copies, _NO_COPIES))
             self.traffic.bring(layer)
@@ -245,6 +247,8 @@ class DeviceLayers:
         for link in self.links:  # a pass that failed may have left something under way
             self._close(link)
             link.given_up.clear()
+        if self.looks_ahead and len(step.tokens) == 1:
+            self.traffic.token()
         self._pass = step
         self._passes += 1
         self._has = 0
@@ -375,11 +379,11 @@ class DeviceLayers:
             link.answered, aborted, _, computed_ns, waited_ns = DONE.unpack_from(self._buffer)
             if aborted:
                 link.given_up.add(link.answered)
-            self._answered(link, aborted=bool(aborted))
+            self._answered(link, waited_ns, aborted=bool(aborted))
             self.counters.compute_s += computed_ns / 1e9
             self.counters.stall_s += waited_ns / 1e9
 
-    def _answered(self, link: LayerLink, *, aborted: bool) -> None:
+    def _answered(self, link: LayerLink, waited_ns: int, *, aborted: bool) -> None:
         """Tell the planner of the step that a device has answered for."""
         step = link.open
         if step is None or link.answered < step.id:
@@ -387,6 +391,8 @@ class DeviceLayers:
         link.open = None
         if step.is_last and not aborted:
             self.placed.close(link.number, step.layer)
+            if self.looks_ahead:
+                self.traffic.answered(step.layer, waited_ns / 1e9)
         else:
             self.placed.answered(link.number, step.layer, aborted=aborted)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,12 +16,25 @@ from fomoe.actors.step import NodeLink
 from fomoe.engine.ahead import Governor
 from fomoe.engine.copies import COPY
 from fomoe.engine.placed import Placed
+from fomoe.engine.waves import BACKGROUND, GUESSED
 from fomoe.model.buffers import F32
 
 SEND_BOUND_S = 5.0
 _BATCH = 64  # records of a message
 
 _Records = npt.NDArray[np.void]
+
+
+class _Asked(NamedTuple):
+    """A token's step: when its reads were sent, how long after the answer before, how many.
+
+    `guessed` are wanted experts that a look-ahead had asked for.
+    """
+
+    at: float = 0.0
+    window_s: float = 0.0
+    reads: int = 0
+    guessed: int = 0
 
 
 class LayerTraffic:
@@ -35,9 +51,34 @@ class LayerTraffic:
     ) -> None:  # fmt: skip
         self.reads = Reads(fabric, nodes, placed.planner, governor, placed.counters)
         self.moves = not placed.on_devices
+        self._governor = governor
+        self._guesses = [0] * placed.topology.n_layers  # reads asked for, until the layer's step
+        self._step = _Asked()
+        self._answered = time.monotonic()
         self._links = links
         self._placed = placed
         self._home = [links[d] for d in placed.topology.layer_device]
+
+    def token(self) -> None:
+        """A token's pass begins: choose which guesses are worth a read of storage."""
+        self._governor.token()
+
+    def asked(self, layer: int, reads: int) -> None:
+        """A token's step was planned: time it, and drop the guesses that it does not want."""
+        counts, now = self._placed.planner.arrays.counts, time.monotonic()
+        guessed = int(counts[GUESSED])
+        demanded = reads - guessed - int(counts[BACKGROUND])
+        self._step = _Asked(now, now - self._answered, demanded, guessed)
+        in_vain, self._guesses[layer] = self._guesses[layer] - guessed, 0
+        if in_vain > 0:
+            self.reads.drop_guesses(layer)
+
+    def answered(self, layer: int, waited_s: float) -> None:
+        """The step was answered; its device waited so long for storage."""
+        self._answered = time.monotonic()
+        if layer:  # nobody can guess for the first
+            step, took = self._step, self._answered - self._step.at
+            self._governor.step(step.window_s, took, waited_s, step.reads, step.guessed)
 
     def read(self, layer: int, count: int) -> None:
         """Send the reads that the planner's last call for the layer asks for."""
@@ -60,7 +101,9 @@ class LayerTraffic:
         """Bring what the layer, the next one, will want, behind all demand."""
         placed = self._placed
         counters, before = placed.counters, placed.counters.nvme_bytes
-        self.read(layer, placed.planner.look_ahead(layer, scores))
+        count = placed.planner.look_ahead(layer, scores)
+        self._guesses[layer] += count
+        self.read(layer, count)
         self.bring(layer)
         placed.planner.charge(counters, decoding=True)
         counters.prefetch_bytes += counters.nvme_bytes - before
