@@ -1,4 +1,7 @@
-"""Experts on their way from a node's segment into a device's slots, beside what it computes."""
+"""Experts on their way between a node's segment and a device's slots, beside what it computes.
+
+Executes the records of `fomoe.engine.copies`; that page has the rules.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,17 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.actors.channel import load_acquire_u64
+from fomoe.actors.channel import load_acquire_u64, store_release_u64
+from fomoe.engine.copies import COPY, CopyKind, Outcome
 from fomoe.gguf.extents import ExpertTable
 
 if TYPE_CHECKING:
     from fomoe.kernels.gpu.runtime import Runtime
 
-MOST_IN_FLIGHT = 16
+MOST_AHEAD = 2  # loads of ahead lists on the link at a time: what a step's may have to wait for
+
+_Records = npt.NDArray[np.void]
+_KIND, _LAYER, _EXPERT, _VRAM, _SLOT = 4, 5, 6, 7, 8  # where fields of `COPY` stand
 
 
 class SlotLayout(Protocol):
@@ -58,74 +65,262 @@ class Source:
     address: int
 
 
-Record = tuple[int, int, int, int, int, int]  # the fields of `COPY`
+Record = tuple[int, ...]  # the fields of `COPY`
+
+
+class _Job:
+    """A record at work; `step` is 0 in ahead lists, `before` the job on the same VRAM slot."""
+
+    __slots__ = ("before", "begun", "ended", "event", "record", "same", "step", "turn")
+
+    def __init__(self, record: Record, step: int, before: _Job | None) -> None:
+        self.record, self.step, self.before = record, step, before
+        self.begun = self.ended = False
+        self.event = self.turn = 0  # of its copies, which end in the order of their turns
+        self.same: _Job | None = None  # the load that brings this one's bytes
+
+    @property
+    def names(self) -> tuple[int, int]:
+        """Slot and generation."""
+        return self.record[_SLOT], self.record[1]
 
 
 class ExpertCopies:
-    """Copies in the order asked for, on a stream of their own; waits for nothing.
+    """Carries out records, on two streams of their own; nothing here waits.
 
-    An expert counts as resident when its copy has ended.
+    In the device's table an expert is resident from the beginning of its load on: who computes
+    with it lets the compute stream wait, by `hold`.
+
+    Attributes:
+        ended: records of ahead lists that are to be answered.
+        nbytes: copied so far, in both directions.
     """
 
     def __init__(self, runtime: Runtime, slots: Slots, source: Source, table: ExpertTable) -> None:
         self._runtime = runtime
         self._slots = slots
         self._source = source
-        self._stream = runtime.stream()
-        self._events = [runtime.event() for _ in range(MOST_IN_FLIGHT)]
+        self._up, self._down = runtime.stream(), runtime.stream()
+        self._events: list[int] = []  # free ones
         self._offsets = [table.part_offset_array(i) for i in range(table.n_layers)]
         self._sizes = [part_bytes(table, i) for i in range(table.n_layers)]
-        self._waiting: deque[Record] = deque()
-        self._under_way: deque[tuple[int, Record]] = deque()
+        self._steps: list[_Job] = []  # loads of steps that have not begun
+        self._ahead: deque[_Job] = deque()  # those of ahead lists
+        self._loads: deque[_Job] = deque()  # begun and not ended, in the order of their stream
+        self._demotes: deque[_Job] = deque()
+        self._last: dict[tuple[int, int], _Job] = {}  # on each VRAM slot, by class and number
+        self._tenant: dict[tuple[int, int], tuple[int, int]] = {}  # whose load began last there
+        self._place: dict[tuple[int, int], tuple[int, int]] = {}  # and where an expert's did
+        self._stale: set[int] = set()  # layers whose table the device has not seen
+        self._in_flight: dict[int, list[_Job]] = {}  # by step
+        self._n_ahead = 0  # of `_loads`
+        self._turn = 0
+        self.ended: list[Record] = []
         self.nbytes = 0
 
     @property
     def under_way(self) -> bool:
         """Whether a copy has begun and not ended."""
-        return bool(self._under_way)
+        return bool(self._loads or self._demotes)
 
-    def ask(self, records: npt.NDArray[np.void]) -> None:
-        """Take records of `COPY`; their slots on the device must be free by then."""
-        self._waiting.extend(records.tolist())
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is something to look after."""
+        return bool(self._loads or self._demotes or self._ahead or self._steps)
 
-    def advance(self) -> int:
-        """Begin what has landed; returns how many copies have ended since the last call."""
-        ended = self._collect()
-        while self._waiting and self._events and self._has_landed(self._waiting[0]):
-            record = self._waiting.popleft()
-            self._begin(record)
-            event = self._events.pop()
-            self._runtime.record(event, self._stream)
-            self._under_way.append((event, record))
-        return ended
+    def order(self, records: _Records, step: int = 0) -> None:
+        """Take the records of a step, or (0) those of an ahead list, and begin what can begin."""
+        jobs = self._in_flight.setdefault(step, []) if step else []
+        for record in records.tolist():
+            if record[_KIND] == CopyKind.CANCEL:
+                self._cancel(record)
+                continue
+            job = self._take(record, step)
+            if step:
+                jobs.append(job)
+        self.advance()
 
-    def _has_landed(self, record: Record) -> bool:
-        _, generation, slot, *_ = record
+    def advance(self) -> None:
+        """Take note of what has ended and begin what has landed."""
+        self._collect()
+        if self._steps:
+            self._steps = [job for job in self._steps if not self._try(job)]
+        while self._ahead and self._n_ahead < MOST_AHEAD:
+            found = next((job for job in self._ahead if self._may_begin(job)), None)
+            if found is None:
+                return
+            self._ahead.remove(found)
+            self._load(found)
+
+    def has_begun(self, step: int) -> bool:
+        """Whether every load of a step has begun."""
+        return not self._steps or all(job.begun for job in self._in_flight.get(step, ()))
+
+    def has_ended(self, step: int) -> bool:
+        """Whether every record of a step has ended; it is forgotten then."""
+        jobs = self._in_flight.get(step)
+        if jobs and not all(job.ended for job in jobs):
+            return False
+        self._in_flight.pop(step, None)
+        return True
+
+    def hold(self, step: int, stream: int) -> None:
+        """Let a stream wait for the loads of a step, all of which have begun."""
+        at_work = [job.same or job for job in self._in_flight.get(step, ())]
+        loads = [job for job in at_work if not job.ended and job.record[_KIND] == CopyKind.LOAD]
+        if loads:
+            self._runtime.wait(max(loads, key=lambda job: job.turn).event, stream)
+
+    def publish(self, layer: int) -> None:
+        """Queue the layer's table for the device, behind its work so far, if it is not known."""
+        if layer in self._stale:
+            self._stale.discard(layer)
+            self._slots.publish(layer)
+
+    def publish_all(self) -> None:
+        """The same for all layers."""
+        for layer in list(self._stale):
+            self.publish(layer)
+
+    def abort(self, step: int) -> None:
+        """Loads of the steps up to this one that have not begun never will."""
+        for job in [job for job in self._steps if job.step <= step]:
+            self._steps.remove(job)
+            self._unlink(job)
+            job.begun = job.ended = True
+
+    def _take(self, record: Record, step: int) -> _Job:
+        at = self._at(record)
+        before = self._last.get(at)
+        if before is not None and before.ended:
+            before = None
+        is_load = record[_KIND] == CopyKind.LOAD
+        job = _Job(record, step, before)
+        if is_load and before is not None and before.record[_KIND] == CopyKind.LOAD:
+            if before.begun and before.names == job.names:
+                job.same = before
+            elif not before.begun:
+                self._drop(before)
+                job.before = self._last.get(at)
+        self._last[at] = job
+        if not is_load:
+            self._demote(job)
+        elif job.same is not None:
+            job.begun = True
+            self._loads.append(job)
+        elif step:
+            self._steps.append(job)
+        else:
+            self._ahead.append(job)
+        return job
+
+    def _cancel(self, record: Record) -> None:
+        names = record[_SLOT], record[1]
+        for job in [job for job in self._ahead if job.names == names]:
+            self._drop(job)
+
+    def _drop(self, job: _Job) -> None:
+        """An ahead load that has not begun never will."""
+        self._ahead.remove(job)
+        self._unlink(job)
+        job.begun = job.ended = True
+        self.ended.append((*job.record[:-1], int(Outcome.DROPPED)))
+
+    def _unlink(self, job: _Job) -> None:
+        at = self._at(job.record)
+        if self._last.get(at) is job:
+            if job.before is None:
+                del self._last[at]
+            else:
+                self._last[at] = job.before
+
+    def _at(self, record: Record) -> tuple[int, int]:
+        return self._slots.class_of(record[_LAYER]), record[_VRAM]
+
+    def _may_begin(self, job: _Job) -> bool:
+        if job.before is not None and not job.before.begun:
+            return False
+        slot, generation = job.names
         return bool(load_acquire_u64(self._source.landed, slot) >= generation)
 
-    def _begin(self, record: Record) -> None:
-        address, _, _, layer, expert, to = record
-        slots, start = self._slots, self._source.address + address
-        base = slots.slot_address(slots.class_of(layer), to)
+    def _try(self, job: _Job) -> bool:
+        if not self._may_begin(job):
+            return False
+        self._load(job)
+        return True
+
+    def _load(self, job: _Job) -> None:
+        record = job.record
+        layer, expert, at = record[_LAYER], record[_EXPERT], self._at(record)
+        before = self._tenant.get(at)
+        if before is not None and self._place.get(before) == at:
+            self._slots.set(*before, None)
+            del self._place[before]
+            self._stale.add(before[0])
+        self._tenant[at], self._place[layer, expert] = (layer, expert), at
+        self._slots.set(layer, expert, record[_VRAM])
+        self._stale.add(layer)
+        self._copy(job, self._up)
+        self._loads.append(job)
+        self._n_ahead += not job.step
+
+    def _demote(self, job: _Job) -> None:
+        self._copy(job, self._down)
+        self._demotes.append(job)
+
+    def _copy(self, job: _Job, stream: int) -> None:
+        """Queue the parts of an expert behind the copy before it on the same VRAM slot."""
+        runtime, record = self._runtime, job.record
+        layer, before = record[_LAYER], job.before
+        if before is not None and not before.ended:
+            runtime.wait((before.same or before).event, stream)
+        base = self._slots.slot_address(*self._at(record))
+        start = self._source.address + record[0]
         parts = zip(
-            slots.layout(layer).offsets, self._offsets[layer][expert].tolist(),
+            self._slots.layout(layer).offsets, self._offsets[layer][record[_EXPERT]].tolist(),
             self._sizes[layer], strict=True,
         )  # fmt: skip
+        up = record[_KIND] == CopyKind.LOAD
         for there, here, nbytes in parts:
-            self._runtime.copy(base + there, start + here, nbytes, self._stream)
+            to, source = (base + there, start + here) if up else (start + here, base + there)
+            runtime.copy(to, source, nbytes, stream)
             self.nbytes += nbytes
+        job.event = self._events.pop() if self._events else runtime.event()
+        runtime.record(job.event, stream)
+        self._turn += 1
+        job.begun, job.turn = True, self._turn
+        job.before = None  # the stream keeps the order from here on
 
-    def _collect(self) -> int:
-        ended, layers = 0, set()
-        while self._under_way and self._runtime.done(self._under_way[0][0]):
-            event, (_, _, _, layer, expert, to) = self._under_way.popleft()
-            self._events.append(event)
-            self._slots.set(layer, expert, to)
-            layers.add(layer)
-            ended += 1
-        for layer in layers:
-            self._slots.publish(layer)
-        return ended
+    def _collect(self) -> None:
+        runtime = self._runtime
+        while self._loads:
+            job = self._loads[0]
+            if not ((job.same is not None and job.same.ended) or runtime.done(
+                (job.same or job).event)):  # fmt: skip
+                break
+            self._loads.popleft()
+            self._end(job)
+        while self._demotes and runtime.done(self._demotes[0].event):
+            job = self._demotes.popleft()
+            slot, generation = job.names
+            store_release_u64(self._source.landed, slot, generation)
+            self._end(job)
+
+    def _end(self, job: _Job) -> None:
+        job.ended = True
+        if job.same is None:
+            self._events.append(job.event)
+        at = self._at(job.record)
+        if self._last.get(at) is job:
+            del self._last[at]
+        if not job.step:
+            self._n_ahead -= job.same is None and job.record[_KIND] == CopyKind.LOAD
+            self.ended.append((*job.record[:-1], int(Outcome.DONE)))
+
+
+def as_records(records: list[Record]) -> _Records:
+    """Return records of `COPY` as an array."""
+    return np.array(records, COPY)
 
 
 def part_bytes(table: ExpertTable, layer: int) -> tuple[int, int, int]:

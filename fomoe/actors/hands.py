@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 from fomoe.actors.channel import Fabric
 from fomoe.actors.dispatch import TieredExperts
-from fomoe.actors.layer_fill import ExpertLoader, StagingNode
-from fomoe.actors.layer_host import DeviceLayers, LayerLink
+from fomoe.actors.layer_fill import ExpertLoader
+from fomoe.actors.layer_host import DeviceLayers
 from fomoe.actors.layer_layout import LayerArena
+from fomoe.actors.layer_link import LayerLink
+from fomoe.actors.layer_traffic import LayerTraffic
 from fomoe.actors.layout import StepArena
+from fomoe.actors.messages import Priority
 from fomoe.actors.names import arena_name, device_name, storage_name
 from fomoe.actors.step import DeviceLink, Links, NodeLink, StepBuffer
 from fomoe.config import EngineConfig
@@ -20,17 +24,19 @@ from fomoe.engine.ahead import AheadArrays, Governor
 from fomoe.engine.device_forward import DeviceForward
 from fomoe.engine.fill import PROFILE_TOKENS, Frequencies, fill_order
 from fomoe.engine.forward import Forward
-from fomoe.engine.hosting import host_options, n_states, staging
+from fomoe.engine.hosting import host_options, looks_ahead, n_states
 from fomoe.engine.loop import LayerLoop
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.placed import Placed
 from fomoe.engine.plan import EnginePlan
+from fomoe.engine.waves import Priorities
 from fomoe.errors import PeerStalledError
 from fomoe.model.layers import DenseModel
 from fomoe.model.spec import ModelSpec
 from fomoe.residency import LFRU, LRU, Placement, Residency
 
 _PRELOAD_STALL_S = 60.0
+_PRIORITIES = Priorities(int(Priority.DEMAND), int(Priority.PREFETCH), int(Priority.BACKGROUND))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,10 +139,22 @@ class LayerHands:
         self._fabric = fabric
         self._engine = engine
         config, spec, plan = engine.config, engine.spec, engine.plan
-        placed = Placed(plan, engine.residency(), spec.moe.top_k)
+        ahead = AheadArrays(spec.n_layers, spec.moe.n_experts, config.prefetch_budget)
+        placed = Placed(plan, engine.residency(), spec.moe.top_k, _PRIORITIES, ahead)
+        links = layer_links(fabric, engine)
+        nodes = [
+            NodeLink(name, fabric.sender(name), fabric.receiver(name), segment)
+            for name, segment in zip(map(storage_name, count()), placed.segments, strict=False)
+        ]
+        governor = Governor(
+            ahead, depth=min(1, config.prefetch_depth),
+            expert_bytes=int(placed.expert_bytes.mean()),
+        )  # fmt: skip
+        self._traffic = LayerTraffic(fabric, nodes, links, placed, governor)
         self.host = DeviceLayers(
-            fabric, layer_links(fabric, engine), placed, n_states=n_states(config)
-        )
+            fabric, links, placed, self._traffic,
+            n_states=n_states(config), ahead=looks_ahead(config),
+        )  # fmt: skip
         self.loop = DeviceForward(spec, self.host)
 
     @property
@@ -150,28 +168,22 @@ class LayerHands:
         return self.host.placed.residency
 
     def fill(self, frequencies: Frequencies | None, on_progress: Callable[[float], None]) -> None:
-        """Load every expert onto its device."""
-        plan, fabric = self._engine.plan, self._fabric
-        through, topology = staging(plan.table), plan.topology
-        nodes = [
-            StagingNode.of(fabric, storage_name(node), through.n_slots)
-            for node in range(max(topology.device_node) + 1)
-        ]
-        loader = ExpertLoader(
-            fabric, nodes, self.host.links, topology.layer_device.tolist(), through.slot_bytes
-        )
+        """Load experts into VRAM and RAM until both are full."""
+        placed = self.host.placed
         placements = _placements(self._engine, self.residency, frequencies)
-        self.host.placed.fill(placements)
+        loader = ExpertLoader(self._fabric, self.host.links, placed, self._traffic)
         loader.run(placements, on_progress)
 
     def settle(self) -> None:
-        """Nothing is on its way."""
+        """Take what storage has reported while nobody waited for a step."""
+        self._traffic.settle()
 
     def watch(self, checkpoint: Callable[[], None]) -> None:
         """The loop calls it after each layer."""
 
     def reach(self, depth: int) -> None:
-        """Nothing is read ahead."""
+        """Look ahead from the next token on, or (0) not."""
+        self.host.looks_ahead = depth > 0 and looks_ahead(self._engine.config)
 
 
 def _placements(

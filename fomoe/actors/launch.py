@@ -18,7 +18,7 @@ from fomoe.actors.names import CLIENT, DRIVER, arena_name, device_name, storage_
 from fomoe.actors.storage import StoragePlan
 from fomoe.config import EngineConfig
 from fomoe.devices import local_name
-from fomoe.engine.hosting import dense_bytes, staging
+from fomoe.engine.hosting import dense_bytes
 from fomoe.engine.plan import EnginePlan, make_plan
 from fomoe.engine.requests import EngineStatus
 from fomoe.errors import EngineError
@@ -178,8 +178,9 @@ def _open_all(
     for device, box in enumerate(site.device_box):
         handle = engine.handles[device_name(device)]
         if config.hosts_layers:
-            layers = LayerPlan(config.to_dict(), device, site.device_box,
-                               staging(engine.plan.table).n_slots)  # fmt: skip
+            held = engine.plan
+            layers = LayerPlan(config.to_dict(), device, site.device_box, held.vram_slots(device),
+                               held.gpu_segment(box).n_slots)  # fmt: skip
             calls.append(handle.call("open", layers, handles[box]))
         else:
             n_slots = engine.plan.segment_slots(box).n_slots
@@ -190,12 +191,9 @@ def _open_all(
 
 
 def _storage_plan(plan: EnginePlan, file: GGUFFile, config: EngineConfig, box: int) -> StoragePlan:
-    """Return what a box's storage holds: all slots, or those through which experts pass."""
+    """Return what a box's storage holds."""
     shards, table = tuple(str(p) for p in file.shards), plan.table.to_dict()
-    if config.hosts_layers:
-        through = staging(plan.table)
-        return StoragePlan(shards, table, through.n_slots, through.nbytes, config.read_threads)
-    held = plan.segment_slots(box)
+    held = plan.gpu_segment(box) if config.hosts_layers else plan.segment_slots(box)
     return StoragePlan(shards, table, held.n_slots, held.nbytes, config.read_threads)
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.actors.channel import Fabric, Regions, Sender, load_acquire_u64, store_release_u64
-from fomoe.actors.expert_copies import Slots
+from fomoe.actors.expert_copies import ExpertCopies, Slots
 from fomoe.actors.layer_layout import LayerArena, LayerViews
 from fomoe.actors.messages import DONE, LAYERS, Do, Tag
+from fomoe.engine.copies import COPY
+from fomoe.engine.transfers import ENTRY
 from fomoe.errors import DeviceError
 from fomoe.model.buffers import F32
 
@@ -22,10 +24,10 @@ if TYPE_CHECKING:
 
 I32 = npt.NDArray[np.int32]
 
-_SPIN_US = 200.0  # while a token is in flight
+_SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take elsewhere
 _WAIT_MS = 20.0
 _SEND_BOUND_S = 5.0
-_HIDDEN_BOUND_S = 60.0
+_BOUND_S = 120.0
 
 
 class LayerModel(Protocol):
@@ -37,6 +39,10 @@ class LayerModel(Protocol):
     @property
     def runtime(self) -> Runtime:
         """The device's driver."""
+
+    @property
+    def stream(self) -> int:
+        """What computes; work waits for events that this stream is told to wait for."""
 
     @property
     def slots(self) -> Slots:
@@ -60,11 +66,26 @@ class LayerModel(Protocol):
     def scores(self, layer: int) -> F32:
         """Return the scores float32 [T, E]."""
 
+    def ahead(self) -> F32 | None:
+        """Return what the next layer's router would say, float32 [1, E], with the last scores.
+
+        None where the device does not compute it.
+        """
+
     def back(self, layer: int, ids: I32, weights: F32) -> None:
         """Run the experts int32 [T, k] and close the layer; one token's ids ascend."""
 
     def own_back(self, layer: int) -> None:
         """Run the router's own choice, with the bits of a whole pass, and close the layer."""
+
+    def gather(self, layer: int) -> None:
+        """Begin the experts of a prompt's chunk: the router's own choice, sorted by expert."""
+
+    def wave(self, layer: int, experts: I32, slots: I32) -> None:
+        """Run the chunk's pairs of experts int32 [n] that lie in slots int32 [n]."""
+
+    def combine(self, layer: int) -> None:
+        """Close the layer once every pair has run."""
 
     def prefill(self, tokens: I32, position: int, state: int) -> I32:
         """Run a whole pass by the router's own choice; returns it, int32 [L, T, k], any order."""
@@ -97,28 +118,46 @@ class Neighbour:
 class LayerServer:
     """Runs LAYERS messages on a model; used by one thread.
 
-    `remote` says that the driver is on another box, which then gets what its answers are about.
+    `listen` takes what has come meanwhile, and is called while a step waits. `moves` says that
+    slots change hands, so that an answer is given when nothing reads them any more. `remote` says
+    that the driver is on another box, which then gets what its answers are about.
     """
 
     def __init__(
-        self, model: LayerModel, fabric: Fabric, number: int, devices: list[Neighbour],
-        stopping: Callable[[], bool], *, remote: bool,
+        self, model: LayerModel, copies: ExpertCopies, fabric: Fabric,
+        devices: tuple[list[Neighbour], int], listen: Callable[[], None], *, moves: bool,
+        remote: bool,
     ) -> None:  # fmt: skip
         self._model = model
+        self._copies = copies
         self._fabric = fabric
-        self._devices = devices
-        self._own = devices[number]
-        self._stopping = stopping
+        self._devices, number = devices
+        self._own = self._devices[number]
+        self._listen = listen
+        self._moves = moves
         self._remote = remote
-        self._views = [d.layout.views(fabric.arena(d.arena)) for d in devices]
+        self._views = [d.layout.views(fabric.arena(d.arena)) for d in self._devices]
         self._mine: LayerViews = self._views[number]
-        self._registered = [fabric.arena(d.arena) for d in devices]
+        self._registered = [fabric.arena(d.arena) for d in self._devices]
         for arena in self._registered:
             model.runtime.register(arena)
         self._to_driver: Sender = fabric.sender("driver")
+        self._computed = model.runtime.event()
         self._tokens = 1
+        self._aborted = 0  # steps up to this one were given up
+        self._waited = 0
         self.steps = 0
         self.compute_ns = self.wait_ns = 0
+
+    def take(self, message: bytes | bytearray) -> None:
+        """Begin with the copies of a message that is served later, or next."""
+        step, *_, n_copies, _ = LAYERS.unpack_from(message)
+        if n_copies:
+            self._copies.order(np.frombuffer(message, COPY, n_copies, LAYERS.size), step)
+
+    def abort(self, step: int) -> None:
+        """Give up the steps up to this one, where they wait for bytes that will never come."""
+        self._aborted = max(self._aborted, step)
 
     def serve(self, message: bytes | bytearray) -> None:
         """Do what a message asks for and answer.
@@ -126,22 +165,34 @@ class LayerServer:
         Raises:
             DeviceError: the device failed, or the one before it gave nothing in time.
         """
-        step, awaited, do, layer, tokens, position, state, peer, rows = LAYERS.unpack_from(message)
+        step, awaited, do, layer, tokens, position, state, peer, rows, n_copies, _ = (
+            LAYERS.unpack_from(message)
+        )
         model = self._model
-        started, waited = time.perf_counter_ns(), 0
+        started, self._waited = time.perf_counter_ns(), 0
         if do & Do.COPY_STATE:
             model.copy_state(state, peer, position)
         if do & Do.BEGIN:
             self._begin(do, tokens, position, state)
         if do & Do.EMBED:
             model.embed()
+        is_here = self._bring(step) if n_copies else True
+        if is_here and do & Do.TAKE:
+            is_here = self._await_hidden(peer, awaited, step)
+        if not is_here:
+            self._give_up(step)
+            return
         if do & Do.TAKE:
-            waited = self._await_hidden(peer, awaited)
-            if waited < 0:
-                self._to_driver.send(Tag.DONE, DONE.pack(step, 1, 0, 0, 0), (), _SEND_BOUND_S)
-                return
             model.put_hidden(self._views[peer].hidden.ctypes.data)
-        self._run(do, layer)
+        self._run(do, layer, message)
+        self._give(do, step, peer, rows)
+        if self._moves:
+            self._close(step, do)
+        self._answer(step, do, rows, time.perf_counter_ns() - started - self._waited, self._waited)
+
+    def _give(self, do: int, step: int, peer: int, rows: int) -> None:
+        """Hand over the residual stream, or what the head makes of it."""
+        model = self._model
         if do & Do.GIVE:
             model.take_hidden(self._mine.hidden.ctypes.data)
             store_release_u64(self._mine.word, 0, step)
@@ -150,7 +201,59 @@ class LayerServer:
             np.copyto(self._mine.logits[:rows], model.logits(self._mine.rows[:rows]))
         if do & Do.LARGEST:
             self._mine.best[0], self._mine.best_logit[0], _ = model.largest(int(self._mine.rows[0]))
-        self._answer(step, do, rows, time.perf_counter_ns() - started - waited, waited)
+
+    def _bring(self, step: int) -> bool:
+        """Let the compute stream wait for a step's copies; False where they will never come."""
+        copies = self._copies
+        if not copies.has_begun(step):
+            self._wait(lambda: copies.has_begun(step) or step <= self._aborted, "an expert's bytes")
+            if not copies.has_begun(step):
+                return False
+        copies.hold(step, self._model.stream)
+        return True
+
+    def _close(self, step: int, do: int) -> None:
+        """Wait until every copy of a step has ended, and what computes with them."""
+        copies = self._copies
+        ends = Do.FRONT | Do.GIVE | Do.LOGITS | Do.LARGEST
+        if do & (Do.BACK | Do.COMBINE) and not do & ends:
+            self._finish_computing()
+        copies.advance()
+        if not copies.has_ended(step):
+            self._wait(lambda: copies.has_ended(step), "a copy")
+
+    def _finish_computing(self) -> None:
+        runtime = self._model.runtime
+        runtime.record(self._computed, self._model.stream)
+        if not runtime.done(self._computed):
+            self._wait(lambda: runtime.done(self._computed), "a layer", nap=False)
+
+    def _give_up(self, step: int) -> None:
+        """Answer for a step that nobody wants any more, once it touches no memory."""
+        copies = self._copies
+        copies.abort(step)
+        self._wait(lambda: copies.has_ended(step), "a copy")
+        self._to_driver.send(Tag.DONE, DONE.pack(step, 1, 0, 0, 0), (), _SEND_BOUND_S)
+
+    def _wait(self, ready: Callable[[], bool], what: str, *, nap: bool = True) -> None:
+        """Bring copies on their way, and hear what comes, until `ready`.
+
+        Raises:
+            DeviceError: it is not after two minutes.
+        """
+        started = time.perf_counter_ns()
+        while True:
+            bell = self._fabric.bell()
+            self._copies.advance()
+            if ready():
+                break
+            self._listen()
+            if time.perf_counter_ns() - started > _BOUND_S * 1e9:
+                raise DeviceError(f"{what} has not come within {_BOUND_S:.0f} s")
+            if nap and not self._copies.under_way:
+                self._fabric.wait(bell, _SPIN_US, _WAIT_MS)
+        if nap:  # not for the device's own work
+            self._waited += time.perf_counter_ns() - started
 
     def _begin(self, do: int, tokens: int, position: int, state: int) -> None:
         model, ids = self._model, self._mine.tokens[:tokens]
@@ -162,38 +265,53 @@ class LayerServer:
         else:
             model.begin(ids, position, state)
 
-    def _run(self, do: int, layer: int) -> None:
+    def _run(self, do: int, layer: int, message: bytes | bytearray) -> None:
         model, mine, tokens = self._model, self._mine, self._tokens
+        if do & Do.GATHER:
+            model.gather(layer)
+        if do & Do.WAVE:
+            self._run_wave(layer, message)
+        if do & Do.COMBINE:
+            model.combine(layer)
+            layer += 1
         if do & Do.BACK:
             if do & Do.CHOOSE:
+                self._copies.publish(layer)
                 model.own_back(layer)
             else:
                 model.back(layer, mine.ids[:tokens], mine.weights[:tokens])
             layer += 1
         if do & Do.FRONT:
-            model.front(layer)
-            np.copyto(mine.scores_of(layer)[:tokens], model.scores(layer))
+            self._run_front(layer)
 
-    def _await_hidden(self, peer: int, awaited: int) -> int:
-        """Wait for another device's residual stream.
+    def _run_wave(self, layer: int, message: bytes | bytearray) -> None:
+        *_, n_copies, n_entries = LAYERS.unpack_from(message)
+        at = LAYERS.size + n_copies * COPY.itemsize
+        entries = np.frombuffer(message, ENTRY, n_entries, at)
+        self._model.wave(layer, entries["expert"].copy(), entries["slot"].copy())
+        self._finish_computing()
 
-        Returns:
-            The nanoseconds that it took; -1 where that device has died, of which the driver hears.
-        """
-        started = time.perf_counter_ns()
+    def _run_front(self, layer: int) -> None:
+        model, mine = self._model, self._mine
+        model.front(layer)
+        if self._moves:  # what comes for later steps is not to wait for this one
+            self._finish_computing()
+        np.copyto(mine.scores_of(layer)[: self._tokens], model.scores(layer))
+        if (ahead := model.ahead()) is not None:
+            np.copyto(mine.ahead_of(layer), ahead)
+
+    def _await_hidden(self, peer: int, awaited: int, step: int) -> bool:
+        """Wait for another device's residual stream; False where it has died or been given up."""
         word, name = self._views[peer].word, self._devices[peer].name
-        while True:
-            bell = self._fabric.bell()
-            if load_acquire_u64(word, 0) >= awaited:
-                return time.perf_counter_ns() - started
-            if self._fabric.peer_dead(name):
-                return -1
-            if self._stopping() or time.perf_counter_ns() - started > _HIDDEN_BOUND_S * 1e9:
-                raise DeviceError(
-                    f"{name} gave no residual stream within {_HIDDEN_BOUND_S:.0f} s; "
-                    "its device may hang"
-                )
-            self._fabric.wait(bell, _SPIN_US, _WAIT_MS)
+        if load_acquire_u64(word, 0) >= awaited:
+            return True
+
+        def is_over() -> bool:
+            given = load_acquire_u64(word, 0) >= awaited
+            return given or step <= self._aborted or self._fabric.peer_dead(name)
+
+        self._wait(is_over, f"the residual stream of {name}")
+        return bool(load_acquire_u64(word, 0) >= awaited)
 
     def _answer(self, step: int, do: int, rows: int, compute_ns: int, wait_ns: int) -> None:
         payload = DONE.pack(step, 0, 0, compute_ns, wait_ns)
@@ -208,8 +326,9 @@ class LayerServer:
         mine, tokens = self._mine, self._tokens
         counts: dict[str, int] = {}
         if do & Do.FRONT:
-            both = dict.fromkeys(("scores_even", "scores_odd"), tokens * mine.scores_odd.shape[1])
-            counts |= both
+            n_experts = mine.scores_odd[0].size
+            counts |= dict.fromkeys(("scores_even", "scores_odd"), tokens * n_experts)
+            counts |= dict.fromkeys(("ahead_even", "ahead_odd"), n_experts)
         if do & Do.WHOLE:
             counts["chosen"] = mine.chosen_of(tokens).size
         if do & Do.GIVE:

@@ -31,6 +31,7 @@ class LayerViews:
         hidden: float32 [T, D].
         scores_even, scores_odd: float32 [T, E], of layers with such numbers: while the driver reads
             one's, the device writes the next one's.
+        ahead_even, ahead_odd: float32 [1, E], what the router of the layer behind would say.
         ids: int32 [T, k]; of a token in ascending order, of a prompt's best rank first.
         weights: float32 [T, k], in the order of `ids`.
         chosen: int32 [L, T, k], laid out for the T of the pass.
@@ -45,6 +46,8 @@ class LayerViews:
     hidden: npt.NDArray[np.float32]
     scores_even: npt.NDArray[np.float32]
     scores_odd: npt.NDArray[np.float32]
+    ahead_even: npt.NDArray[np.float32]
+    ahead_odd: npt.NDArray[np.float32]
     ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     chosen: npt.NDArray[np.int32]
@@ -55,6 +58,10 @@ class LayerViews:
     def scores_of(self, layer: int) -> npt.NDArray[np.float32]:
         """Return where the scores of a layer go."""
         return self.scores_odd if layer % 2 else self.scores_even
+
+    def ahead_of(self, layer: int) -> npt.NDArray[np.float32]:
+        """Return where what follows from a layer's front for the next layer goes."""
+        return self.ahead_odd if layer % 2 else self.ahead_even
 
     def chosen_of(self, tokens: int) -> npt.NDArray[np.int32]:
         """Return `chosen` of a pass of so many tokens, int32 [L, tokens, k]."""
@@ -75,6 +82,8 @@ class LayerArena:
             ("hidden", np.float32, (max_tokens, spec.hidden)),
             ("scores_even", np.float32, (max_tokens, spec.moe.n_experts)),
             ("scores_odd", np.float32, (max_tokens, spec.moe.n_experts)),
+            ("ahead_even", np.float32, (1, spec.moe.n_experts)),
+            ("ahead_odd", np.float32, (1, spec.moe.n_experts)),
             ("ids", np.int32, (max_tokens, top_k)),
             ("weights", np.float32, (max_tokens, top_k)),
             ("chosen", np.int32, (spec.n_layers, max_tokens, top_k)),

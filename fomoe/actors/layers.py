@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fomoe.actors.expert_copies import ExpertCopies, Source
+from fomoe.actors.expert_copies import ExpertCopies, Source, as_records
 from fomoe.actors.layer_device import LayerModel, LayerServer, Neighbour
 from fomoe.actors.layer_layout import LayerArena
-from fomoe.actors.messages import COPY, COUNT, Tag
+from fomoe.actors.messages import STEP_ID, Tag
 from fomoe.actors.names import arena_name, device_name
 from fomoe.actors.process import FabricMember, LoopThread
 from fomoe.actors.storage import landed_bytes
 from fomoe.config import EngineConfig
 from fomoe.devices import local_name
+from fomoe.engine.copies import COPY
 from fomoe.engine.hosting import host_options
 from fomoe.errors import DeviceError
 from fomoe.gguf.extents import ExpertTable
@@ -25,18 +26,24 @@ from fomoe.model.archs import read_spec
 from fomoe.model.spec import ModelSpec
 from fomoe.storage.segment import Segment, SegmentHandle
 
-_SPIN_US = 200.0  # while a token is in flight
-_NAP_S = 50e-6  # between two looks at copies: nobody rings when one has ended
+_SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take elsewhere
+_LOOK_US = 50.0  # between two looks at copies: nobody rings when one has ended
 _SEND_BOUND_S = 5.0
+_BATCH = 64  # records of a message
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What a device hosts: number `device` of the configuration's, out of `segment_slots` slots."""
+    """What a device hosts: number `device` of the configuration's.
+
+    `slots` are its own expert slots of each size class; experts come out of `segment_slots` slots
+    of its node's segment.
+    """
 
     config: dict[str, Any]
     device: int
     device_node: tuple[int, ...]
+    slots: tuple[int, ...]
     segment_slots: int
 
 
@@ -67,7 +74,9 @@ class LayerActor(FabricMember):
         self._table = ExpertTable.from_gguf(file, spec.n_layers)
         self._segment = Segment.attach(segment)
         self._neighbours = neighbours(config, spec)
-        self._model = open_model(file, spec, config, plan.device)
+        hosted = len(host_options(config, spec)[plan.device].layers)
+        self._moves = sum(plan.slots) < self._table.n_experts * hosted
+        self._model = open_model(file, spec, config, plan.device, plan.slots)
 
     def start(self) -> None:
         """Begin to serve."""
@@ -80,13 +89,15 @@ class LayerActor(FabricMember):
         model.runtime.attach()  # this may be another thread than the one that opened it
         model.runtime.register(segment.view)
         loop = LoopThread(self, self.poll, self.status, _SPIN_US)
-        self._server = LayerServer(
-            model, fabric, plan.device, self._neighbours, lambda: loop.stopping,
-            remote=plan.device_node[plan.device] != 0,
-        )  # fmt: skip
         landed = segment.view[: plan.segment_slots * 8].view(np.uint64)
         source = Source(landed, segment.address + landed_bytes(plan.segment_slots))
         self._copies = ExpertCopies(model.runtime, model.slots, source, self._table)
+        self._deferred: deque[bytes] = deque()  # messages that came while another one waited
+        self._server = LayerServer(
+            model, self._copies, fabric, (self._neighbours, plan.device), self._listen,
+            moves=self._moves,
+            remote=plan.device_node[plan.device] != 0,
+        )  # fmt: skip
         self._attached = False
         self._loop = loop
         loop.start()
@@ -109,23 +120,62 @@ class LayerActor(FabricMember):
             raise
 
     def _poll(self) -> bool:
+        if self._deferred:
+            self._server.serve(self._deferred.popleft())
+            return True
+        bell = self.fabric.bell()
         message = self._from_driver.try_recv(self._buffer)
         if message is None:
-            return self._advance_copies()
+            return self._advance_copies(bell)
         tag, nbytes = message
         if tag == Tag.LAYERS:
+            self._server.take(self._buffer)
             self._server.serve(self._buffer)
-        elif tag == Tag.COPY:
-            self._copies.ask(np.frombuffer(bytes(self._buffer[:nbytes]), COPY))
+        else:
+            self._take(tag, nbytes)
         return True
 
-    def _advance_copies(self) -> bool:
-        ended = self._copies.advance()
-        if ended:
-            self._to_driver.send(Tag.COPIED, COUNT.pack(ended), (), _SEND_BOUND_S)
-        if not ended and self._copies.under_way:
-            time.sleep(_NAP_S)
-        return ended > 0 or self._copies.under_way
+    def _listen(self) -> None:
+        """Take what has come while a step waits.
+
+        Raises:
+            DeviceError: this process is to end.
+        """
+        if self._loop is not None and self._loop.stopping:
+            raise DeviceError("the engine stops while a step is under way")
+        self._answer_copies()
+        while (message := self._from_driver.try_recv(self._buffer)) is not None:
+            tag, nbytes = message
+            if tag == Tag.LAYERS:
+                self._deferred.append(bytes(self._buffer[:nbytes]))
+                self._server.take(self._deferred[-1])
+            else:
+                self._take(tag, nbytes)
+
+    def _take(self, tag: int, nbytes: int) -> None:
+        if tag == Tag.COPY:
+            self._copies.order(np.frombuffer(bytes(self._buffer[:nbytes]), COPY))
+        elif tag == Tag.ABORT:
+            self._server.abort(STEP_ID.unpack_from(self._buffer)[0])
+
+    def _advance_copies(self, bell: int) -> bool:
+        copies = self._copies
+        copies.advance()
+        answered = self._answer_copies()
+        if not answered and copies.under_way:
+            self.fabric.wait(bell, _LOOK_US, 0.0)
+        return answered or copies.under_way
+
+    def _answer_copies(self) -> bool:
+        """Send back the records of ahead lists that have ended; returns whether there were any."""
+        ended = self._copies.ended
+        if ended and not self._moves:  # whole passes look at the device's table alone
+            self._copies.publish_all()
+        for start in range(0, len(ended), _BATCH):
+            records = as_records(ended[start : start + _BATCH]).view(np.uint8)
+            self._to_driver.send(Tag.COPIED, records, (), _SEND_BOUND_S)
+        self._copies.ended = []
+        return bool(ended)
 
     def status(self) -> str:
         """Return one line for the log."""
@@ -177,16 +227,20 @@ def neighbours(config: EngineConfig, spec: ModelSpec) -> list[Neighbour]:
     ]
 
 
-def open_model(file: GGUFFile, spec: ModelSpec, config: EngineConfig, device: int) -> LayerModel:
-    """Open a device and read its part of the model.
+def open_model(
+    file: GGUFFile, spec: ModelSpec, config: EngineConfig, device: int, slots: tuple[int, ...]
+) -> LayerModel:
+    """Open a device and read its part of the model; it has so many expert slots of each class.
 
     Imported here: who has no GPU needs no driver of one.
     """
     from fomoe.kernels.gpu.gpu import open_gpu
-    from fomoe.model.gpu.host import GPUModel, planned_bytes, resident_bytes
+    from fomoe.model.gpu.host import GPUModel, planned_bytes, slots_bytes
 
     options = host_options(config, spec)[device]
-    nbytes = planned_bytes(file, spec, options) + resident_bytes(file, spec, options)
+    if sum(slots) >= len(options.layers) * spec.moe.n_experts:
+        options = replace(options, ahead=False)  # everything is there
+    nbytes = planned_bytes(file, spec, options) + slots_bytes(file, spec, options, slots)
     model = GPUModel(open_gpu(local_name(config.devices[device]), nbytes), file, spec, options)
-    model.add_all_slots()
+    model.add_slots(slots)
     return model

@@ -10,9 +10,10 @@ lie in an arena of the fabric (`layout.py`). Nothing here is pickled.
 | DONE     | device -> driver  | `DONE` struct, result in the step arena   |                 |
 | SWEEP    | driver -> device  | `STEP` struct: a wave of a prompt's sweep | DONE            |
 | ABORT    | driver -> device  | u64 step id: stop waiting for its experts | DONE, aborted   |
-| LAYERS   | driver -> device  | `LAYERS` struct: halves of layers to run  | DONE            |
-| COPY     | driver -> device  | array of `COPY`: experts to bring         | COPIED          |
-| COPIED   | device -> driver  | u32: copies that have ended, in order     |                 |
+| LAYERS   | driver -> device  | `LAYERS` struct: halves of layers to run, | DONE            |
+|          |                   | and what must be copied for them          |                 |
+| COPY     | driver -> device  | array of `COPY`: an ahead list            | COPIED          |
+| COPIED   | device -> driver  | array of `COPY`: those that have ended    |                 |
 | FAULT    | device -> driver  | UTF-8: why the device cannot go on        |                 |
 | FETCH    | driver -> storage | array of `READ` records                   | landed words    |
 | DROP     | driver -> storage | u32: forget the layer's unbegun prefetches| DROPPED         |
@@ -20,8 +21,9 @@ lie in an arena of the fabric (`layout.py`). Nothing here is pickled.
 | FAILED   | storage -> driver | `ReadFailed`                              |                 |
 | DROPPED  | storage -> driver | array of `DROPPED`: prefetches never read |                 |
 
-A landed read is announced by no message: storage writes the job's generation into the slot's
-landed word in the shared segment and rings the device's bell.
+An ABORT of a device that hosts layers gives up all its steps up to that id. `COPY` and `ENTRY` are
+those of `fomoe.engine`. A landed read is announced by no message: storage writes the job's
+generation into the slot's landed word in the shared segment and rings the device's bell.
 """
 
 from __future__ import annotations
@@ -32,7 +34,6 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 import msgpack
-import numpy as np
 
 from fomoe.engine.requests import (
     EngineStatus,
@@ -83,6 +84,9 @@ class Do:
     GIVE = 256  # put the residual stream into the arena, the step's id into its word, ring `peer`
     LOGITS = 512  # answer with the logits of the arena's first `rows` row numbers
     LARGEST = 1024  # answer with the greatest logit of the first of them, and whose it is
+    GATHER = 2048  # begin a prompt's experts: the router's choice, sorted by expert
+    WAVE = 4096  # run those of them that the message's entries name
+    COMBINE = 8192  # and close `layer` once all have run
 
 
 class Priority(IntEnum):
@@ -100,22 +104,11 @@ STEP_FIRST, STEP_LAST = 1, 2
 # step id u64, aborted i32, experts computed i32, nanoseconds computing u64, waiting u64
 DONE = struct.Struct("<QiiQQ")
 STEP_ID = struct.Struct("<Q")
-# step id u64, awaited u64, flags (`Do`), layer, tokens, position, state, peer, rows: i32
-LAYERS = struct.Struct("<QQiiiiiii")
+# step id u64, awaited u64, flags (`Do`), layer, tokens, position, state, peer, rows: i32; then how
+# many records of `COPY` and of `ENTRY` follow
+LAYERS = struct.Struct("<QQiiiiiiiii")
 COUNT = struct.Struct("<I")
 DROPPED = struct.Struct("<iiiQ")  # layer, expert, slot, generation
-# An expert to copy into slot `to` of its layer's class on the device, out of the segment: from
-# `address`, relative to the first slot, as soon as landed word `slot` has reached `generation`.
-COPY = np.dtype(
-    [
-        ("address", "<i8"),
-        ("generation", "<u8"),
-        ("slot", "<i4"),
-        ("layer", "<i4"),
-        ("expert", "<i4"),
-        ("to", "<i4"),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

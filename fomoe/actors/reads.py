@@ -57,6 +57,10 @@ class Reads:
             self._ask(node, node.slots.fill(mine), Priority.PRELOAD)
         return len(placements)
 
+    def ask_ahead(self, node: int, reads: list[Read], priority: Priority) -> None:
+        """Send a node reads that nobody waits for; they are not counted."""
+        self._ask(self._nodes[node], reads, priority)
+
     def preloaded(self) -> int:
         """Return how many preload reads have landed since the last call.
 

@@ -1,26 +1,25 @@
-"""Which layers each device hosts, what they need of its memory, and how experts get there."""
+"""Which layers each device hosts, and what they need of its memory."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from fomoe.config import EngineConfig
 from fomoe.devices import local_name
 from fomoe.errors import ConfigError
-from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
 from fomoe.kernels.gpu.probe import free_memory
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.spec import ModelSpec
-
-STAGING_BYTES = 256 << 20
-_LEAST_STAGED, _MOST_STAGED = 4, 128
 
 
 def n_states(config: EngineConfig) -> int:
     """Return how many sequences' states devices hold: shadow steps take a second one."""
     routing = config.routing
     return 2 if routing.shadow_every or routing.quality.kind == "kl" else 1
+
+
+def looks_ahead(config: EngineConfig) -> bool:
+    """Return whether devices say what the next layer may want, so that it can be brought."""
+    return config.prefetch and config.prefetch_depth > 0 and config.prefetch_budget > 0
 
 
 def host_options(config: EngineConfig, spec: ModelSpec) -> tuple[HostOptions, ...]:
@@ -40,6 +39,7 @@ def host_options(config: EngineConfig, spec: ModelSpec) -> tuple[HostOptions, ..
             n_states=n_states(config),
             embedding=device == 0,
             head=device == last,
+            ahead=looks_ahead(config),
         )
         for device in range(n)
     )
@@ -77,22 +77,3 @@ def free_vram(config: EngineConfig) -> tuple[int, ...]:
             "the memory of a GPU of another node is not known here; give --vram-budget"
         )
     return ()
-
-
-@dataclass(frozen=True, slots=True)
-class Staging:
-    """Slots of shared memory through which experts come onto devices; all have one size."""
-
-    n_slots: int
-    slot_bytes: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return self.n_slots * self.slot_bytes
-
-
-def staging(table: ExpertTable) -> Staging:
-    """Return enough slots to keep a drive and a link busy, whatever the size of the model."""
-    slot_bytes = max(c.slot_bytes for c in table.classes)
-    return Staging(max(_LEAST_STAGED, min(_MOST_STAGED, STAGING_BYTES // slot_bytes)), slot_bytes)

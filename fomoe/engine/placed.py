@@ -1,21 +1,19 @@
-"""Decisions where every expert has a place on its device: counted like any, and nothing moves."""
+"""Decisions of layers that GPUs host: what a token runs, what moves between the tiers for it."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 from fomoe.engine.ahead import AheadArrays
 from fomoe.engine.decisions import Decider
+from fomoe.engine.gpu_segment import GpuSegment
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.plan import EnginePlan
 from fomoe.engine.transfers import ENTRY
 from fomoe.engine.waves import Priorities, StepArrays, WaveLayout, WavePlanner
-from fomoe.errors import EngineError
 from fomoe.model.buffers import F32
-from fomoe.residency import LogicalCache, Placement, Residency
+from fomoe.residency import LogicalCache, Residency
 from fomoe.routing import Route
 
 I32 = npt.NDArray[np.int32]
@@ -23,20 +21,29 @@ Picks = tuple[I32, F32]  # ids int32 [k], ascending, and weights float32 [k] of 
 
 
 class Placed:
-    """What a decode step runs on devices that hold all experts.
+    """The accounts of all nodes' segments and all devices' slots, and steps planned on them.
+
+    A token's step is `decide`, `decide_by` or `place`; then, while `is_last` is false, `more` once
+    the device has answered for what came before; then `picks`. Each of them returns how many reads
+    storage must be asked for; they and the copies stand until the next call.
 
     Attributes:
         counters: running totals.
         expert_bytes: int64 [L].
-        holds_all: whether every expert has a slot.
+        on_devices: whether every expert has a slot on its device, so that nothing ever moves.
+        segments: of each node.
+        planner: decides.
     """
 
-    def __init__(self, plan: EnginePlan, residency: Residency, top_k: int) -> None:
+    def __init__(
+        self, plan: EnginePlan, residency: Residency, top_k: int, priorities: Priorities,
+        ahead: AheadArrays,
+    ) -> None:  # fmt: skip
         topology = plan.topology
         self.topology = topology
         self.residency = residency
         self.counters = HostCounters()
-        self.holds_all = plan.holds_all
+        self.on_devices = plan.on_devices
         layout = WaveLayout(
             layer_node=np.array([topology.device_node[d] for d in topology.layer_device], np.int32),
             layer_device=topology.layer_device,
@@ -45,11 +52,13 @@ class Placed:
             ),
         )
         self.expert_bytes = layout.expert_bytes
-        self._slots = [plan.segment_slots(node) for node in range(max(topology.device_node) + 1)]
-        self._planner = WavePlanner(
-            residency, self._slots, layout, Priorities(0, 1, 2),
-            AheadArrays(topology.n_layers, topology.n_experts, 0.0), max_tokens=1, top_k=top_k,
-        )  # fmt: skip
+        self.segments: list[GpuSegment] = [
+            plan.gpu_segment(node) for node in range(max(topology.device_node) + 1)
+        ]
+        self.planner = WavePlanner(
+            residency, self.segments, layout, priorities, ahead, max_tokens=1, top_k=top_k
+        )
+        self._home: list[GpuSegment] = [self.segments[node] for node in layout.layer_node.tolist()]
         self._order = np.zeros((1, top_k), np.int32)
         self._weights = np.zeros((1, top_k), np.float32)
         self._entries = np.zeros(top_k, ENTRY)
@@ -58,31 +67,59 @@ class Placed:
             self._entries,
         )  # fmt: skip
 
-    def fill(self, placements: Iterable[Placement]) -> None:
-        """Note the slots that the residency gave to experts."""
-        nodes, all_ = self._planner.arrays.layer_node, list(placements)
-        for node, slots in enumerate(self._slots):
-            slots.fill(p for p in all_ if nodes[p.key.layer] == node)
+    def segment_of(self, layer: int) -> GpuSegment:
+        """Return the segment that the layer's experts pass through."""
+        return self._home[layer]
 
     def follow(self, logical: LogicalCache | None) -> None:
         """Keep at hand what this cache takes as resident, as it changes; None: nothing."""
         self.residency.follow(None if logical is None else logical.caches.resident[0])
 
-    def decide(self, layer: int, scores: F32, logical: LogicalCache, out: Picks) -> None:
+    def decide(self, layer: int, scores: F32, logical: LogicalCache) -> int:
         """Route one sequence's token exactly and tell its logical cache."""
-        self._take(layer, self._planner.decide(layer, scores, logical, self._arrays), out)
+        reads = self.planner.decide(layer, scores, logical, self._arrays)
+        self.planner.charge(self.counters, decoding=True)
+        return reads
 
-    def decide_by(
-        self, layer: int, scores: F32, decider: Decider, prices: F32 | None, out: Picks
-    ) -> None:
+    def decide_by(self, layer: int, scores: F32, decider: Decider, prices: F32 | None) -> int:
         """Let a rule choose for one sequence's token; `decider.out` has the rest."""
-        reads = self._planner.decide_by(layer, scores, decider, prices, self._arrays)
-        self._take(layer, reads, out)
+        reads = self.planner.decide_by(layer, scores, decider, prices, self._arrays)
+        self.planner.charge(self.counters, decoding=True)
+        return reads
 
-    def place(self, layer: int, route: Route, out: Picks, *, decoding: bool) -> None:
+    def place(self, layer: int, route: Route, *, decoding: bool) -> int:
         """Take a token's route that was made elsewhere."""
-        reads = self._planner.place(layer, route, self._arrays)
-        self._take(layer, reads, out, decoding=decoding)
+        reads = self.planner.place(layer, route, self._arrays)
+        self.planner.charge(self.counters, decoding=decoding)
+        return reads
+
+    @property
+    def is_last(self) -> bool:
+        """Whether what the last call brings completes the step."""
+        return self.planner.end == self.planner.n_experts
+
+    def more(self, *, decoding: bool) -> int:
+        """Bring the next part of a step whose experts do not all fit what they pass through."""
+        reads = self.planner.wave()
+        self.planner.charge(self.counters, decoding=decoding)
+        return reads
+
+    def picks(self, out: Picks) -> None:
+        """Write the step's experts and weights, in ascending id."""
+        ids, weights = out
+        np.take(self._entries["expert"], self._order[0], out=ids)
+        weights[:] = self._weights[0]
+
+    def answered(self, device: int, layer: int, *, aborted: bool) -> None:
+        """The device has answered for a part of the layer's step, or given the step up."""
+        self.planner.answered(device, aborted=aborted)
+        if aborted:
+            self.residency.release(layer)
+
+    def close(self, device: int, layer: int) -> None:
+        """The device has done the layer's step; its slots may be given to others."""
+        self.planner.answered(device, aborted=False)
+        self.residency.release(layer)
 
     def count_hits(self, activations: int, *, decoding: bool) -> None:
         """Count (layer, token, expert) triples that devices chose or prompts wanted."""
@@ -90,16 +127,3 @@ class Placed:
             self.counters.hits_device += activations
         else:
             self.counters.prompt_hits_device += activations
-
-    def _take(self, layer: int, reads: int, out: Picks, *, decoding: bool = True) -> None:
-        """Write the planner's step into `out`, in ascending id, and let go of it."""
-        if reads:
-            raise EngineError(
-                f"layer {layer} wants {reads} experts that are on no device; "
-                "report it with the budgets"
-            )
-        ids, weights = out
-        np.take(self._entries["expert"], self._order[0], out=ids)
-        weights[:] = self._weights[0]
-        self._planner.charge(self.counters, decoding=decoding)
-        self.residency.release(layer)

@@ -56,6 +56,11 @@ class EnginePlan:
             ),
         )  # fmt: skip
 
+    def vram_slots(self, device: int) -> tuple[int, ...]:
+        """Return a device's slots of each size class."""
+        slots = self.topology.device_slots
+        return tuple(slots.get((device, c), 0) for c in range(len(self.table.classes)))
+
     def segment_slots(self, node: int) -> SegmentSlots:
         """Return the empty slot table of a node's segment: device and RAM slots by class."""
         t = self.topology
@@ -79,6 +84,12 @@ class EnginePlan:
             backfill=routing.backfill_share,
             warmup=routing.warmup,
         )
+
+    @property
+    def on_devices(self) -> bool:
+        """Whether every expert has a slot on its device."""
+        t = self.topology
+        return sum(t.device_slots.values()) >= t.n_layers * t.n_experts
 
     @property
     def holds_all(self) -> bool:
@@ -119,13 +130,13 @@ class EnginePlan:
 
 def make_plan(
     table: ExpertTable, spec: ModelSpec, config: EngineConfig, device_node: tuple[int, ...],
-    dense_bytes: tuple[int, ...] = (), *, partial: bool = False,
+    dense_bytes: tuple[int, ...] = (),
 ) -> EnginePlan:  # fmt: skip
     """Return the plan for explicit budgets; layer l lives on device l mod n.
 
-    `dense_bytes` are what devices that host layers need of their budget before any expert;
-    `partial` says that those may hold a part of the experts. The RAM of their nodes then holds what
-    passes through it on the way to VRAM as well.
+    `dense_bytes` are what devices that host layers need of their budget before any expert. Where
+    those do not hold every expert, the RAM of their nodes holds what passes through it on the way
+    to VRAM as well.
 
     Raises:
         BudgetError: a budget cannot hold one layer's top-k of each size class.
@@ -156,6 +167,7 @@ def make_plan(
         )
         if sum(on_devices.device_slots.values()) == spec.n_layers * spec.moe.n_experts:
             staging = plan_staging(sizes, top_k, [max(FREE_BYTES, _least(sizes))] * n_nodes)
+            ram = [0] * n_nodes
         else:
             staging = plan_staging(sizes, top_k, ram)
             ram = [left - staging_bytes(sizes, staging, at) for at, left in enumerate(ram)]
@@ -165,8 +177,6 @@ def make_plan(
     plan = EnginePlan(topology, table, budgets.vram_bytes, budgets.ram_bytes,
                       _logical_capacity(topology, spec, config), staging)  # fmt: skip
     plan.logical_rules(config.routing).check(spec.n_layers, spec.moe.n_experts)
-    if config.hosts_layers and not partial:
-        _require_all(plan, dense_bytes)
     return plan
 
 
@@ -180,20 +190,6 @@ def _left_for_experts(vram_bytes: int, dense_bytes: tuple[int, ...]) -> list[int
             what = f"device {device}: dense weights, sequences' state and work memory"
             raise BudgetError(what, dense, vram_bytes)
     return [vram_bytes - dense for dense in dense_bytes]
-
-
-def _require_all(plan: EnginePlan, dense_bytes: tuple[int, ...]) -> None:
-    """Refuse GPUs that do not hold every expert; this version moves none between tiers."""
-    t = plan.topology
-    for device, dense in enumerate(dense_bytes):
-        layers = np.flatnonzero(t.layer_device == device).tolist()
-        whole = dense + sum(plan.table.slot_bytes(layer) * t.n_experts for layer in layers)
-        if whole > plan.vram_bytes:
-            what = (
-                f"device {device}: this version keeps all experts of a GPU's {len(layers)} layers "
-                "on it; name more devices, or raise --vram-budget"
-            )
-            raise BudgetError(what, whole, plan.vram_bytes)
 
 
 def _logical_capacity(topology: Topology, spec: ModelSpec, config: EngineConfig) -> int:
@@ -225,7 +221,7 @@ def resolve(
     device that hosts layers.
     """
     if config.hosts_layers:
-        return _resolve_hosted(config, free_vram)
+        return _resolve_hosted(config, table, spec, free_bytes, free_vram)
     config = _resolve_budgets(config, table, spec, free_bytes)
     if config.prefill_chunk:
         return config
@@ -234,25 +230,34 @@ def resolve(
     return replace(config, prefill_chunk=auto_chunk(spec, config.ctx_size, n_devices, given))
 
 
-def _resolve_hosted(config: EngineConfig, free_vram: tuple[int, ...]) -> EngineConfig:
+def _resolve_hosted(
+    config: EngineConfig, table: ExpertTable, spec: ModelSpec, free_bytes: int,
+    free_vram: tuple[int, ...],
+) -> EngineConfig:  # fmt: skip
     """Budgets of GPUs; their chunk goes by the model alone, for chunks may change their bits."""
-    if config.budgets.ram_bytes:
-        raise ConfigError(
-            f"--ram-budget {format_bytes(config.budgets.ram_bytes)}: this version keeps every "
-            "expert on the GPUs; leave it out"
-        )
-    vram = config.budgets.vram_bytes
+    vram, ram, routing = config.budgets.vram_bytes, config.budgets.ram_bytes, config.routing
+    whole = sum(table.slot_bytes(i) for i in range(spec.n_layers)) * spec.moe.n_experts
+    is_measured = vram is None or ram is None
     if vram is None:
         shares = [
             free // config.devices.count(name) - VRAM_RESERVE_BYTES
             for name, free in zip(config.devices, free_vram, strict=True)
         ]
         vram = max(0, min(shares))
+    if ram is None:
+        ram = min(whole + FREE_BYTES, int(free_bytes * DEFAULT_SHARE))
+    if is_measured and vram * len(config.devices) < whole and routing.car_capacity is None:
+        routing = replace(routing, car_capacity=_fallback_capacity(spec))
     return replace(
         config,
-        budgets=Budgets(vram_bytes=vram, ram_bytes=0),
+        budgets=Budgets(vram_bytes=vram, ram_bytes=ram),
         prefill_chunk=config.prefill_chunk or min(HOSTED_CHUNK, config.ctx_size),
+        routing=routing,
     )
+
+
+def _fallback_capacity(spec: ModelSpec) -> int:
+    return max(spec.moe.top_k, spec.moe.n_experts // FALLBACK_CAPACITY)
 
 
 def _resolve_budgets(
@@ -263,8 +268,7 @@ def _resolve_budgets(
         return config
     vram, ram = default_budgets(table, spec, len(config.devices), free_bytes)
     if routing.car_capacity is None:
-        capacity = max(spec.moe.top_k, spec.moe.n_experts // FALLBACK_CAPACITY)
-        routing = replace(routing, car_capacity=capacity)
+        routing = replace(routing, car_capacity=_fallback_capacity(spec))
     given = Budgets(
         vram_bytes=vram if budgets.vram_bytes is None else budgets.vram_bytes,
         ram_bytes=ram if budgets.ram_bytes is None else budgets.ram_bytes,

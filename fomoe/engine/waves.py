@@ -219,6 +219,11 @@ class WavePlanner:
         """A device has answered for records of ahead lists, by `outcome`."""
         self._native.ended(copies)
 
+    @property
+    def has_cancelled(self) -> bool:
+        """Whether a device must be sent CANCEL records."""
+        return bool(self._cancelled)
+
     def take_cancelled(self, device: int) -> npt.NDArray[np.void]:
         """Return the CANCEL records that the device must be sent, each once."""
         return np.concatenate([np.empty(0, COPY), *self._cancelled.pop(device, [])])

@@ -51,7 +51,7 @@ def plan_of(read, vram, ram, devices=("cuda:0", "cuda:1")):
     config = EngineConfig(
         model="m.gguf", devices=devices, budgets=Budgets(vram_bytes=vram, ram_bytes=ram)
     )
-    return make_plan(*read, config, (0,) * len(devices), partial=True)
+    return make_plan(*read, config, (0,) * len(devices))
 
 
 def whole(read):
@@ -91,6 +91,7 @@ def test_each_device_has_the_same_slots_as_without_gpus(read):
 def test_where_the_devices_hold_everything_no_ram_budget_is_needed(read):
     plan = plan_of(read, whole(read), 0)
     assert plan.holds_all
+    assert plan.on_devices
     assert all(n >= LEAST_STAGED for n in plan.staging.values())
     with pytest.raises(BudgetError, match="node 0: RAM that experts pass through"):
         plan_of(read, whole(read) // 5, 0)

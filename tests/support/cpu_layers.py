@@ -50,6 +50,9 @@ class CpuRuntime:
     def record(self, event, stream):
         pass
 
+    def wait(self, event, stream):
+        pass
+
     def done(self, event):
         return True
 
@@ -60,15 +63,14 @@ class CpuRuntime:
 class CpuSlots:
     """Slots of experts in plain memory; the device's table is what `publish` has shown it."""
 
-    def __init__(self, table, layers):
+    def __init__(self, table, layers, counts):
         self._table = table
         self._classes = sorted({table.size_class(layer) for layer in layers})
         self._parts = {table.size_class(layer): part_bytes(table, layer) for layer in layers}
         self._memory = {}
         for layer in layers:
             c = table.size_class(layer)
-            count = sum(table.size_class(other) == c for other in layers) * table.n_experts
-            self._memory.setdefault(c, np.zeros(count * self.slot_bytes(c), np.uint8))
+            self._memory.setdefault(c, np.zeros(counts[c] * self.slot_bytes(c), np.uint8))
         self._set = np.zeros((table.n_layers, table.n_experts), np.uint64)
         self.published = self._set.copy()
 
@@ -101,8 +103,8 @@ class CpuSlots:
         which = slice(None) if layer is None else layer
         self.published[which] = self._set[which]
 
-    def addresses(self, layer, ids):
-        base = self.published[layer, ids]
+    def addresses(self, layer, ids, *, by_host):
+        base = (self._set if by_host else self.published)[layer, ids]
         assert base.all(), f"layer {layer}: experts {ids[base == 0]} are not there"
         return base[None] + np.array(self.layout(layer).offsets, np.uint64)[:, None]
 
@@ -110,10 +112,12 @@ class CpuSlots:
 class CpuLayers:
     """See `fomoe.actors.layer_device.LayerModel`."""
 
-    def __init__(self, file, spec, options):
+    stream = 1
+
+    def __init__(self, file, spec, options, counts):
         self.runtime = CpuRuntime()
         table = ExpertTable.from_gguf(file, spec.n_layers)
-        self.slots = CpuSlots(table, options.layers)
+        self.slots = CpuSlots(table, options.layers, counts)
         self.spec, self.options = spec, options
         self._model = DenseModel(file, spec, options.max_tokens, int8=options.int8)
         self._device = open_device("cpu", threads=1, int8=options.int8)
@@ -146,18 +150,49 @@ class CpuLayers:
         assert layer in self.options.layers
         self._model.mix(layer, self._x, self._batch)
         self._h, self._scores = self._model.scores(layer, self._x)
+        self._ahead = None
+        if self.options.ahead and len(self._x) == 1 and layer + 1 < self.spec.n_layers:
+            self._ahead = self._model.look_ahead(layer + 1, self._x).copy()
 
     def scores(self, layer):
         return self._scores
 
-    def back(self, layer, ids, weights):
+    def ahead(self):
+        return self._ahead
+
+    def gather(self, layer):
+        self._route = route_exact(self._scores, self.spec.moe.top_k)
+        self._groups = group_by_expert(self._route.ids)
+        self._pairs = np.full((self._route.ids.size, self.spec.hidden), np.nan, np.float32)
+
+    def wave(self, layer, experts, slots):
+        groups, slot_of = self._groups, self.slots
+        size_class, offsets = slot_of.class_of(layer), slot_of.layout(layer).offsets
+        for expert, slot in zip(experts, slots, strict=True):
+            at = int(np.flatnonzero(groups.experts == expert)[0])
+            first, end = groups.pair_start[at], groups.pair_start[at + 1]
+            base = slot_of.slot_address(size_class, int(slot))
+            self._device.experts(
+                self._shapes[layer], np.array([[base + o] for o in offsets], np.uint64), self._h,
+                np.array([0, end - first], np.int32), groups.pair_token[first:end].copy(),
+                self._pairs[first:end],
+            )  # fmt: skip
+
+    def combine(self, layer):
+        routed = np.zeros((len(self._x), self.spec.hidden), np.float32)
+        groups = self._groups
+        weights = groups.arrange(self._route.weights)
+        self._device.reduce(self._pairs, groups.order, weights, routed)
+        self._model.close(self._x, routed, self._model.shared(layer, self._h))
+
+    def back(self, layer, ids, weights, *, by_host=True):
         tokens, k = ids.shape
         assert tokens > 1 or (np.diff(ids[0]) > 0).all()
         groups = group_by_expert(np.ascontiguousarray(ids))
         pairs = np.zeros((tokens * k, self.spec.hidden), np.float32)
         self._device.experts(
-            self._shapes[layer], self.slots.addresses(layer, groups.experts), self._h,
-            groups.pair_start, groups.pair_token, pairs,
+            self._shapes[layer], self.slots.addresses(layer, groups.experts, by_host=by_host),
+            self._h, groups.pair_start, groups.pair_token, pairs,
         )  # fmt: skip
         routed = np.zeros((tokens, self.spec.hidden), np.float32)
         self._device.reduce(pairs, groups.order, groups.arrange(weights), routed)
@@ -178,7 +213,7 @@ class CpuLayers:
         route = route_exact(self._scores, self.spec.moe.top_k)
         order = np.argsort(route.ids, axis=1)
         ids, weights = (np.take_along_axis(a, order, 1) for a in (route.ids, route.weights))
-        self.back(layer, ids, weights)
+        self.back(layer, ids, weights, by_host=False)
         return ids
 
     def logits(self, rows):
@@ -204,8 +239,8 @@ class CpuLayers:
         self.closed = True
 
 
-def open_model(file, spec, config, device):
-    return CpuLayers(file, spec, hosting.host_options(config, spec)[device])
+def open_model(file, spec, config, device, slots):
+    return CpuLayers(file, spec, hosting.host_options(config, spec)[device], slots)
 
 
 def planned_bytes(file, spec, options):

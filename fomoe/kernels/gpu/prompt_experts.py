@@ -126,7 +126,8 @@ def experts_chunk(
 ) -> tuple[Launch, Launch]:
     """Return the launches of down(silu(gate h) * (up h)) for every pair, into `rows.out`.
 
-    `addresses` uint64 [3, E] are those of each expert's gate, up and down blocks.
+    `addresses` uint64 [3, E] are those of each expert's gate, up and down blocks; pairs of experts
+    whose gate has none are passed over, and keep what is in `rows.out`.
     """
     layout = experts.layout
     gate_up, down = layout.types[:2], (layout.types[2], layout.types[2])

@@ -10,11 +10,12 @@
 #include "tile_swiglu.h"
 
 // ROWS is the experts' width F, COLS the hidden size; `addresses` [3][EXPERTS] of gate, up, down.
+// Pairs of an expert without an address are passed over.
 FM_KERNEL(THREADS) void experts_in(PairTiles pairs, const unsigned long long* addresses, Activations a, SwigluRows out) {
     FM_DYN_SHARED(unsigned char, shared);
     TileJob job;
     int expert;
-    if (!find_tile(pairs, job, expert)) return;
+    if (!find_tile(pairs, job, expert) || !addresses[expert]) return;
     job.matrix = at_address(addresses[expert]);
     job.up = at_address(addresses[EXPERTS + expert]);
     job.first = job.first_up = blockIdx.x * kHalfRows;

@@ -14,7 +14,7 @@ FM_KERNEL(THREADS) void experts_out(PairTiles pairs, const unsigned long long* a
     FM_DYN_SHARED(unsigned char, shared);
     TileJob job;
     int expert;
-    if (!find_tile(pairs, job, expert)) return;
+    if (!find_tile(pairs, job, expert) || !addresses[expert]) return;
     job.matrix = job.up = at_address(addresses[2 * EXPERTS + expert]);
     job.first = blockIdx.x * TILE_ROWS;
     job.first_up = job.first + kHalfRows;

@@ -8,13 +8,19 @@ from fomoe.kernels.gpu import moe
 from fomoe.kernels.gpu.attention import AttendCall, AttendInputs, AttendWeights, attend
 from fomoe.kernels.gpu.delta import DeltaCall, DeltaInputs, DeltaWeights, delta
 from fomoe.kernels.gpu.gpu import GPU
+from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.moe import Choose, SharedMatrices
 from fomoe.kernels.gpu.products import Options, Part, project, project_rows
 from fomoe.kernels.gpu.state import DeltaPlace, KVPlace
 from fomoe.kernels.gpu.step import Rows
 from fomoe.model.gpu.program import Step
 from fomoe.model.gpu.slots import ExpertSlots
-from fomoe.model.gpu.weights import AttentionMatrices, DeltaMatrices, LayerMatrices
+from fomoe.model.gpu.weights import (
+    AttentionMatrices,
+    DeltaMatrices,
+    LayerMatrices,
+    RouterMatrices,
+)
 from fomoe.model.gpu.work import Work, attention_parts, delta_parts, form, starts
 from fomoe.model.spec import ModelSpec
 
@@ -87,6 +93,12 @@ def decode_front(desk: Desk, weights: LayerMatrices, place: DeltaPlace | KVPlace
     norm = dense.norm, eps
     scores = moe.scores(gpu, work.x, norm, dense.router, shared, work.moe, options=options)
     return [Step("mixer in", into), mixed, Step("mixer out", out), Step("scores", scores)]
+
+
+def look_ahead(desk: Desk, router: RouterMatrices, out: int) -> Launch:
+    """Return the launch of a later layer's router on the residual stream, float32 [E] at `out`."""
+    parts, options = [(router.router, out)], Options(int8=desk.int8)
+    return project(desk.gpu, desk.work.x, router.norm, desk.spec.eps, parts, options=options)
 
 
 def decode_back(

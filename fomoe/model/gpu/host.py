@@ -21,18 +21,18 @@ from fomoe.model.gpu.head import Head, HeadMail
 from fomoe.model.gpu.loading import load_all, slot_counts
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.passes import Held, Mail, Passes, build
-from fomoe.model.gpu.planning import planned_bytes, resident_bytes
+from fomoe.model.gpu.planning import planned_bytes, resident_bytes, slots_bytes
 from fomoe.model.gpu.program import time_steps
 from fomoe.model.gpu.routes import Routes
 from fomoe.model.gpu.slots import U8, ExpertSlots
 from fomoe.model.gpu.states import States, StateSnapshot
 from fomoe.model.gpu.transfer import Mirror, Signal
-from fomoe.model.gpu.weights import place_ends, place_layer, place_turns
+from fomoe.model.gpu.weights import place_ends, place_layer, place_routers, place_turns
 from fomoe.model.gpu.work import Work
 from fomoe.model.linear import Weights
 from fomoe.model.spec import ModelSpec
 
-__all__ = ["Decoded", "GPUModel", "planned_bytes", "resident_bytes"]
+__all__ = ["Decoded", "GPUModel", "planned_bytes", "resident_bytes", "slots_bytes"]
 
 I32 = npt.NDArray[np.int32]
 
@@ -79,11 +79,13 @@ class GPUModel:
         self.slots = ExpertSlots(gpu, self._table, spec, options.layers)
         self.states = States(gpu, spec, options)
         weights = Weights(file)
+        layers = {layer: place_layer(gpu, weights, spec, layer) for layer in options.layers}
         held = Held(
-            {layer: place_layer(gpu, weights, spec, layer) for layer in options.layers},
+            layers,
             place_ends(gpu, weights, spec, embedding=options.embedding, head=options.head),
             self.states,
             self.slots,
+            place_routers(gpu, weights, spec, layers) if options.ahead else {},
         )
         step, self._work = Mirror(gpu, (1,), STEP), Work.take(gpu, spec, options)
         desk = Desk(
@@ -96,12 +98,17 @@ class GPUModel:
         self._head: Head | None = self._passes.head
         self._begun, self._scored, self._ended = (Signal(gpu, options.wait_s) for _ in range(3))
         self._tokens = 1
-        self._has_logits = False
+        self._has_logits = self._looks_ahead = False
 
     @property
     def runtime(self) -> Runtime:
         """The device's driver."""
         return self.gpu.runtime
+
+    @property
+    def stream(self) -> int:
+        """The stream that computes."""
+        return self.gpu.stream
 
     def add_slots(self, counts: Sequence[int]) -> None:
         """Take `counts[c]` expert slots of each size class of the model's `ExpertTable`."""
@@ -162,6 +169,7 @@ class GPUModel:
 
     def front(self, layer: int) -> None:
         """Run a layer up to the router's scores."""
+        self._looks_ahead = self.options.ahead and layer + 1 < self.spec.n_layers
         self._passes.front(layer, self._tokens).run()
         if self._tokens > 1:
             self._mail.scores.fetch(0, _F32_BYTES * self._tokens * self.spec.moe.n_experts)
@@ -172,6 +180,37 @@ class GPUModel:
         self._scored.wait(f"the router's scores of layer {layer}")
         scores: F32 = self._mail.scores.host[: self._tokens]
         return scores
+
+    def ahead(self) -> F32 | None:
+        """Return the next layer's scores float32 [1, E] by a token's stream, with `scores`.
+
+        None where the options do not ask for them, after the last layer, and for prompts.
+        """
+        if self._tokens > 1 or not self._looks_ahead:
+            return None
+        scores: F32 = self._mail.ahead.host
+        return scores
+
+    def gather(self, layer: int) -> None:
+        """Begin the experts of a prompt's chunk by its own choice: sort the pairs by expert."""
+        self._passes.gather(layer, self._tokens).run()
+
+    def wave(self, layer: int, experts: I32, slots: I32) -> None:
+        """Run the chunk's pairs of experts int32 [n] that lie in slots int32 [n] of their class.
+
+        The next call waits for nothing: the work must have ended by then.
+        """
+        table = self._mail.wave.host
+        table[:] = 0
+        size_class, offsets = self.slots.class_of(layer), self.slots.layout(layer).offsets
+        for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
+            base = self.slots.slot_address(size_class, slot)
+            table[:, expert] = [base + offset for offset in offsets]
+        self._passes.wave(layer, self._tokens).run()
+
+    def combine(self, layer: int) -> None:
+        """Close a prompt's layer once every pair has run."""
+        self._passes.combine(layer, self._tokens).run()
 
     def back(self, layer: int, ids: I32, weights: F32) -> None:
         """Run experts int32 [T, K] with weights float32 [T, K] and close the layer.

@@ -23,6 +23,7 @@ class HostOptions:
         max_tokens: tokens of the longest pass.
         n_states: sequences whose state is held.
         embedding, head: whether the first and the last step of a pass are this device's, too.
+        ahead: whether a token's front also ends with the scores of the next layer's router.
         graphs: replay captured launches; one by one otherwise.
         wait_s: seconds after which a wait for the device fails.
     """
@@ -35,6 +36,7 @@ class HostOptions:
     n_states: int = 1
     embedding: bool = True
     head: bool = True
+    ahead: bool = False
     graphs: bool = True
     wait_s: float = 30.0
 

@@ -11,15 +11,23 @@ from fomoe.errors import DeviceError
 from fomoe.kernels.gpu.prompt import Chunk
 from fomoe.kernels.gpu.prompt_experts import Experts, pair_buffers
 from fomoe.kernels.gpu.step import picks
-from fomoe.model.gpu.decode import Desk, decode_back, decode_front
+from fomoe.model.gpu.decode import Desk, decode_back, decode_front, look_ahead
 from fomoe.model.gpu.head import Head, HeadMail, embed_steps
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.program import Program, Step
-from fomoe.model.gpu.prompt import Bucket, prompt_back, prompt_choose, prompt_front
+from fomoe.model.gpu.prompt import (
+    Bucket,
+    prompt_back,
+    prompt_choose,
+    prompt_combine,
+    prompt_front,
+    prompt_gather,
+    prompt_wave,
+)
 from fomoe.model.gpu.slots import ExpertSlots
 from fomoe.model.gpu.states import States
 from fomoe.model.gpu.transfer import Mirror
-from fomoe.model.gpu.weights import EndMatrices, LayerMatrices
+from fomoe.model.gpu.weights import EndMatrices, LayerMatrices, RouterMatrices
 
 _LEAST_BUCKET = 32
 _BUCKET_STEP = 4
@@ -36,6 +44,8 @@ class Mail:
         picks: `step.picks` [L], of one token.
         ids: int32 [L, T, K], of a prompt.
         weights: float32 [T, K], of a prompt's layer.
+        wave: uint64 [3, E], where the experts of a prompt's wave lie; zeros for all others.
+        ahead: float32 [1, E], scores of the next layer's router.
     """
 
     step: Mirror
@@ -44,6 +54,8 @@ class Mail:
     picks: Mirror
     ids: Mirror
     weights: Mirror
+    wave: Mirror
+    ahead: Mirror
 
     @classmethod
     def of(cls, desk: Desk, step: Mirror, options: HostOptions) -> Mail:
@@ -57,6 +69,8 @@ class Mail:
             picks=Mirror(gpu, (n_layers,), picks(moe.top_k)),
             ids=Mirror(gpu, (n_layers, max(1, prompt), moe.top_k), np.int32),
             weights=Mirror(gpu, (max(1, prompt), moe.top_k), np.float32, desk.work.weights),
+            wave=Mirror(gpu, (3, moe.n_experts), np.uint64),
+            ahead=Mirror(gpu, (1, moe.n_experts), np.float32),
         )
 
 
@@ -73,12 +87,13 @@ def bucket_sizes(max_tokens: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a device holds, as the builders of passes want it."""
+    """What a device holds, as the builders of passes want it; `ahead` are next layers' routers."""
 
     layers: dict[int, LayerMatrices]
     ends: EndMatrices
     states: States
     slots: ExpertSlots
+    ahead: dict[int, RouterMatrices]
 
 
 def build(
@@ -127,6 +142,10 @@ class Passes:
                 self.front(layer, size)
                 self.back(layer, size)
                 self.own_back(layer, size)
+                if size > 1:
+                    self.gather(layer, size)
+                    self.wave(layer, size)
+                    self.combine(layer, size)
             if self._is_whole:
                 self.whole(size)
 
@@ -151,9 +170,54 @@ class Passes:
             n_scores = 4 * self._desk.spec.moe.n_experts
             fetch = Step("copy", lambda: self._mail.scores.fetch(0, n_scores))
             front = self._front(layer, size)
-            return front if size > 1 else [*front, fetch]
+            if size > 1:
+                return front
+            return [*front, fetch, *self._ahead(layer)]
 
         return self._program("front", layer, size, steps)
+
+    def _ahead(self, layer: int) -> list[Step]:
+        """Steps of the next layer's router on this one's stream; none where it is not wanted."""
+        router = self._held.ahead.get(layer)
+        if router is None:
+            return []
+        mail = self._mail.ahead
+        return [Step("ahead", look_ahead(self._desk, router, mail.address)),
+                Step("copy", mail.fetch)]  # fmt: skip
+
+    def gather(self, layer: int, tokens: int) -> Program:
+        """A prompt's layer from its scores up to its pairs sorted by expert, by its own choice."""
+        size = self._size(tokens)
+
+        def steps() -> list[Step]:
+            bucket, held, ids = self._buckets_of(size), self._held, self._ids(layer)
+            layout = held.slots.layout(layer)
+            choose = prompt_choose(self._desk, bucket, ids)
+            return [choose, *prompt_gather(self._desk, bucket, held.layers[layer], layout, ids)]
+
+        return self._program("gather", layer, size, steps)
+
+    def wave(self, layer: int, tokens: int) -> Program:
+        """The pairs of those experts that the mail's table of a wave has."""
+        size = self._size(tokens)
+
+        def steps() -> list[Step]:
+            bucket, layout = self._buckets_of(size), self._held.slots.layout(layer)
+            table = self._mail.wave
+            send = Step("copy", table.send)
+            return [send, *prompt_wave(self._desk, bucket, layout, table.address)]
+
+        return self._program("wave", layer, size, steps)
+
+    def combine(self, layer: int, tokens: int) -> Program:
+        """The end of a prompt's layer, whose pairs have all run."""
+        size = self._size(tokens)
+
+        def steps() -> list[Step]:
+            layout = self._held.slots.layout(layer)
+            return [prompt_combine(self._desk, self._buckets_of(size), layout)]
+
+        return self._program("combine", layer, size, steps)
 
     def back(self, layer: int, tokens: int) -> Program:
         """A layer from routes that the host has written into the mail to its end."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
 from fomoe.kernels.gpu.state import TILE
@@ -10,6 +12,7 @@ from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.passes import bucket_sizes
 from fomoe.model.gpu.slots import expert_layout, slot_bytes
 from fomoe.model.gpu.states import state_layout
+from fomoe.model.gpu.weights import ROUTER_PARTS
 from fomoe.model.gpu.work import work_bytes
 from fomoe.model.spec import ModelSpec
 
@@ -35,10 +38,21 @@ def planned_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
 def resident_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
     """Return what slots for every expert of the hosted layers take beside that."""
     table = ExpertTable.from_gguf(file, spec.n_layers)
-    layouts = [expert_layout(table, spec, layer) for layer in options.layers]
-    return sum(spec.moe.n_experts * slot_bytes(layout) for layout in layouts) + _ALIGN * len(
-        table.classes
-    )
+    classes = [table.size_class(layer) for layer in options.layers]
+    counts = [spec.moe.n_experts * classes.count(c) for c in range(len(table.classes))]
+    return slots_bytes(file, spec, options, counts)
+
+
+def slots_bytes(
+    file: GGUFFile, spec: ModelSpec, options: HostOptions, counts: Sequence[int]
+) -> int:
+    """Return what `counts[c]` slots of each size class take beside that."""
+    table = ExpertTable.from_gguf(file, spec.n_layers)
+    stride = [0] * len(table.classes)
+    for layer in options.layers:
+        stride[table.size_class(layer)] = slot_bytes(expert_layout(table, spec, layer))
+    slots = sum(count * size for count, size in zip(counts, stride, strict=True))
+    return slots + _ALIGN * len(table.classes)
 
 
 def _dense_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
@@ -48,6 +62,10 @@ def _dense_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
         block = ".".join(name.split(".")[:2])
         if block in hosted and "_exps." not in name:
             total += _aligned(info.nbytes)
+    if options.ahead:
+        beyond = {layer + 1 for layer in options.layers} - {*options.layers, spec.n_layers}
+        names = (f"blk.{layer}.{part}.weight" for layer in beyond for part in ROUTER_PARTS)
+        total += sum(_aligned(file.tensors[name].nbytes) for name in names)
     tied = "output.weight" not in file.tensors
     embedding = _aligned(file.tensors["token_embd.weight"].nbytes)
     head = embedding if tied else _aligned(file.tensors["output.weight"].nbytes)
@@ -59,7 +77,7 @@ def _dense_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
 def _mail_bytes(spec: ModelSpec, options: HostOptions) -> int:
     moe, n_layers = spec.moe, len(options.layers)
     ids = 4 * n_layers * options.max_tokens * moe.top_k
-    table = 3 * 8 * n_layers * moe.n_experts
+    table = 3 * 8 * (n_layers + 1) * moe.n_experts + _ALIGN + 4 * moe.n_experts
     small = 4 * options.max_tokens, n_layers * picks(moe.top_k).itemsize
     return sum(map(_aligned, (ids, table, *small)))
 

@@ -10,6 +10,7 @@ from fomoe.kernels.gpu import prompt, prompt_experts
 from fomoe.kernels.gpu.attention import attend_chunk
 from fomoe.kernels.gpu.delta import delta_chunk
 from fomoe.kernels.gpu.launch import Launch
+from fomoe.kernels.gpu.matrices import ExpertLayout
 from fomoe.kernels.gpu.picking import choose_rows
 from fomoe.kernels.gpu.prompt import Chunk, Norm
 from fomoe.kernels.gpu.prompt_experts import Experts, PairRows, Pairs, Shared
@@ -88,31 +89,54 @@ def prompt_back(
     desk: Desk, bucket: Bucket, weights: LayerMatrices, slots: ExpertSlots, layer: int, ids: int
 ) -> list[Step]:
     """Return the launches from ids int32 [T, K], ascending, and weights to the residual stream."""
-    gpu, spec, work, chunk = desk.gpu, desk.spec, desk.work, bucket.chunk
-    layout, dense = slots.layout(layer), weights.moe
-    experts = Experts(layout, spec.moe.n_experts, spec.moe.top_k)
-    pairs = bucket.pairs[layout.types]
-    hidden = _of_types(chunk, work.pair_hidden, layout.types)
-    h = _of_types(chunk, work.moe.h, layout.types)
-    rows = PairRows(hidden, work.pair_out)
+    table = slots.row_address(layer)
+    return [
+        *prompt_gather(desk, bucket, weights, slots.layout(layer), ids),
+        *prompt_wave(desk, bucket, slots.layout(layer), table),
+        prompt_combine(desk, bucket, slots.layout(layer)),
+    ]
+
+
+def prompt_gather(
+    desk: Desk, bucket: Bucket, weights: LayerMatrices, layout: ExpertLayout, ids: int
+) -> list[Step]:
+    """Return the launches of the shared expert, and those that sort the pairs by expert."""
+    gpu, work, chunk, dense = desk.gpu, desk.work, bucket.chunk, weights.moe
     shared_types = dense.gate.type, dense.up.type, dense.down.type
     shared_in = _of_types(chunk, work.shared_hidden, shared_types)
     alike = replace(chunk, int8=chunk.is_int8(*shared_types))
-    routed = prompt_experts.experts_chunk(
-        gpu, chunk, experts, pairs, slots.row_address(layer), h, rows
-    )
-    shared = Shared(work.shared_out, work.moe.scale)
+    experts, pairs = _experts(desk, layout), bucket.pairs[layout.types]
     return [
         Step("shared in", prompt.swiglu(gpu, alike, work.moe.h, dense.gate, dense.up, shared_in)),
         Step("shared out", prompt.matmul(gpu, alike, shared_in, dense.down, work.shared_out)),
         Step("shared scale", _scale(desk, chunk, weights)),
         *_named("group", prompt_experts.group_pairs(gpu, chunk, experts, ids, pairs)),
-        Step("experts in", routed[0]),
-        Step("experts out", routed[1]),
-        Step("combine", prompt_experts.combine(
-            gpu, chunk, experts, pairs, (work.weights, work.pair_out), shared, work.x
-        )),
-    ]  # fmt: skip
+    ]
+
+
+def prompt_wave(desk: Desk, bucket: Bucket, layout: ExpertLayout, table: int) -> list[Step]:
+    """Return the launches of all pairs whose experts have addresses in uint64 [3, E] at `table`."""
+    gpu, work, chunk = desk.gpu, desk.work, bucket.chunk
+    hidden = _of_types(chunk, work.pair_hidden, layout.types)
+    h = _of_types(chunk, work.moe.h, layout.types)
+    into, out = prompt_experts.experts_chunk(
+        gpu, chunk, _experts(desk, layout), bucket.pairs[layout.types], table, h,
+        PairRows(hidden, work.pair_out),
+    )  # fmt: skip
+    return [Step("experts in", into), Step("experts out", out)]
+
+
+def prompt_combine(desk: Desk, bucket: Bucket, layout: ExpertLayout) -> Step:
+    """Return the launch that adds all pairs, ascending, and the shared expert to the stream."""
+    work, shared = desk.work, Shared(desk.work.shared_out, desk.work.moe.scale)
+    return Step("combine", prompt_experts.combine(
+        desk.gpu, bucket.chunk, _experts(desk, layout), bucket.pairs[layout.types],
+        (work.weights, work.pair_out), shared, work.x,
+    ))  # fmt: skip
+
+
+def _experts(desk: Desk, layout: ExpertLayout) -> Experts:
+    return Experts(layout, desk.spec.moe.n_experts, desk.spec.moe.top_k)
 
 
 def _norm(desk: Desk, chunk: Chunk, weight: int) -> Launch:

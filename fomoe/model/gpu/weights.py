@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from fomoe.model.moe import MoEWeights
 from fomoe.model.spec import ModelSpec
 
 Placed = TypeVar("Placed", bound=Any)
+ROUTER_PARTS = "post_attention_norm", "ffn_gate_inp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,14 @@ class MoEMatrices:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterMatrices:
+    """What a layer's router needs of the residual stream; the norm as above."""
+
+    norm: int
+    router: Matrix
+
+
+@dataclass(frozen=True, slots=True)
 class LayerMatrices:
     """Dense weights of one layer."""
 
@@ -96,6 +106,25 @@ def place_layer(gpu: GPU, weights: Weights, spec: ModelSpec, layer: int) -> Laye
     else:
         mixer = _placed(gpu, DeltaWeights.load(weights, spec, layer), DeltaMatrices)
     return LayerMatrices(mixer, _placed(gpu, MoEWeights.load(weights, spec, layer), MoEMatrices))
+
+
+def place_routers(
+    gpu: GPU, weights: Weights, spec: ModelSpec, layers: Mapping[int, LayerMatrices]
+) -> dict[int, RouterMatrices]:
+    """Return the router behind each of a device's layers; those of other devices are placed too."""
+    found = {}
+    for layer in layers:
+        after = layer + 1
+        if after in layers:
+            moe = layers[after].moe
+            found[layer] = RouterMatrices(moe.norm, moe.router)
+        elif after < spec.n_layers:
+            norm, router = (f"blk.{after}.{part}.weight" for part in ROUTER_PARTS)
+            found[layer] = RouterMatrices(
+                _vector(gpu, weights.vector(norm, spec.hidden)),
+                _matrix(gpu, weights.linear(router, spec.moe.n_experts, spec.hidden)),
+            )
+    return found
 
 
 def place_ends(

@@ -1,0 +1,78 @@
+"""The layer actor of `pingpong.py`: a real one that can delay its layers and measure itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from device_time import ticks_launch, ticks_per_us
+
+from fomoe.actors.expert_copies import part_bytes
+from fomoe.actors.layers import LayerActor, LayerPlan
+from fomoe.actors.storage import landed_bytes
+from fomoe.storage.segment import SegmentHandle
+
+COPIES = 256
+
+
+class PingPongActor(LayerActor):
+    """A layer actor whose fronts can take longer than they do."""
+
+    def open(self, plan: LayerPlan, segment: SegmentHandle) -> None:
+        """As ever, with a kernel in front of each front."""
+        super().open(plan, segment)
+        model: Any = self._model
+        self._per_us = ticks_per_us(model.gpu)
+        self._delay: Any = None
+        front = model.front
+
+        def delayed(layer: int) -> None:
+            if self._delay is not None:
+                model.gpu.launch(self._delay)
+            front(layer)
+
+        model.front = delayed
+
+    def delay(self, microseconds: float) -> None:
+        """Let each front take so much longer, from now on."""
+        model: Any = self._model
+        model.runtime.attach()
+        ticks = round(microseconds * self._per_us)
+        self._delay = ticks_launch(model.gpu, ticks) if ticks else None
+
+    def time_token(self, position: int) -> float:
+        """Return the milliseconds of a token on the device, where all of it is here."""
+        model: Any = self._model
+        model.runtime.attach()
+        return float(model.time_token(1, position))
+
+    def link_rate(self) -> float:
+        """Return bytes a second of copies of the same sizes, out of the same memory, alone.
+
+        It overwrites experts; to be called last.
+        """
+        model: Any = self._model
+        runtime, plan, segment = model.runtime, self._plan, self._segment
+        assert segment is not None
+        runtime.attach()
+        layer = model.options.layers[0]
+        sizes = part_bytes(self._table, layer)
+        base = model.slots.slot_address(model.slots.class_of(layer), 0)
+        first = segment.address + landed_bytes(plan.segment_slots)
+        stride = -(-sum(sizes) // 4096) * 4096 + 4096
+        room = max(1, (segment.nbytes - landed_bytes(plan.segment_slots)) // stride)
+        starts = np.random.default_rng(1).permutation(room)[:COPIES].tolist()
+        stream = runtime.stream()
+        begin, end = runtime.event(timing=True), runtime.event(timing=True)
+        for timed in (False, True):
+            runtime.record(begin, stream)
+            for at in starts:
+                source = first + at * stride
+                for nbytes, offset in zip(sizes, model.slots.layout(layer).offsets, strict=True):
+                    runtime.copy(base + offset, source, nbytes, stream)
+                    source += nbytes
+            runtime.record(end, stream)
+            runtime.synchronize(stream)
+            if timed:
+                return len(starts) * sum(sizes) / (runtime.elapsed_ms(begin, end) / 1e3)
+        raise AssertionError

@@ -1,0 +1,156 @@
+"""Hosted layers whose experts do not fit: same text and decisions, whatever lies where and when."""
+
+import random
+import threading
+
+import pytest
+from support import cpu_layers
+from support.local_engine import local_engine, slot_bytes
+from support.local_model import finished, greedy, tokens_of
+
+from fomoe.actors import layers
+from fomoe.config import RoutingConfig
+from fomoe.engine import hosting
+from fomoe.engine.requests import TokenEvent
+from fomoe.errors import StorageError
+
+CAPACITY = 6
+MODES = {"exact": {}, "car": {"quality": "car=0.6"}, "price": {"quality": "price=0.05"}}
+
+
+@pytest.fixture(autouse=True)
+def opened(monkeypatch):
+    found = []
+
+    def open_model(*args):
+        found.append(cpu_layers.open_model(*args))
+        return found[-1]
+
+    monkeypatch.setattr(layers, "open_model", open_model)
+    monkeypatch.setattr(hosting, "planned_bytes", cpu_layers.planned_bytes)
+    return found
+
+
+def told(events):
+    tokens = [(e.token, e.logprob) for e in events if isinstance(e, TokenEvent)]
+    receipt = finished(events).receipt
+    return tokens, receipt.decision_hash, receipt.substituted, receipt.lost_mass
+
+
+@pytest.fixture(scope="module")
+def want(local_models, prompt):
+    model = local_models["mixed"]
+    return {
+        mode: told(
+            model.run(greedy(prompt, 16, logprobs=1, **ask), model.sequence(capacity=CAPACITY))
+        )
+        for mode, ask in MODES.items()
+    }
+
+
+def budgets(path, n_devices, vram, ram):
+    total, _ = slot_bytes(path)
+    return {
+        "vram": cpu_layers.DENSE_BYTES + int(vram * total) // n_devices, "ram": int(ram * total),
+    }  # fmt: skip
+
+
+def shuffled(seed):
+    """Delays of up to some milliseconds, in an order of their own."""
+    draw, lock = random.Random(seed), threading.Lock()
+
+    def delay(fetch):
+        with lock:
+            return draw.choice([0.0, 0.0, 0.0005, 0.004])
+
+    return delay
+
+
+@pytest.mark.parametrize("n_devices", [1, 2])
+@pytest.mark.parametrize("policy", ["exclusive", "inclusive"])
+@pytest.mark.parametrize(
+    ("overlap", "prefetch", "delays"),
+    [(True, True, None), (True, True, 1), (True, False, 2), (False, False, 3)],
+)
+def test_text_and_decisions_are_those_of_the_cpu_path(
+    model_paths, want, prompt, opened, n_devices, policy, overlap, prefetch, delays
+):
+    path = model_paths["mixed"]
+    with local_engine(
+        path, devices=("hip:0",) * n_devices, overlap=overlap, ram_policy=policy,
+        prefetch=prefetch, prefill_chunk=16, delay=None if delays is None else shuffled(delays),
+        prefetch_budget=1.0,
+        routing=RoutingConfig(car_capacity=CAPACITY), **budgets(path, n_devices, 0.3, 0.45),
+    ) as engine:  # fmt: skip
+        assert not engine.plan.on_devices
+        for mode, ask in MODES.items():
+            events = list(engine.client.stream(greedy(prompt, 16, logprobs=1, **ask)))
+            assert finished(events).error is None
+            assert told(events) == want[mode], mode
+        receipt = finished(events).receipt
+        assert receipt.reads_nvme > 0
+        assert receipt.hits_ram > 0
+        at_rest(engine)
+    assert tokens_of(events)
+    assert all(device.closed and not device.runtime.registered for device in opened)
+
+
+@pytest.mark.parametrize("n_devices", [1, 2])
+@pytest.mark.parametrize("chunk", [1, 16])
+def test_reads_that_fail_end_a_request_and_not_the_engine(
+    model_paths, want, prompt, n_devices, chunk
+):
+    path = model_paths["mixed"]
+    with local_engine(
+        path, devices=("hip:0",) * n_devices, prefill_chunk=chunk, prefetch_budget=1.0,
+        routing=RoutingConfig(car_capacity=CAPACITY), **budgets(path, n_devices, 0.3, 0.45),
+    ) as engine:  # fmt: skip
+        storage = engine.handles["storage-0"].actor
+        read, draw, failures = storage._reader.read_piece, random.Random(5), []
+
+        def failing(piece, expert, slot):
+            if draw.random() < 0.1:
+                failures.append(expert)
+                raise StorageError("the drive has had enough")
+            return read(piece, expert, slot)
+
+        storage._reader.read_piece = failing
+        ends = []
+        for _ in range(8):
+            events = list(engine.client.stream(greedy(prompt, 16, logprobs=1)))
+            ends.append(finished(events).error)
+            if ends[-1] is None:
+                assert told(events) == want["exact"]
+        assert any(end and "had enough" in end for end in ends)
+        storage._reader.read_piece = read
+        events = list(engine.client.stream(greedy(prompt, 16, logprobs=1)))
+        assert told(events) == want["exact"]
+        at_rest(engine)
+
+
+def at_rest(engine):
+    """Tables agree, and no copy is unanswered but those of ahead lists."""
+    host = engine.handles["driver"].actor._hands.host
+    host.placed.residency.check_integrity()
+    for segment in host.placed.segments:
+        assert int(segment.users.sum()) == int(segment.ahead.sum())
+
+
+@pytest.mark.parametrize("n_devices", [1, 2])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_experts_come_in_parts_where_they_pass_through_few_slots(
+    model_paths, want, prompt, n_devices, overlap
+):
+    path = model_paths["mixed"]
+    with local_engine(
+        path, devices=("hip:0",) * n_devices, overlap=overlap, prefill_chunk=16, delay=shuffled(4),
+        routing=RoutingConfig(car_capacity=CAPACITY), **budgets(path, n_devices, 0.3, 0.07),
+    ) as engine:  # fmt: skip
+        host = engine.handles["driver"].actor._hands.host
+        more, parts = host.placed.more, []
+        host.placed.more = lambda **options: parts.append(0) or more(**options)
+        for mode, ask in MODES.items():
+            events = list(engine.client.stream(greedy(prompt, 16, logprobs=1, **ask)))
+            assert told(events) == want[mode], mode
+        assert parts
+        at_rest(engine)

@@ -1,0 +1,92 @@
+"""Tiers over GPUs that the CPU plays: real kernels, copies beside them, and not a bit off."""
+
+import random
+import threading
+
+import numpy as np
+import pytest
+from support.emulated_gpu import install_standin
+from support.local_engine import local_engine, slot_bytes
+from support.local_model import finished, greedy, tokens_of
+from support.tiny_gguf import write_tiny
+
+from fomoe.config import EngineConfig
+from fomoe.engine.hosting import dense_bytes
+from fomoe.engine.requests import TokenEvent
+from fomoe.gguf.reader import open_gguf
+from fomoe.model.archs import read_spec
+
+pytestmark = pytest.mark.timeout(240)  # kernels are compiled where the cache has none
+
+COUNT, CHUNK, CTX = 5, 16, 32
+PROMPT = [(7 * i * i + 3 * i + 11) % 256 for i in range(9)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standin():
+    install_standin()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_tiny(
+        tmp_path_factory.mktemp("m") / "m.gguf", layers=4, experts=12, top_k=2, quant="Q4_K",
+        vocab=288, attention_interval=2,
+    )  # fmt: skip
+
+
+def run(path, devices, **options):
+    """Return logits of the prompt, those of generated tokens, the tokens and their receipt."""
+    with local_engine(
+        path, devices=devices, prefill_chunk=CHUNK, ctx_size=CTX, **options
+    ) as engine:
+        logits = engine.client.logits(PROMPT, 288)
+        events = list(engine.client.stream(greedy(PROMPT, COUNT, logits=True)))
+        rows = [event.logits for event in events if isinstance(event, TokenEvent)]
+        return logits, rows, tokens_of(events), finished(events).receipt
+
+
+@pytest.fixture(scope="module")
+def whole(path):
+    """One device that holds everything, a message a token."""
+    return run(path, ("hip:0",), vram=1 << 30)
+
+
+def share_of(path, devices, vram, ram):
+    """Budgets that hold a share of the experts in VRAM, and in RAM with what passes through."""
+    file = open_gguf(path)
+    config = EngineConfig(model=path, devices=devices, ctx_size=CTX, prefill_chunk=CHUNK)
+    total, _ = slot_bytes(path)
+    dense = max(dense_bytes(file, read_spec(file), config))
+    return {"vram": dense + int(vram * total) // len(devices), "ram": int(ram * total)}
+
+
+def shuffled(seed):
+    draw, lock = random.Random(seed), threading.Lock()
+
+    def delay(fetch):
+        with lock:
+            return draw.choice([0.0, 0.0, 0.0005, 0.004])
+
+    return delay
+
+
+@pytest.mark.parametrize(
+    ("n_devices", "options"),
+    [
+        (1, {}),
+        (1, {"overlap": False, "ram_policy": "inclusive"}),
+        (2, {"prefetch_budget": 1.0, "delay": shuffled(1)}),
+        (2, {"prefetch": False, "ram_policy": "inclusive", "delay": shuffled(2)}),
+    ],
+)
+def test_tiers_change_no_bit(path, whole, n_devices, options):
+    devices = ("hip:0",) * n_devices
+    logits, rows, tokens, receipt = run(
+        path, devices, **options, **share_of(path, devices, 0.3, 0.45)
+    )
+    assert receipt.nvme_bytes > 0
+    assert rows == whole[1]
+    assert tokens == whole[2]
+    assert receipt.decision_hash == whole[3].decision_hash
+    assert np.array_equal(logits, whole[0])
