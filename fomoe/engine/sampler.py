@@ -104,12 +104,17 @@ def _penalised(
 
 
 def _candidates(scores: F64, params: SamplingParams) -> tuple[npt.NDArray[np.intp], F64]:
-    """Return candidate ids, best first, and their probabilities after top_k, top_p and min_p.
+    """Return candidate ids and their weights after top_k, top_p and min_p.
 
-    The greatest score is 0.
+    They stand best first, or by id where neither top_k nor top_p asks for an order: sorting a
+    vocabulary of 248,320 takes 30 ms. The greatest score is 0.
     """
     size = len(scores)
     limit = size if params.top_k <= 0 else min(params.top_k, size)
+    if limit == size and params.top_p >= 1.0:
+        weights = np.exp(scores)
+        ids = np.flatnonzero(weights >= params.min_p)  # of the best one's, which is 1
+        return ids, weights[ids]
     total = None
     if params.top_p < 1.0 and limit == size > _NUCLEUS_GUESS:
         weights = np.exp(scores)

@@ -84,11 +84,6 @@ def tuning_of(runtime: Runtime, kernel: Kernel, qtype: int) -> Tuning:
     return _MEASURED.get(start, {}).get((kernel, GGMLType(qtype)), _TUNINGS[start])
 
 
-def starts_early(runtime: Runtime) -> bool:
-    """Whether kernels are made so that they can start beside the launch before."""
-    return _TUNINGS[_line_of(runtime)].early
-
-
 def _line_of(runtime: Runtime) -> str:
     for start in sorted(_TUNINGS, key=len, reverse=True):
         if runtime.target.startswith(start):
