@@ -83,9 +83,6 @@ def project_rows(
     return _launch(gpu, "project_rows", plan, list(rows), options.ahead)
 
 
-head = project
-
-
 class _Part(ctypes.Structure):
     """`struct Part` of project.hip."""
 
