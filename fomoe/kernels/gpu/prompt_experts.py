@@ -19,7 +19,7 @@ from fomoe.kernels.gpu.prompt import Chunk, ceil_div, product_defines, room_of
 from fomoe.kernels.gpu.prompt_tiles import AnyTile, expert_tiles, float_tile_of_halves
 from fomoe.kernels.gpu.step import Rows
 
-_CHUNK = 64  # tokens that one group of count_pairs and place_pairs takes
+PAIR_CHUNK = 64  # tokens that one group of count_pairs and place_pairs takes
 _MOST_THREADS = 1024
 _COMBINE_THREADS = 256
 # Out of experts, leaving out tiles takes these so many registers that a core holds one group only.
@@ -71,7 +71,7 @@ def pair_buffers(gpu: GPU, chunk: Chunk, experts: Experts) -> Pairs:
     pairs = chunk.tokens * experts.top_k
     most_tiles = min(experts.count, pairs) + pairs // tile_in.tokens
     sizes = (
-        ceil_div(chunk.tokens, _CHUNK) * experts.count, 1, 1, 2 * most_tiles,
+        ceil_div(chunk.tokens, PAIR_CHUNK) * experts.count, 1, 1, 2 * most_tiles,
         experts.count + 1, pairs, pairs,
     )  # fmt: skip
     addresses = [gpu.arena.take(4 * size) for size in sizes]
@@ -110,7 +110,7 @@ def group_pairs(
     def launch(name: str) -> Launch:
         function = gpu.kernel("group_pairs", name, defines)
         args = [chunk.step, ids, pointers(*pairs.lists)]
-        return Launch(function, ceil_div(chunk.tokens, _CHUNK), threads, 0, args)
+        return Launch(function, ceil_div(chunk.tokens, PAIR_CHUNK), threads, 0, args)
 
     return launch("count_pairs"), launch("place_pairs")
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
 from fomoe.kernels.gpu.arena import ALIGN, aligned
+from fomoe.kernels.gpu.attention import MOST_SPLITS
+from fomoe.kernels.gpu.prompt_experts import PAIR_CHUNK
 from fomoe.kernels.gpu.state import TILE
 from fomoe.kernels.gpu.step import picks
 from fomoe.model.gpu.options import HostOptions
@@ -17,8 +19,6 @@ from fomoe.model.gpu.weights import ROUTER_PARTS
 from fomoe.model.gpu.work import work_bytes
 from fomoe.model.spec import ModelSpec
 
-_MOST_SPLITS = 128  # parts of a context, see `attend_plan`
-_PAIR_CHUNK = 64  # tokens, see `pair_buffers`
 _LEAST_TILE = 16  # tokens
 _SMALL_BYTES = 256 << 10  # step blocks, counters, what kernels leave for their last group
 
@@ -85,7 +85,7 @@ def _mail_bytes(spec: ModelSpec, options: HostOptions) -> int:
 def _mixer_bytes(spec: ModelSpec, options: HostOptions) -> int:
     """Bytes that decode kernels of mixers keep for their last group."""
     a, d = spec.attention, spec.delta
-    splits = min(_MOST_SPLITS, -(-options.ctx_size // TILE))
+    splits = min(MOST_SPLITS, -(-options.ctx_size // TILE))
     attention = aligned(4 * a.n_heads * splits * (a.head_dim + 2)) + aligned(4 * a.n_heads)
     delta = aligned(4 * d.inner) + aligned(4 * d.n_v_heads)
     kinds = [spec.layers[layer] for layer in options.layers]
@@ -99,7 +99,7 @@ def _pair_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
     for tokens in bucket_sizes(options.max_tokens):
         pairs = tokens * moe.top_k
         tiles = min(moe.n_experts, pairs) + pairs // _LEAST_TILE
-        before = -(-tokens // _PAIR_CHUNK) * moe.n_experts
+        before = -(-tokens // PAIR_CHUNK) * moe.n_experts
         sizes = before, 1, 1, 2 * tiles, moe.n_experts + 1, pairs, pairs
         total += sum(aligned(4 * size) for size in sizes)
     return n_layouts * total
