@@ -2,7 +2,8 @@
 // that has no tile to fetch any more asks for a piece of them instead, FM_STAGES - 1 times.
 //
 // The bus is busy then while a launch ends and the next one prepares its vectors. Nothing depends on
-// what has come: the next launch reads it as ever.
+// what has come: the next launch reads it as ever. No device's tuning asks for it: on an NVIDIA H200
+// it won nothing (kernels/gpu/tuning.py).
 #pragma once
 
 // A multiple of 16 bytes of device memory from a multiple of 16 on, and how much of it a wave asks

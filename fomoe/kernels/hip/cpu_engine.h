@@ -9,7 +9,7 @@ struct Index {
 
 constexpr unsigned kSlotBytes = 64;  // the most that a lane may show to its wave at once
 
-enum Operation : unsigned { kXor = 1, kRead, kTile, kSum, kMax, kSync };
+enum Operation : unsigned { kXor = 1, kTile, kSum, kMax, kSync };
 
 // One running group. The engine keeps the indices of the lane that runs; a lane calls the functions.
 struct Engine {

@@ -45,7 +45,6 @@ static const __device__ fm_grid_size gridDim{};
 #define FM_NO_UNROLL _Pragma("unroll 1")
 
 struct alignas(16) fm_u4 { unsigned x, y, z, w; };
-struct alignas(16) fm_i4 { int x, y, z, w; };
 struct alignas(16) fm_f4 { float x, y, z, w; };
 struct alignas(8) fm_u2 { unsigned x, y; };
 struct alignas(8) fm_f2 { float x, y; };
@@ -61,7 +60,6 @@ FM_DEV float fm_bf2f(unsigned bits) { return fm_bits<float>(bits << 16); }
 FM_DEV float fm_exp(float x) { return __builtin_expf(x); }
 FM_DEV float fm_log(float x) { return __builtin_logf(x); }
 FM_DEV float fm_sqrt(float x) { return __builtin_sqrtf(x); }
-FM_DEV float fm_rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 FM_DEV float fm_rint(float x) { return __builtin_rintf(x); }
 FM_DEV float fm_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FM_DEV float fm_abs(float x) { return __builtin_fabsf(x); }
@@ -90,9 +88,6 @@ FM_DEV void fm_levels(unsigned q, unsigned t0, unsigned t1, unsigned t2, unsigne
 // ---- memory
 typedef unsigned fm_vector4 __attribute__((ext_vector_type(4)));
 FM_DEV fm_u4 fm_load16(const void* p) { return fm_bits<fm_u4>(*static_cast<const fm_vector4*>(p)); }
-FM_DEV fm_u4 fm_stream16(const void* p) {
-    return fm_bits<fm_u4>(__builtin_nontemporal_load(static_cast<const fm_vector4*>(p)));
-}
 FM_DEV void fm_copy16(void* shared, const void* global) {
     *static_cast<fm_vector4*>(shared) = *static_cast<const fm_vector4*>(global);
 }
@@ -100,7 +95,6 @@ FM_DEV void fm_copy_commit() {}
 template <int N>
 FM_DEV void fm_copy_wait() {}
 FM_DEV void fm_fence() { __builtin_amdgcn_fence(__ATOMIC_SEQ_CST, "agent"); }
-FM_DEV void fm_fence_system() { __builtin_amdgcn_fence(__ATOMIC_SEQ_CST, ""); }
 FM_DEV unsigned fm_atomic_add(unsigned* p, unsigned value) {
     return __hip_atomic_fetch_add(p, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
@@ -158,10 +152,6 @@ FM_DEV T fm_wave_xor(T value, int mask) {
         case 32: return fm_bits<T>(fm_xor_lane<32>(bits));
         default: return fm_bits<T>(fm_any_lane(bits, fm_lane() ^ mask));
     }
-}
-template <class T>
-FM_DEV T fm_wave_read(T value, int lane) {
-    return fm_bits<T>(fm_any_lane(fm_bits<int>(value), lane));
 }
 // Orders what the lanes of a wave wrote to shared memory, and what came there by fm_copy16.
 FM_DEV void fm_wave_sync() {

@@ -50,7 +50,6 @@ unsigned sizes(void (*)(A...), unsigned* out) {
 #define gridDim (fm_engine->groups)
 
 struct alignas(16) fm_u4 { unsigned x, y, z, w; };
-struct alignas(16) fm_i4 { int x, y, z, w; };
 struct alignas(16) fm_f4 { float x, y, z, w; };
 struct alignas(8) fm_u2 { unsigned x, y; };
 struct alignas(8) fm_f2 { float x, y; };
@@ -69,7 +68,6 @@ FM_DEV float fm_bf2f(unsigned bits) { return fm_bits<float>(bits << 16); }
 FM_DEV float fm_exp(float x) { return expf(x); }
 FM_DEV float fm_log(float x) { return logf(x); }
 FM_DEV float fm_sqrt(float x) { return sqrtf(x); }
-FM_DEV float fm_rsqrt(float x) { return 1.0f / sqrtf(x); }
 FM_DEV float fm_rint(float x) { return rintf(x); }
 FM_DEV float fm_fma(float a, float b, float c) { return fmaf(a, b, c); }
 FM_DEV float fm_abs(float x) { return fabsf(x); }
@@ -100,7 +98,6 @@ FM_DEV fm_u4 fm_load16(const void* p) {
     fm_check_16(p);
     return *static_cast<const fm_u4*>(p);
 }
-FM_DEV fm_u4 fm_stream16(const void* p) { return fm_load16(p); }
 FM_DEV void fm_copy16(void* shared, const void* global) {
     fm_check_16(shared);
     fm_check_16(global);
@@ -112,7 +109,6 @@ FM_DEV void fm_copy_wait() {
     fm_engine->copy_wait(N);
 }
 FM_DEV void fm_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-FM_DEV void fm_fence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 FM_DEV unsigned fm_atomic_add(unsigned* p, unsigned value) {
     return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST);
 }
@@ -148,11 +144,6 @@ template <class T>
 FM_DEV T fm_wave_xor(T value, int mask) {
     static_assert(sizeof(T) == 4, "4 bytes");
     return fm_from_lane<T>(fm_engine->exchange(&value, sizeof(T), fm_cpu::kXor), (fm_lane() ^ mask) % FM_WAVE);
-}
-template <class T>
-FM_DEV T fm_wave_read(T value, int lane) {
-    static_assert(sizeof(T) == 4, "4 bytes");
-    return fm_from_lane<T>(fm_engine->exchange(&value, sizeof(T), fm_cpu::kRead), unsigned(lane) % FM_WAVE);
 }
 // Orders what the lanes of a wave wrote to shared memory, and what came there by fm_copy16.
 FM_DEV void fm_wave_sync() {

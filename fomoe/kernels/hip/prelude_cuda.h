@@ -16,7 +16,6 @@
 #define FM_NO_UNROLL _Pragma("unroll 1")
 
 typedef uint4 fm_u4;
-typedef int4 fm_i4;
 typedef float4 fm_f4;
 typedef uint2 fm_u2;
 typedef float2 fm_f2;
@@ -42,7 +41,6 @@ FM_DEV float fm_bf2f(unsigned bits) { return __uint_as_float(bits << 16); }
 FM_DEV float fm_exp(float x) { return expf(x); }
 FM_DEV float fm_log(float x) { return logf(x); }
 FM_DEV float fm_sqrt(float x) { return sqrtf(x); }
-FM_DEV float fm_rsqrt(float x) { return 1.0f / sqrtf(x); }
 FM_DEV float fm_rint(float x) { return rintf(x); }
 FM_DEV float fm_fma(float a, float b, float c) { return fmaf(a, b, c); }
 FM_DEV float fm_abs(float x) { return fabsf(x); }
@@ -64,13 +62,6 @@ FM_DEV void fm_levels(unsigned q, unsigned t0, unsigned t1, unsigned t2, unsigne
 
 // ---- memory
 FM_DEV fm_u4 fm_load16(const void* p) { return *static_cast<const fm_u4*>(p); }
-FM_DEV fm_u4 fm_stream16(const void* p) {
-    fm_u4 v;
-    asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-        : "l"(p));
-    return v;
-}
 FM_DEV unsigned fm_shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 #if __CUDA_ARCH__ >= 800
 FM_DEV void fm_copy16(void* shared, const void* global) {
@@ -89,7 +80,6 @@ template <int N>
 FM_DEV void fm_copy_wait() {}
 #endif
 FM_DEV void fm_fence() { __threadfence(); }
-FM_DEV void fm_fence_system() { __threadfence_system(); }
 FM_DEV unsigned fm_atomic_add(unsigned* p, unsigned value) { return atomicAdd(p, value); }
 FM_DEV unsigned long long fm_clock() {  // nanoseconds
     unsigned long long now;
@@ -132,10 +122,6 @@ FM_DEV void fm_fetch_ahead(const void* p, int bytes) {
 template <class T>
 FM_DEV T fm_wave_xor(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
-}
-template <class T>
-FM_DEV T fm_wave_read(T value, int lane) {
-    return __shfl_sync(0xffffffffu, value, lane);
 }
 // Orders what the lanes of a wave wrote to shared memory, and what came there by fm_copy16.
 FM_DEV void fm_wave_sync() { __syncwarp(); }

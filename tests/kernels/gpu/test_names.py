@@ -33,9 +33,9 @@ def test_numbers(gpu):
     x = np.concatenate([random.normal(0, 2, 500), random.uniform(-(2.0**18), 2.0**18, 501)])
     x = x.astype(np.float32)
     x[500:] = np.where(np.arange(501) % 2, x[500:], x[500:] / 2.0**14)
-    out = put(gpu, np.full(12 * x.size, np.nan, np.float32))
+    out = put(gpu, np.full(11 * x.size, np.nan, np.float32))
     launch(gpu, "numbers", 3, 64, [put(gpu, x), out, ctypes.c_int(x.size)])
-    got = gpu.download(out, np.float32, (12, x.size)).astype(np.float64)
+    got = gpu.download(out, np.float32, (11, x.size)).astype(np.float64)
     v = x.astype(np.float64)
     a = np.abs(v)
     with np.errstate(over="ignore"):
@@ -46,12 +46,11 @@ def test_numbers(gpu):
     np.testing.assert_allclose(got[0][small], np.exp(v[small]), rtol=3e-7)
     np.testing.assert_allclose(got[1], np.log(a), rtol=3e-7, atol=1e-7)
     np.testing.assert_allclose(got[2], np.sqrt(a), rtol=6e-8)
-    np.testing.assert_allclose(got[3], 1 / np.sqrt(a), rtol=1.2e-7)
-    np.testing.assert_array_equal(got[4], np.rint(v))
-    np.testing.assert_allclose(got[5], v * v - 1, rtol=6e-8)
-    np.testing.assert_allclose(got[6], np.sin(v), atol=1.5e-7)
-    np.testing.assert_allclose(got[7], np.cos(v), atol=1.5e-7)
-    for row, expected in zip(got[8:], exact, strict=True):
+    np.testing.assert_array_equal(got[3], np.rint(v))
+    np.testing.assert_allclose(got[4], v * v - 1, rtol=6e-8)
+    np.testing.assert_allclose(got[5], np.sin(v), atol=1.5e-7)
+    np.testing.assert_allclose(got[6], np.cos(v), atol=1.5e-7)
+    for row, expected in zip(got[7:], exact, strict=True):
         np.testing.assert_array_equal(row, expected)
 
 
@@ -59,14 +58,13 @@ def test_lanes(gpu):
     wave, random = gpu.runtime.wave, np.random.default_rng(4)
     x = random.integers(-50, 50, wave).astype(np.float32)
     a, b = random.integers(-128, 128, (2, wave, 4)).astype(np.int8)
-    out = put(gpu, np.zeros(5 * wave, np.float32))
+    out = put(gpu, np.zeros(4 * wave, np.float32))
     launch(gpu, "lanes", 1, wave, [put(gpu, x), put(gpu, a), put(gpu, b), out])
-    got, lane = gpu.download(out, np.float32, (5, wave)), np.arange(wave)
+    got, lane = gpu.download(out, np.float32, (4, wave)), np.arange(wave)
     np.testing.assert_array_equal(got[0], x.sum())
     np.testing.assert_array_equal(got[1], x.max())
     np.testing.assert_array_equal(got[2], x[lane ^ 1] + 1000 * x[lane ^ wave // 2])
-    np.testing.assert_array_equal(got[3], x[(lane * 5 + 3) % wave])
-    np.testing.assert_array_equal(got[4], (a.astype(int) * b).sum(1) + lane)
+    np.testing.assert_array_equal(got[3], (a.astype(int) * b).sum(1) + lane)
 
 
 def test_tiles(gpu):
