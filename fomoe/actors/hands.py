@@ -150,11 +150,10 @@ class LayerHands:
             ahead, depth=min(1, config.prefetch_depth),
             expert_bytes=int(placed.expert_bytes.mean()),
         )  # fmt: skip
-        self._traffic = LayerTraffic(fabric, nodes, links, placed, governor)
-        self.host = DeviceLayers(
-            fabric, links, placed, self._traffic,
-            n_states=n_states(config), ahead=looks_ahead(config),
-        )  # fmt: skip
+        self._traffic = LayerTraffic(
+            fabric, nodes, links, placed, governor, ahead=looks_ahead(config)
+        )
+        self.host = DeviceLayers(fabric, links, placed, self._traffic, n_states=n_states(config))
         self.loop = DeviceForward(spec, self.host)
 
     @property
@@ -183,7 +182,8 @@ class LayerHands:
 
     def reach(self, depth: int) -> None:
         """Look ahead from the next token on, or (0) not."""
-        self.host.looks_ahead = depth > 0 and looks_ahead(self._engine.config)
+        wanted = depth > 0 and looks_ahead(self._engine.config)
+        self._traffic.looks_ahead = wanted and self._traffic.moves
 
 
 def _placements(

@@ -43,14 +43,16 @@ class LayerTraffic:
     Attributes:
         reads: the talk with storage.
         moves: whether experts move at all, which they do not where each has a slot of its device.
+        looks_ahead: whether devices say what the next layer's router would, and that is brought.
     """
 
     def __init__(
         self, fabric: Fabric, nodes: list[NodeLink], links: list[LayerLink], placed: Placed,
-        governor: Governor,
+        governor: Governor, *, ahead: bool,
     ) -> None:  # fmt: skip
         self.reads = Reads(fabric, nodes, placed.planner, governor, placed.counters)
         self.moves = not placed.on_devices
+        self.looks_ahead = ahead and self.moves
         self._governor = governor
         self._guesses = [0] * placed.topology.n_layers  # reads asked for, until the layer's step
         self._step = _Asked()

@@ -1,0 +1,208 @@
+"""The driver's talk with devices that host layers: what they are sent and what they answer."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.actors.channel import Fabric, Regions
+from fomoe.actors.layer_link import LayerLink
+from fomoe.actors.layer_traffic import LayerTraffic
+from fomoe.actors.messages import DONE, LAYERS, STEP_ID, Do, Tag
+from fomoe.engine.copies import COPY
+from fomoe.engine.device_forward import Pass
+from fomoe.engine.placed import Placed
+from fomoe.errors import DeviceError, EngineError, PeerStalledError, StorageError
+
+I32 = npt.NDArray[np.int32]
+Records = npt.NDArray[np.void]
+Orders = tuple[Records, Records]  # of `COPY` and of `ENTRY`, with a message
+
+NO_COPIES = np.empty(0, COPY)
+_NO_ORDERS: Orders = NO_COPIES, NO_COPIES
+_SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take
+_WAIT_MS = 20.0
+_SEND_BOUND_S = 5.0
+_STEP_BOUND_S = 120.0
+
+
+class LayerCalls:
+    """Messages to devices, and every wait of the driver for one.
+
+    Attributes:
+        step_id: of the message sent last.
+        step: the pass under way.
+        wanted: layer and experts int32 [n] that are waited for: a failed read of one ends the wait.
+    """
+
+    def __init__(
+        self, fabric: Fabric, links: list[LayerLink], placed: Placed, traffic: LayerTraffic
+    ) -> None:
+        self.step_id = 0
+        self.step = Pass(np.zeros(1, np.int32), 0, 0, overlap=True)
+        self.wanted: tuple[int, I32] = 0, np.zeros(0, np.int32)
+        self._fabric = fabric
+        self._links = links
+        self._placed = placed
+        self._traffic = traffic
+        self._buffer = bytearray(fabric.spec.slot_bytes)
+        self._passes = 0
+
+    def open(self, step: Pass) -> None:
+        """Begin a pass, which the devices hear of with their next messages."""
+        for link in self._links:  # a pass that failed may have left something under way
+            self.close(link)
+            link.given_up.clear()
+        self.step = step
+        self._passes += 1
+
+    def copy_state(self, to: int, origin: int, length: int) -> None:
+        """Make state `to` what state `origin` is after `length` tokens, on every device."""
+        for link in self._links:
+            payload = self._next(Do.COPY_STATE, 0, 0, (0, length, to, origin, 0, 0, 0))
+            link.sent = self.step_id
+            link.sender.send(Tag.LAYERS, payload, (), _SEND_BOUND_S)
+
+    def send(
+        self, link: LayerLink, flags: int, layer: int, *, peer: int = 0, awaited: int = 0,
+        rows: int = 1, orders: Orders = _NO_ORDERS,
+    ) -> None:  # fmt: skip
+        """Send a device a part of the pass; `orders` go with it."""
+        step = self.step
+        if link.begun != self._passes:
+            link.begun = self._passes
+            flags |= Do.BEGIN
+        payload = self._next(
+            flags, layer, awaited,
+            (len(step.tokens), step.position, step.state, peer, rows, *map(len, orders)),
+        )  # fmt: skip
+        link.sent = self.step_id
+        for records in orders:
+            if len(records):
+                payload += records.tobytes()
+        link.sender.send(Tag.LAYERS, payload, self._regions(link, flags, peer), _SEND_BOUND_S)
+
+    def _next(self, flags: int, layer: int, awaited: int, rest: tuple[int, ...]) -> bytes:
+        self.step_id += 1
+        return LAYERS.pack(self.step_id, awaited, flags, layer, *rest)
+
+    def _regions(self, link: LayerLink, flags: int, peer: int) -> Regions:
+        """Return what a device on another box must see because of a message."""
+        if link.node == 0 and (not flags & Do.TAKE or self._links[peer].node == 0):
+            return ()
+        tokens = len(self.step.tokens)
+        hidden = tokens * link.views.hidden.shape[1]
+        picks = tokens * link.views.ids.shape[1]
+        regions = link.layout.regions(
+            link.arena, tokens=tokens, rows=len(link.views.rows), ids=picks, weights=picks
+        )
+        if flags & Do.TAKE:
+            regions += link.layout.regions(self._links[peer].arena, word=1, hidden=hidden)
+        return regions
+
+    def close(self, link: LayerLink) -> None:
+        """Wait until the planner's step on a device, if there is one, has been answered."""
+        if link.open is not None:
+            self.wait(link, link.open.id)
+
+    def wait(self, link: LayerLink, step: int = 0) -> None:
+        """Wait until a device has answered a step, or what was sent last: nothing else can wait.
+
+        Raises:
+            StorageError: an expert could not be read; nothing is under way any more.
+        """
+        wanted, deadline = step or link.sent, time.monotonic() + _STEP_BOUND_S
+        while True:
+            bell = self._fabric.bell()
+            self._receive(link)
+            if link.answered >= wanted:
+                break
+            for other in self._links:
+                self._receive(other)  # one that failed keeps the others waiting
+            if self._traffic.moves:
+                self._check()
+            if time.monotonic() > deadline:
+                raise PeerStalledError(link.name, _STEP_BOUND_S)
+            self._fabric.wait(bell, _SPIN_US, _WAIT_MS)
+        if link.given_up and not step:
+            self._blame(link)
+
+    def _abort(self) -> None:
+        """Let every device give up what it has, and wait until each has answered."""
+        for link in self._links:
+            link.sender.send(Tag.ABORT, STEP_ID.pack(self.step_id), (), _SEND_BOUND_S)
+        deadline = time.monotonic() + _STEP_BOUND_S
+        for link in self._links:
+            while link.answered < link.sent:
+                bell = self._fabric.bell()
+                self._receive(link)
+                if time.monotonic() > deadline:
+                    raise PeerStalledError(link.name, _STEP_BOUND_S)
+                if link.answered < link.sent:
+                    self._fabric.wait(bell, _SPIN_US, _WAIT_MS)
+
+    def _receive(self, link: LayerLink) -> None:
+        """Take a device's answers.
+
+        Raises:
+            DeviceError: it cannot go on; names it and says why.
+        """
+        while (message := link.receiver.try_recv(self._buffer)) is not None:
+            tag, nbytes = message
+            if tag == Tag.FAULT:
+                text = self._buffer[:nbytes].decode(errors="replace")
+                raise DeviceError(f"{link.name}: {text}")
+            if tag == Tag.COPIED:
+                self._traffic.ended(self._buffer, nbytes)
+                continue
+            link.answered, aborted, _, computed_ns, waited_ns = DONE.unpack_from(self._buffer)
+            if aborted:
+                link.given_up.add(link.answered)
+            self._answered(link, waited_ns, aborted=bool(aborted))
+            self._placed.counters.compute_s += computed_ns / 1e9
+            self._placed.counters.stall_s += waited_ns / 1e9
+
+    def _answered(self, link: LayerLink, waited_ns: int, *, aborted: bool) -> None:
+        """Tell the planner of the step that a device has answered for."""
+        step = link.open
+        if step is None or link.answered < step.id:
+            return
+        link.open = None
+        if step.is_last and not aborted:
+            self._placed.close(link.number, step.layer)
+            if self._traffic.looks_ahead:
+                self._traffic.answered(step.layer, waited_ns / 1e9)
+        else:
+            self._placed.answered(link.number, step.layer, aborted=aborted)
+
+    def _blame(self, link: LayerLink) -> None:
+        """Raise what made a device give a step up: the one before it has failed or died."""
+        link.given_up.clear()
+        for other in self._links:
+            if other is not link:
+                self._receive(other)
+        raise EngineError(f"{link.name} gave a step up, and no other device has failed")
+
+    def hear(self, link: LayerLink) -> None:
+        """Take what devices and storage say; waits some milliseconds where `link` says nothing.
+
+        Raises:
+            StorageError: as `wait`.
+        """
+        bell = self._fabric.bell()
+        before = link.answered
+        for each in self._links:
+            self._receive(each)
+        if link.answered > before:
+            return
+        self._check()
+        self._fabric.wait(bell, _SPIN_US, _WAIT_MS)
+
+    def _check(self) -> None:
+        """Raise StorageError where a wanted expert could not be read, once all is at rest."""
+        failed = self._traffic.failures(*self.wanted)
+        if failed:
+            self._abort()
+            raise StorageError(failed[-1].message)
