@@ -111,19 +111,22 @@ def card(base: Machine, bandwidth: Mapping[str, Any]) -> Machine:
                    host=replace(base.host, memory_rate=float(bus["both_ways"])))  # fmt: skip
 
 
-def cases(run: Mapping[str, Any], tokens: int, layers: int) -> Iterator[tuple[str, Case]]:
+def cases(result: Mapping[str, Any], actors: str, layers: int) -> Iterator[tuple[str, Case]]:
     """Yield what `pingpong.py` has timed with one number of actors, by name."""
+    run = result.get(actors, {})
+    context = result["tokens"] // 2
     compute = run.get("plain", {}).get("compute ms", 0.0)
+    hits = run.get("hits in VRAM", result.get("hits in VRAM"))
     for name in RUNS:
         if name not in run:
             continue
         timed = run[name]
         if name == "alone":
-            case = Case(measured_ms=timed["ms"], context=tokens // 2)
+            case = Case(measured_ms=timed["ms"], context=context)
         else:
             delay_ms = timed["compute ms"] - compute
             case = Case(
-                measured_ms=timed["wall ms"], context=tokens // 2, hits=run["hits in VRAM"],
+                measured_ms=timed["wall ms"], context=context, hits=hits,
                 delay_s=1e-3 * delay_ms / layers, crossed_mb=timed["MB per token"],
             )  # fmt: skip
         yield name, case
@@ -187,7 +190,7 @@ def compare(
     """
     result: dict[str, Any] = {}
     for actors in ("two", "one"):
-        for name, case in cases(run.get(actors, {}), run["tokens"], shape.n_layers):
+        for name, case in cases(run, actors, shape.n_layers):
             found: dict[str, Any] = {
                 "measured ms": case.measured_ms, "measured MB per token": case.crossed_mb,
                 "hits in VRAM": case.hits, "delay us per layer": round(1e6 * case.delay_s, 1),

@@ -111,6 +111,13 @@ def test_every_run_is_compared(machine, shape):
     assert delayed["turns"]["within 15%"] == (abs(mid / 4.0 - 1) <= 0.15)
 
 
+def test_hits_may_stand_once_for_all_runs(machine, shape):
+    summary = RUN | {"hits in VRAM": 0.25, "two": {"plain": PLAIN}, "one": {"alone": {"ms": 0.9}}}
+    result = twin.compare(machine, shape, summary, 140e-6)
+    assert result["two"]["plain"]["hits in VRAM"] == 0.25
+    assert result["one"]["alone"]["hits in VRAM"] == 1.0
+
+
 def test_it_prints_json_last(tmp_path, monkeypatch, capsys):
     (tmp_path / "b.json").write_text(json.dumps(BANDWIDTH, indent=1))
     (tmp_path / "p.log").write_text("up in 1 s\n" + json.dumps(RUN) + "\n")
