@@ -14,9 +14,10 @@ from product_cases import repeated, upload, upload_rows
 from weights import random_blocks
 
 from fomoe.gguf.quants import GGMLType, row_bytes
+from fomoe.kernels.gpu.arena import ALIGN, aligned
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
-from fomoe.kernels.gpu.matrices import ALIGN, ExpertLayout, Matrix
+from fomoe.kernels.gpu.matrices import ExpertLayout, Matrix
 from fomoe.kernels.gpu.moe import (
     Choose,
     MoEBuffers,
@@ -139,7 +140,7 @@ class DecodeLayers:
     def _places(self) -> list[tuple[int, int]]:
         """Addresses of a slot table and of picks for one layer after the other."""
         gpu, model, rng = self._gpu, self.model, np.random.default_rng(5)
-        slot = np.zeros(-(-self._layout.nbytes // ALIGN) * ALIGN, np.uint8)
+        slot = np.zeros(aligned(self._layout.nbytes), np.uint8)
         shapes = [(model.width, model.hidden)] * 2 + [(model.hidden, model.width)]
         for qtype, shape, at in zip(self._layout.types, shapes, self._layout.offsets, strict=True):
             blocks = random_blocks(rng, GGMLType(qtype), *shape).reshape(-1)

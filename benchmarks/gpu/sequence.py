@@ -23,7 +23,7 @@ from device_time import device_ms, ticks_launch
 
 from fomoe.kernels.gpu import sequence
 from fomoe.kernels.gpu.attention import attend_plan
-from fomoe.kernels.gpu.delta import delta_plan
+from fomoe.kernels.gpu.delta import head_parts
 from fomoe.kernels.gpu.gpu import GPU, open_gpu
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.state import StateLayout, channels
@@ -165,12 +165,11 @@ def delta(bench: Bench, shape: Shape) -> None:
     call = bench.delta_call(spec, 1, layout.layers[0])
     steps = [bench.step(state, position=9) for state in states(bench, layout.nbytes)]
     moved = 2 * 4 * spec.n_v_heads * spec.key_dim * spec.value_dim
-    usual = delta_plan(spec, bench.gpu.runtime)
-    others = [sequence.DeltaPlan(parts, staged) for parts in (1, 2) for staged in (False, True)]
-    for plan in dict.fromkeys([usual, *others]):
-        calls = [[sequence.delta(bench.gpu, step, spec, call, plan)] for step in steps]
+    usual = head_parts(spec, bench.gpu.runtime)
+    for parts in dict.fromkeys([usual, 1, 2]):
+        calls = [[sequence.delta(bench.gpu, step, spec, call, parts)] for step in steps]
         us = bench.per_call_us(calls)
-        bench.show(f"{shape.name} delta", us, moved, plan=plan, usual=plan == usual)
+        bench.show(f"{shape.name} delta", us, moved, parts=parts, usual=parts == usual)
 
 
 def attend(bench: Bench, shape: Shape) -> None:

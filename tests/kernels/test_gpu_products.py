@@ -182,6 +182,8 @@ def test_what_cannot_be_multiplied_is_refused_by_name(gpu: GPU) -> None:
         project(gpu, 0, 0, EPS, [(one, 0), (other, 0)])
     with pytest.raises(DeviceError, match="activations for a F32 matrix are missing"):
         project_rows(gpu, Rows(0, 256, 256), one, 0)
+    with pytest.raises(DeviceError, match="kept in all forms"):
+        project(gpu, 0, 0, EPS, [(one, 0)], keep=Rows(256, 0, 0))
 
 
 def test_groups_go_where_the_bytes_are() -> None:

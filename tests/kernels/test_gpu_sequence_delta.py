@@ -97,11 +97,11 @@ class Bench:
     def _out(self, count: int) -> RowsOut:
         return RowsOut.empty(self.gpu, count, self.layer.spec.inner, self.int8)
 
-    def token(self, t: int, plan: sequence.DeltaPlan | None = None) -> tuple[Array, ...]:
+    def token(self, t: int, parts: int | None = None) -> tuple[Array, ...]:
         out = self._out(1)
         step = step_block(self.gpu, position=t, state=self.state.address)
         call = self._call(t, 1, out.rows)
-        run(self.gpu, sequence.delta(self.gpu, step, self.layer.spec, call, plan))
+        run(self.gpu, sequence.delta(self.gpu, step, self.layer.spec, call, parts))
         return out.read()
 
     def chunk(self, first: int, count: int) -> tuple[Array, ...]:
@@ -138,22 +138,21 @@ def joined(parts: list[tuple[Array, ...]]) -> tuple[Array, ...]:
 
 
 @pytest.mark.parametrize(
-    ("spec", "plan", "int8"),
+    ("spec", "parts", "int8"),
     [
-        (spec_of(3, 3, 16, 16, 4), (1, False), False),
-        (spec_of(2, 6, 16, 16, 4), (2, True), False),
-        (spec_of(1, 2, 32, 32, 4), (1, False), True),
-        (spec_of(2, 4, 64, 64, 4), (4, False), True),
-        (spec_of(1, 2, 128, 128, 4), (2, True), True),
-        (spec_of(1, 2, 128, 128, 4), (1, False), True),
-        (spec_of(1, 2, 128, 128, 4), (1, True), True),
-        (spec_of(2, 2, 12, 160, 3), (1, True), True),
+        (spec_of(3, 3, 16, 16, 4), 1, False),
+        (spec_of(2, 6, 16, 16, 4), 2, False),
+        (spec_of(1, 2, 32, 32, 4), 1, True),
+        (spec_of(2, 4, 64, 64, 4), 4, True),
+        (spec_of(1, 2, 128, 128, 4), 2, True),
+        (spec_of(1, 2, 128, 128, 4), 1, True),
+        (spec_of(2, 2, 12, 160, 3), 1, True),
     ],
 )
-def test_tokens_in_turn(gpu: GPU, spec: DeltaSpec, plan: tuple[int, bool], int8: bool) -> None:
+def test_tokens_in_turn(gpu: GPU, spec: DeltaSpec, parts: int, int8: bool) -> None:
     tokens = 7
     bench = Bench(gpu, Layer.random(spec, tokens), int8)
-    found = joined([bench.token(t, sequence.DeltaPlan(*plan)) for t in range(tokens)])
+    found = joined([bench.token(t, parts) for t in range(tokens)])
     rows, memory = bench.layer.expected()
     check_rows(found, rows, TOLERANCE)
     assert error(bench.memory(), memory) < TOLERANCE

@@ -8,15 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference.qwen35moe_f64 import forward, relative_l2
+from support.emulated_gpu import emulated_gpu
 from support.hosted_gpu import decode_logits, hosted, prefill_logits
 
 from fomoe.errors import ConfigError, DeviceError
+from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
 from fomoe.model.gpu.host import GPUModel, planned_bytes
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.passes import bucket_sizes
-from fomoe.model.gpu.slots import slot_bytes
+from fomoe.model.gpu.slots import ExpertSlots, slot_bytes
 from fomoe.routing import route_exact
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -206,6 +208,33 @@ def test_rows_that_a_pass_has_not_are_refused() -> None:
                 model.logits([row])
             with pytest.raises(DeviceError, match="the pass has 1"):
                 model.largest(row)
+        with pytest.raises(DeviceError, match="logits of 2 rows: ask for 1 to 1"):
+            model.logits([0, 0])
+
+
+def test_a_row_may_be_asked_for_twice() -> None:
+    path, tokens, _ = golden("f32_tied")
+    with hosted(path, max_tokens=4) as model:
+        model.decode(tokens[0], 0)
+        one = model.logits([0])[0].copy()
+        for row in model.logits([0, 0]):
+            np.testing.assert_allclose(row, one, rtol=1e-5, atol=1e-5)
+        with pytest.raises(DeviceError, match="logits of 99 rows: ask for 1 to"):
+            model.logits([0] * 99)
+
+
+def test_slots_that_did_not_fit_may_be_fewer() -> None:
+    file = open_gguf(golden("f32_tied")[0])
+    spec = read_spec(file)
+    table = ExpertTable.from_gguf(file, spec.n_layers)
+    with emulated_gpu(arena_bytes=4 << 20) as gpu:
+        slots, others = ExpertSlots(gpu, table, spec, (0,)), [0] * (len(table.classes) - 1)
+        with pytest.raises(DeviceError, match="bytes asked of"):
+            slots.add([*others, 1 << 20] if others else [1 << 20])
+        slots.add([2, *others])
+        first, second = (slots.slot_address(0, slot) for slot in range(2))
+        end = gpu.arena.base + gpu.arena.used
+        assert second + slot_bytes(slots.layout(0)) <= end < first + (1 << 20)
 
 
 def test_every_launch_of_a_token_is_timed() -> None:
@@ -242,6 +271,16 @@ def test_parts_that_no_model_has_are_refused(wrong: dict[str, object]) -> None:
 def test_passes_that_do_not_fit_are_refused() -> None:
     path, _, _ = golden("f32_tied")
     with hosted(path, ctx_size=8) as model:
-        for tokens, position in ((2, 0), (0, 0), (1, 8)):
+        for tokens, position in ((2, 0), (0, 0), (1, 8), (1, -1)):
             with pytest.raises(DeviceError, match="position"):
                 model.begin(np.zeros(tokens, np.int32), position)
+
+
+def test_tokens_that_the_vocabulary_has_not_are_refused() -> None:
+    path, _, _ = golden("f32_tied")
+    with hosted(path, max_tokens=4) as model:
+        for token in (-1, model.spec.vocab):
+            with pytest.raises(DeviceError, match=rf"token {token}: the vocabulary has"):
+                model.decode(token, 0)
+            with pytest.raises(DeviceError, match=rf"token {token}: the vocabulary has"):
+                model.begin(np.array([0, token, 1], np.int32), 0)

@@ -5,6 +5,13 @@ from __future__ import annotations
 from fomoe.errors import DeviceError
 from fomoe.kernels.gpu.runtime import Runtime
 
+ALIGN = 256  # bytes: where pieces begin, as copies and 16-byte loads of whole waves want it
+
+
+def aligned(nbytes: int, align: int = ALIGN) -> int:
+    """Return the next multiple of `align`."""
+    return -(-nbytes // align) * align
+
 
 class Arena:
     """`nbytes` of device memory in one piece, so that what fits is known at start."""
@@ -20,13 +27,13 @@ class Arena:
         """Bytes that are taken, with what alignment cost."""
         return self._used
 
-    def take(self, nbytes: int, align: int = 256) -> int:
+    def take(self, nbytes: int, align: int = ALIGN) -> int:
         """Return the address of `nbytes` that nobody else has, aligned to a power of two.
 
         Raises:
             DeviceError: what is left is too small.
         """
-        start = (self.base + self._used + align - 1) // align * align - self.base
+        start = aligned(self.base + self._used, align) - self.base
         if start + nbytes > self.nbytes:
             raise DeviceError(
                 f"{self._runtime.name}: {nbytes:,} bytes asked of {self.nbytes - self._used:,} "

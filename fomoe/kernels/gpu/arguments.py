@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 from fomoe.errors import DeviceError
+from fomoe.kernels.gpu.arena import aligned
+from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.step import Rows
 
 
-def pointers(*addresses: int) -> Any:
-    """Return a struct of device addresses, passed by value."""
+def pointers(*addresses: int) -> ctypes.Array[ctypes.c_uint64]:
+    """Return a struct of device addresses (or other 8-byte numbers), passed by value."""
     return (ctypes.c_uint64 * len(addresses))(*addresses)
 
 
-def rows_out(out: Rows, dim: int) -> Any:
+def rows_out(out: Rows, dim: int) -> ctypes.Array[ctypes.c_uint64]:
     """Return the RowsOut of rows.h for vectors of `dim` values each.
 
     Raises:
@@ -40,17 +41,17 @@ def divisor(n: int, most: int) -> int:
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
 
 
-def zeros_at(gpu: Any, nbytes: int) -> int:
+def zeros_at(gpu: GPU, nbytes: int) -> int:
     """Return the address of `nbytes` of the GPU's arena that hold zeros."""
-    address: int = gpu.arena.take(nbytes)
+    address = gpu.arena.take(nbytes)
     gpu.runtime.fill(address, 0, nbytes, gpu.stream)
     gpu.runtime.synchronize(gpu.stream)
     return address
 
 
-def align(sizes: Sequence[int], to: int = 256) -> list[int]:
-    """Return where pieces of these sizes begin one behind the other, and where the last ends."""
+def starts_of(sizes: Sequence[int]) -> list[int]:
+    """Return where aligned pieces of these sizes begin one behind the other, and the last's end."""
     starts = [0]
     for size in sizes:
-        starts.append(starts[-1] + (size + to - 1) // to * to)
+        starts.append(starts[-1] + aligned(size))
     return starts

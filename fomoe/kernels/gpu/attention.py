@@ -21,7 +21,7 @@ _LONG_CTX = {1: 2, 1 << 14: 4, 1 << 17: 8}
 _DOUBLE_CTX = 1 << 14  # from here on two groups of a core hide each other's waits
 _CHUNK_ROWS = 16  # query vectors of a group in float32
 _TILE_ROWS, _TILE_WAVES = 16, 4  # query vectors of a wave on matrix units, waves of a group
-_MOST_SPLITS = 128
+MOST_SPLITS = 128  # parts of a context
 
 
 class AttendWeights(NamedTuple):
@@ -80,7 +80,7 @@ def attend_plan(spec: AttentionShape, place: KVPlace, cores: int) -> AttendPlan:
     rows = divisor(shared, most if place.kv_dtype == "f16" else 2)  # floats fill the registers
     fill = 2 if place.ctx >= _DOUBLE_CTX else 1
     splits = fill * _filling(spec, rows, cores)
-    return AttendPlan(rows, min(splits, _MOST_SPLITS, -(-place.ctx // TILE)))
+    return AttendPlan(rows, min(splits, MOST_SPLITS, -(-place.ctx // TILE)))
 
 
 def _filling(spec: AttentionShape, rows: int, cores: int) -> int:
@@ -102,7 +102,7 @@ def attend(
     shared = spec.n_heads // spec.n_kv_heads
     check(
         (shared % rows == 0, f"{rows} of {shared} query heads of a kv head a group: not a divisor"),
-        (1 <= splits <= _MOST_SPLITS, f"{splits} splits: from 1 to {_MOST_SPLITS}"),
+        (1 <= splits <= MOST_SPLITS, f"{splits} splits: from 1 to {MOST_SPLITS}"),
     )
     few = min(splits, _filling(spec, rows, gpu.runtime.cores))
     defines = {**_sizes(spec, call.place), "ROWS": rows, "SPLITS": splits, "FEW": few}

@@ -56,6 +56,7 @@ class CudaRuntime:
         self._events: list[int] = []
         self._graphs: list[int] = []
         self._modules: list[Any] = []
+        self._pinned: list[int] = []
         self._alike: set[int] = set()
         self.attach()
 
@@ -118,11 +119,13 @@ class CudaRuntime:
 
     def pinned(self, nbytes: int) -> Pinned:
         address = int(self._call(cu.cuMemHostAlloc, nbytes, _MAPPED))
+        self._pinned.append(address)
         device = int(self._call(cu.cuMemHostGetDevicePointer, address, 0))
         memory = (ctypes.c_uint8 * nbytes).from_address(address)
         return Pinned(address, device, np.ctypeslib.as_array(memory))
 
     def unpin(self, pinned: Pinned) -> None:
+        self._pinned.remove(pinned.address)
         self._call(cu.cuMemFreeHost, pinned.address)
 
     def register(self, array: U8) -> int:
@@ -227,6 +230,7 @@ class CudaRuntime:
             (cu.cuEventDestroy, self._events),
             (cu.cuStreamDestroy, self._streams),
             (cu.cuModuleUnload, self._modules),
+            (cu.cuMemFreeHost, self._pinned),
         ):
             for handle in handles:
                 self._call(destroy, handle)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
-from fomoe.kernels.gpu.arguments import align, check, pointers, rows_out, zeros_at
+from fomoe.kernels.gpu.arguments import check, pointers, rows_out, starts_of, zeros_at
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.runtime import Runtime
@@ -50,38 +50,30 @@ class DeltaCall(NamedTuple):
     out: Rows
 
 
-class DeltaPlan(NamedTuple):
-    """How decode is shared out: `parts` groups for a head; memory waits in shared memory or not."""
-
-    parts: int
-    staged: bool
-
-
-def delta_plan(spec: DeltaShape, runtime: Runtime) -> DeltaPlan:
-    """Return the plan for a device.
+def head_parts(spec: DeltaShape, runtime: Runtime) -> int:
+    """Return the groups that share a head in decode on a device.
 
     Parts of a head wait for each other in the end, which takes longer than a head on one core:
-    there is one part while a quarter of the cores have something to do. Memory comes to registers:
-    by way of shared memory it took 0.9 us more on an NVIDIA H200, with 64 heads and with 32.
+    there is one part while a quarter of the cores have something to do.
     """
     parts = 1
     while 8 * parts * spec.n_v_heads <= runtime.cores and spec.value_dim % (8 * parts) == 0:
         parts *= 2
-    return DeltaPlan(parts, staged=False)
+    return parts
 
 
 def delta(
-    gpu: GPU, step: int, spec: DeltaShape, call: DeltaCall, plan: DeltaPlan | None = None
+    gpu: GPU, step: int, spec: DeltaShape, call: DeltaCall, parts: int | None = None
 ) -> Launch:
     """Return the launch of one token: convolution, delta rule, gated norm, rows [n_v * dv].
 
-    `step` is the address of the step block.
+    `step` is the address of the step block; `parts` groups share a head (None: `head_parts`).
 
     Raises:
         DeviceError: sizes that the kernel does not take.
     """
     _check(spec)
-    parts, staged = plan or delta_plan(spec, gpu.runtime)
+    parts = parts or head_parts(spec, gpu.runtime)
     check(
         (
             spec.value_dim % (4 * parts) == 0,
@@ -89,7 +81,7 @@ def delta(
         )
     )
     threads = _threads(spec, spec.value_dim // parts)
-    defines = {**_sizes(spec), "PARTS": parts, "THREADS": threads, "STAGED": int(staged)}
+    defines = {**_sizes(spec), "PARTS": parts, "THREADS": threads}
     function = gpu.kernel("delta", "delta", defines)
     outputs = gpu.arena.take(4 * spec.n_v_heads * spec.value_dim) if parts > 1 else 0
     finished = zeros_at(gpu, 4 * spec.n_v_heads) if parts > 1 else 0
@@ -102,8 +94,7 @@ def delta(
         pointers(outputs, finished),
         rows_out(call.out, spec.value_dim),
     ]
-    shared = _staged_bytes(spec, parts) if staged else 0
-    return Launch(function, (parts, spec.n_v_heads), threads, shared, args, early=True)
+    return Launch(function, (parts, spec.n_v_heads), threads, 0, args, early=True)
 
 
 def delta_scratch_bytes(spec: DeltaShape, tokens: int) -> int:
@@ -148,7 +139,7 @@ def _middle(spec: DeltaShape, tokens: int) -> list[int]:
     """Offsets of keys and queries, values, gates; their end."""
     keys = 4 * tokens * spec.n_k_heads * 2 * spec.key_dim
     values = 4 * tokens * spec.n_v_heads * spec.value_dim
-    return align([keys, values, 16 * tokens * spec.n_v_heads])
+    return starts_of([keys, values, 16 * tokens * spec.n_v_heads])
 
 
 def _check(spec: DeltaShape) -> None:
@@ -183,10 +174,6 @@ def _threads(spec: DeltaShape, columns: int) -> int:
     """A column per kLanes threads where they suffice, and two waves of 64 at least."""
     wanted = -(-columns * _lanes(spec) // 64) * 64
     return max(128, min(_MOST_THREADS, wanted))
-
-
-def _staged_bytes(spec: DeltaShape, parts: int) -> int:
-    return 4 * spec.value_dim // parts * spec.key_dim
 
 
 def _places(place: DeltaPlace) -> tuple[int, int]:

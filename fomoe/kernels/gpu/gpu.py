@@ -29,6 +29,7 @@ class GPU:
         self._compiler = compiler
         self._modules: dict[_Key, Any] = {}
         self._functions: dict[tuple[_Key, str], int] = {}
+        self._closed = False
 
     def prepare(self, jobs: Sequence[tuple[str, Defines]]) -> None:
         """Compile and load units (name, defines) side by side, so that `kernel` finds them."""
@@ -72,7 +73,10 @@ class GPU:
         self.runtime.launch(launch, self.stream)
 
     def close(self) -> None:
-        """Wait for the work and give everything back."""
+        """Wait for the work and give everything back; nothing where that has been done."""
+        if self._closed:
+            return
+        self._closed = True
         self.runtime.synchronize(self.stream)
         self.arena.close()
         self.runtime.close()
@@ -116,5 +120,9 @@ def open_gpu(name: str, arena_bytes: int, units: Path | None = None) -> GPU:
         DeviceError: the driver, its compiler, the device or the memory is missing.
     """
     runtime = open_runtime(name)
-    compiler = Compiler.open(name.partition(":")[0], runtime.target, units)
-    return GPU(runtime, compiler, Arena(runtime, arena_bytes))
+    try:
+        compiler = Compiler.open(name.partition(":")[0], runtime.target, units)
+        return GPU(runtime, compiler, Arena(runtime, arena_bytes))
+    except DeviceError:
+        runtime.close()
+        raise

@@ -41,6 +41,7 @@ class HipRuntime:
         self._events: list[int] = []
         self._graphs: list[int] = []
         self._modules: list[Any] = []
+        self._pinned: list[int] = []
 
     def _count(self) -> int:
         try:
@@ -95,11 +96,13 @@ class HipRuntime:
 
     def pinned(self, nbytes: int) -> Pinned:
         address = int(self._call(hip.hipHostMalloc, nbytes, _MAPPED))
+        self._pinned.append(address)
         device = int(self._call(hip.hipHostGetDevicePointer, address, 0))
         memory = (ctypes.c_uint8 * nbytes).from_address(address)
         return Pinned(address, device, np.ctypeslib.as_array(memory))
 
     def unpin(self, pinned: Pinned) -> None:
+        self._pinned.remove(pinned.address)
         self._call(hip.hipHostFree, pinned.address)
 
     def register(self, array: U8) -> int:
@@ -189,6 +192,7 @@ class HipRuntime:
             (hip.hipEventDestroy, self._events),
             (hip.hipStreamDestroy, self._streams),
             (hip.hipModuleUnload, self._modules),
+            (hip.hipHostFree, self._pinned),
         ):
             for handle in handles:
                 self._call(destroy, handle)

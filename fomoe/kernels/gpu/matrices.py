@@ -9,9 +9,8 @@ import numpy.typing as npt
 
 from fomoe.errors import DeviceError
 from fomoe.gguf.quants import GGMLType, row_bytes
+from fomoe.kernels.gpu.arena import aligned
 from fomoe.kernels.gpu.gpu import GPU
-
-ALIGN = 256
 
 # Types that the kernels multiply with; the others of GGMLType run on the CPU only.
 TYPES = frozenset(
@@ -61,7 +60,7 @@ def place(gpu: GPU, qtype: int, blocks: npt.NDArray[np.uint8]) -> Matrix:
     cols = nbytes // kind.block_bytes * kind.block_elements
     if cols % 32 or nbytes % kind.block_bytes:
         raise DeviceError(f"a matrix of {cols} columns: GPUs multiply rows of whole 32 values")
-    address = gpu.arena.take(blocks.nbytes, ALIGN)
+    address = gpu.arena.take(blocks.nbytes)
     gpu.upload(address, blocks)
     return Matrix(address, int(kind), rows, cols)
 
@@ -100,13 +99,9 @@ class ExpertLayout:
     def offsets(self) -> tuple[int, int, int]:
         """Where gate, up and down begin in a slot."""
         gate, up, _ = self.part_bytes
-        return 0, _aligned(gate), _aligned(gate) + _aligned(up)
+        return 0, aligned(gate), aligned(gate) + aligned(up)
 
     @property
     def nbytes(self) -> int:
         """Bytes of a slot, up to the last byte of down."""
         return self.offsets[2] + self.part_bytes[2]
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fomoe.errors import DeviceError
 from fomoe.gguf.quants import GGMLType
+from fomoe.kernels.gpu.arena import aligned
+from fomoe.kernels.gpu.arguments import pointers
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import ExpertLayout, Matrix
@@ -99,7 +100,7 @@ def experts_in(
     wave = gpu.runtime.wave
     sets = top_k * -(-layout.width // shape.rows(wave, wanted.tile))
     groups = min(gpu.runtime.cores * plan.tuning.per_core, sets)
-    resident = (ctypes.c_uint64 * 4)(
+    resident = pointers(
         buffers.scores, choose.table if choose else 0, layout.offsets[1], layout.offsets[2]
     )
     kernel = gpu.kernel("experts_in", "experts_in", defines)
@@ -125,7 +126,7 @@ def experts_out(
     wanted = options.tuning or tuning_of(gpu.runtime, "experts_out", layout.types[2])
     side = max(shape.rows(wave, wanted.tile) for shape in (routed, shared))
     rows = -(-layout.hidden // (gpu.runtime.cores * wanted.per_core * side)) * side
-    inputs = _pick_bytes(top_k) + _whole16(4 * ((top_k + 2) * rows + 1))
+    inputs = _pick_bytes(top_k) + aligned(4 * ((top_k + 2) * rows + 1), 16)
     inputs += top_k * routed.input_bytes + shared.input_bytes
     plan = _plan(gpu, [routed, shared], inputs, wanted)
     defines = _expert_defines(layout, top_k, plan, options)
@@ -136,7 +137,7 @@ def experts_out(
         "FM_TYPE_SHARED": shared_down.type,
     }
     kernel = gpu.kernel("experts_out", "experts_out", defines)
-    second = (ctypes.c_uint64 * 4)(buffers.gate, buffers.up, buffers.scale, shared_down.address)
+    second = pointers(buffers.gate, buffers.up, buffers.scale, shared_down.address)
     groups = -(-layout.hidden // rows)
     threads, early = plan.tuning.waves * wave, plan.tuning.early
     args = [picks_address, buffers.inner, second, x, options.ahead.argument(plan.tuning.ahead)]
@@ -171,8 +172,4 @@ def _expert_defines(
 
 
 def _pick_bytes(top_k: int) -> int:
-    return _whole16(picks(top_k).itemsize)
-
-
-def _whole16(nbytes: int) -> int:
-    return -(-nbytes // 16) * 16
+    return aligned(picks(top_k).itemsize, 16)

@@ -62,8 +62,13 @@ def project(
     """Return y_i = W_i h with h = x * norm / sqrt(mean(x^2) + eps), all in one launch.
 
     `x` and `norm` are float32 [cols]; matrices have the same columns. Float matrices multiply h,
-    quantised ones its int8 form. All forms of h are written to `keep` where it has addresses.
+    quantised ones its int8 form. All forms of h are written to `keep` if it has addresses.
+
+    Raises:
+        DeviceError: columns differ, `keep` has some addresses only, or the device is too small.
     """
+    if any(keep) and not all(keep):
+        raise DeviceError(f"{keep}: h is kept in all forms (x, q and s), or in none")
     plan = _plan(gpu, parts, options, {})
     args = [x, norm, ctypes.c_float(eps), keep.x, keep.q, keep.s]
     return _launch(gpu, "project", plan, args, options.ahead)
@@ -81,9 +86,6 @@ def project_rows(
     if not (rows.q and rows.s if plan.shapes[0].is_int8 else rows.x):
         raise DeviceError(f"activations for a {plan.shapes[0].qtype.name} matrix are missing")
     return _launch(gpu, "project_rows", plan, list(rows), options.ahead)
-
-
-head = project
 
 
 class _Part(ctypes.Structure):

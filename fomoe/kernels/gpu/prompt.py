@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fomoe.gguf.quants import GGMLType
+from fomoe.kernels.gpu.arguments import pointers
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import Matrix
@@ -60,11 +61,6 @@ class Chunk:
 def room_of(gpu: GPU) -> Room:
     """Return what a device has for tiles."""
     return Room(gpu.runtime.cores, gpu.runtime.shared_bytes)
-
-
-def structure(*addresses: int) -> ctypes.Array[ctypes.c_uint64]:
-    """Return device addresses as a kernel takes a struct of pointers by value."""
-    return (ctypes.c_uint64 * len(addresses))(*addresses)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -134,8 +130,8 @@ def _matmul(
     defines |= {"ADD": int(add), "PARTS": len(parts)}
     function = gpu.kernel("matmul", "matmul", defines)
     grid = (ceil_div(matrix.rows, tile.rows), ceil_div(chunk.tokens, tile.tokens), len(parts))
-    places = structure(*(m.address for m, _ in parts), *(out for _, out in parts))
-    args = [chunk.step, places, structure(rows.q, rows.s, rows.x)]
+    places = pointers(*(m.address for m, _ in parts), *(out for _, out in parts))
+    args = [chunk.step, places, pointers(rows.q, rows.s, rows.x)]
     return Launch(function, grid, tile.threads, defines["SHARED_BYTES"], args)
 
 
@@ -151,6 +147,6 @@ def swiglu(gpu: GPU, chunk: Chunk, rows: Rows, gate: Matrix, up: Matrix, out: Ro
     defines = product_defines(types, gate.rows, gate.cols, tile)
     function = gpu.kernel("swiglu", "swiglu", defines)
     grid = (ceil_div(gate.rows, tile.rows // 2), ceil_div(chunk.tokens, tile.tokens))
-    sources, results = structure(rows.q, rows.s, rows.x), structure(out.q, out.s, out.x)
+    sources, results = pointers(rows.q, rows.s, rows.x), pointers(out.q, out.s, out.x)
     args = [chunk.step, gate.address, up.address, sources, results]
     return Launch(function, grid, tile.threads, defines["SHARED_BYTES"], args)

@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 from fomoe.errors import DeviceError
 from fomoe.gguf.quants import GGMLType
+from fomoe.kernels.gpu.arguments import pointers
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import ExpertLayout
-from fomoe.kernels.gpu.prompt import Chunk, ceil_div, product_defines, room_of, structure
+from fomoe.kernels.gpu.prompt import Chunk, ceil_div, product_defines, room_of
 from fomoe.kernels.gpu.prompt_tiles import AnyTile, expert_tiles, float_tile_of_halves
 from fomoe.kernels.gpu.step import Rows
 
-_CHUNK = 64  # tokens that one group of count_pairs and place_pairs takes
+PAIR_CHUNK = 64  # tokens that one group of count_pairs and place_pairs takes
 _MOST_THREADS = 1024
 _COMBINE_THREADS = 256
 # Out of experts, leaving out tiles takes these so many registers that a core holds one group only.
@@ -70,7 +71,7 @@ def pair_buffers(gpu: GPU, chunk: Chunk, experts: Experts) -> Pairs:
     pairs = chunk.tokens * experts.top_k
     most_tiles = min(experts.count, pairs) + pairs // tile_in.tokens
     sizes = (
-        ceil_div(chunk.tokens, _CHUNK) * experts.count, 1, 1, 2 * most_tiles,
+        ceil_div(chunk.tokens, PAIR_CHUNK) * experts.count, 1, 1, 2 * most_tiles,
         experts.count + 1, pairs, pairs,
     )  # fmt: skip
     addresses = [gpu.arena.take(4 * size) for size in sizes]
@@ -108,8 +109,8 @@ def group_pairs(
 
     def launch(name: str) -> Launch:
         function = gpu.kernel("group_pairs", name, defines)
-        args = [chunk.step, ids, structure(*pairs.lists)]
-        return Launch(function, ceil_div(chunk.tokens, _CHUNK), threads, 0, args)
+        args = [chunk.step, ids, pointers(*pairs.lists)]
+        return Launch(function, ceil_div(chunk.tokens, PAIR_CHUNK), threads, 0, args)
 
     return launch("count_pairs"), launch("place_pairs")
 
@@ -132,13 +133,13 @@ def experts_chunk(
     layout = experts.layout
     gate_up, down = layout.types[:2], (layout.types[2], layout.types[2])
     lists, of_experts = pairs.lists, {"EXPERTS": experts.count}
-    tiles = structure(lists.tile_count, lists.tiles, lists.starts, lists.token_of)
+    tiles = pointers(lists.tile_count, lists.tiles, lists.starts, lists.token_of)
 
     tile = pairs.tile_in
     defines = product_defines(gate_up, layout.width, layout.hidden, tile)
     function = gpu.kernel("chunk_in", "experts_in", defines | of_experts | {"RAGGED": 1})
-    results = structure(rows.hidden.q, rows.hidden.s, rows.hidden.x)
-    args = [tiles, addresses, structure(h.q, h.s, h.x), results]
+    results = pointers(rows.hidden.q, rows.hidden.s, rows.hidden.x)
+    args = [tiles, addresses, pointers(h.q, h.s, h.x), results]
     grid = (ceil_div(layout.width, tile.rows // 2), pairs.most_tiles)
     into = Launch(function, grid, tile.threads, defines["SHARED_BYTES"], args)
 

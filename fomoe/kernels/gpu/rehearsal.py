@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fomoe.kernels.gpu.arena import ALIGN, aligned
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.runtime import Runtime
 
@@ -15,8 +16,8 @@ class _Counting:
     def __init__(self) -> None:
         self.used = 0
 
-    def take(self, nbytes: int, align: int = 256) -> int:
-        start = -(-self.used // align) * align
+    def take(self, nbytes: int, align: int = ALIGN) -> int:
+        start = aligned(self.used, align)
         self.used = start + nbytes
         return start
 

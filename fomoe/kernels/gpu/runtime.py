@@ -70,7 +70,7 @@ class Runtime(Protocol):
         """Undo `open_shared`."""
 
     def pinned(self, nbytes: int) -> Pinned:
-        """Return new pinned host memory."""
+        """Return new pinned host memory, which stands until `unpin` or `close`."""
 
     def unpin(self, pinned: Pinned) -> None:
         """Give back what `pinned` returned; its array may not be touched again."""
@@ -130,7 +130,10 @@ class Runtime(Protocol):
         """Free a graph that does not run."""
 
     def close(self) -> None:
-        """Free everything that was opened here, after its work."""
+        """Free streams, events, graphs, modules and pinned memory, after all work.
+
+        Arrays of `pinned` may not be touched again. Memory from `alloc` is its owner's to free.
+        """
 
 
 def poll(ready: Callable[[], bool], within_s: float, what: str) -> None:

@@ -15,7 +15,6 @@ from fomoe.kernels.gpu.attention import (
 from fomoe.kernels.gpu.delta import (
     DeltaCall,
     DeltaInputs,
-    DeltaPlan,
     DeltaWeights,
     delta,
     delta_chunk,
@@ -33,7 +32,6 @@ __all__ = [
     "DeltaCall",
     "DeltaInputs",
     "DeltaPlace",
-    "DeltaPlan",
     "DeltaWeights",
     "KVPlace",
     "StateLayout",

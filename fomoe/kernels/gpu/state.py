@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fomoe.errors import DeviceError
+from fomoe.kernels.gpu.arena import aligned
 
-ALIGN = 256
 TILE = 32  # positions of a block of values
 _KV_BYTES = {"f16": 2, "f32": 4}
 
@@ -115,9 +115,9 @@ class StateLayout:
             raise DeviceError(f"KV type {kv_dtype!r}: a GPU keeps f16 or f32")
         if unknown := set(kinds) - {"delta", "attention"}:
             raise DeviceError(f"layers of kind {sorted(unknown)}: there are delta and attention")
-        ring = _rounded(4 * delta.conv_width * channels(delta))
-        memory = _rounded(4 * delta.n_v_heads * delta.value_dim * delta.key_dim)
-        cache = _rounded(_KV_BYTES[kv_dtype] * _positions(ctx) * _kv_width(attention))
+        ring = aligned(4 * delta.conv_width * channels(delta))
+        memory = aligned(4 * delta.n_v_heads * delta.value_dim * delta.key_dim)
+        cache = aligned(_KV_BYTES[kv_dtype] * _positions(ctx) * _kv_width(attention))
         recurrent = (ring + memory) * list(kinds).count("delta")
         places: list[DeltaPlace | KVPlace] = []
         delta_at, attention_at = 0, recurrent
@@ -152,7 +152,3 @@ def _kv_width(attention: AttentionShape) -> int:
 
 def _positions(ctx: int) -> int:
     return (ctx + TILE - 1) // TILE * TILE
-
-
-def _rounded(nbytes: int) -> int:
-    return (nbytes + ALIGN - 1) // ALIGN * ALIGN

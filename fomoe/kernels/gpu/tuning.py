@@ -51,7 +51,8 @@ class Tuning:
 Kernel = Literal["project", "experts_in", "experts_out"]
 
 # By the first letters of a target. NVIDIA's copies into shared memory cost no registers and bypass
-# L1, so that a few waves with deep rings fill the bus; AMD's cards need waves for that.
+# L1, so that a few waves with deep rings fill the bus; AMD's cards should need waves for that.
+# Lines of "sm_7" and "gfx" are guesses: nobody has measured them. "cpu" is for tests.
 _TUNINGS = {
     "sm_": Tuning(waves=16, per_core=1, stages=3, tile=2304, held=96, early=True),
     "sm_7": Tuning(waves=8, per_core=1, stages=2, tile=2304, held=48),

@@ -27,21 +27,8 @@ struct Place {
   FM_DEV int values() const { return 2 * kKeys + head * DV + first; }  // channel of its first value
 };
 
-// The columns of this group until the token is there.
-#if STAGED
-// On their way to shared memory: the launch before may have most of the registers.
-struct Columns {
-  float* stage;  // [kColumns, DK]
-
-  FM_DEV void ask(const float* memory) {
-    for (int i = 4 * threadIdx.x; i < kColumns * DK; i += 4 * THREADS)
-      fm_copy16(stage + i, memory + i);
-    fm_copy_commit();
-  }
-  FM_DEV void wait() const { fm_copy_wait<0>(); }  // a barrier comes after it
-  FM_DEV void take(int, int column, float* s) const { load_column(stage + column * DK, s); }
-};
-#else
+// The columns of this group, in registers until the token is there: by way of shared memory they
+// took 0.9 us more on an NVIDIA H200, with 64 heads and with 32.
 struct Columns {
   float held[kTurns][kHeld];
 
@@ -52,13 +39,11 @@ struct Columns {
       load_column(memory + (column < kColumns ? column : 0) * DK, held[n]);
     }
   }
-  FM_DEV void wait() const {}
-  FM_DEV void take(int n, int, float* s) const {
+  FM_DEV void take(int n, float* s) const {
     FM_UNROLL
     for (int i = 0; i < kHeld; ++i) s[i] = held[n][i];
   }
 };
-#endif
 
 // The first wave's work: key and query.
 struct KeyWork {
@@ -138,7 +123,7 @@ FM_DEV void run_columns(const Columns& columns, const Token& token, float* memor
     const int column = (int)threadIdx.x / kLanes + n * kSlots;
     const bool has = column < kColumns;
     float s[kHeld];
-    columns.take(n, has ? column : 0, s);
+    columns.take(n, s);
     const float o = delta_column(s, k, q, token.v[has ? column : 0], token.gates, token.product);
     if (!has) continue;
     store_column(memory + column * DK, s);
@@ -163,10 +148,6 @@ void delta(const fm_step* step, unsigned long long ring_at, unsigned long long m
   const bool makes_keys = wave_index() == 0, finishes = wave_index() == kWaves - 1;
 
   Columns columns;
-#if STAGED
-  FM_DYN_SHARED(float, stage);
-  columns.stage = stage;
-#endif
   columns.ask(memory);
   KeyWork keys;
   ValueWork values;
@@ -183,7 +164,6 @@ void delta(const fm_step* step, unsigned long long ring_at, unsigned long long m
     keys.end(in.qkv, ring_row, eps, at, token);
   else
     values.end(in, ring_row, at, token);
-  columns.wait();
   fm_barrier();
   run_columns(columns, token, memory, outputs);
   const float* const head = whole_head(scratch, at, outputs, &flag);

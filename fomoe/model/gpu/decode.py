@@ -87,7 +87,8 @@ def decode_front(desk: Desk, weights: LayerMatrices, place: DeltaPlace | KVPlace
     mixer, dense = weights.mixer, weights.moe
     parts, mixed, rows = _mixer(desk, mixer, place)
     shared = SharedMatrices(dense.gate, dense.up, dense.scale)
-    # The mixer is short of bytes to read: its output matrix comes into the cache beside it.
+    # Where the tuning asks the cache ahead: the mixer, which has few bytes to read, leaves the bus
+    # to its output matrix.
     into = project(gpu, work.x, mixer.norm, eps, parts, options=options.before(mixer.output))
     out = project_rows(gpu, rows, mixer.output, work.x, options=options.before(dense.router))
     norm = dense.norm, eps

@@ -73,10 +73,11 @@ class Head:
         """Queue the logits of some rows of the residual stream.
 
         Raises:
-            DeviceError: there are more than HEAD_ROWS of them.
+            DeviceError: there are more than HEAD_ROWS of them, or than one where passes have one.
         """
-        if not 1 <= len(rows) <= HEAD_ROWS:
-            raise DeviceError(f"logits of {len(rows)} rows: ask for 1 to {HEAD_ROWS} at a time")
+        most = HEAD_ROWS if self._many else 1
+        if not 1 <= len(rows) <= most:
+            raise DeviceError(f"logits of {len(rows)} rows: ask for 1 to {most} at a time")
         gpu, work = self._desk.gpu, self._desk.work
         nbytes = _F32 * self._desk.spec.hidden
         for i, row in enumerate(rows):

@@ -144,8 +144,15 @@ class GPUModel:
         self.states.restore(state, snapshot)
 
     def begin(self, tokens: I32, position: int, state: int = 0) -> None:
-        """Begin a pass of int32 [T] at a position of a state."""
+        """Begin a pass of int32 [T] at a position of a state.
+
+        Raises:
+            DeviceError: it does not fit, or the vocabulary has no such token.
+        """
         count = len(tokens)
+        if count > 1:
+            self._check_token(int(tokens.min()))
+            self._check_token(int(tokens.max()))
         self._write_step(count, int(tokens[0]) if count else 0, position, state)
         self._mail.step.send()
         if count > 1:
@@ -268,12 +275,12 @@ class GPUModel:
         """Return float32 [n, V] of rows of the pass; waits for them.
 
         Raises:
-            DeviceError: the pass has no such row, or the device no head.
+            DeviceError: the pass has no such row, too many are asked for, or no head is here.
         """
         if self._head is None:
             raise DeviceError("this device hosts no head; ask the one with the last layer")
         self._check_rows(rows)
-        if not self._has_logits:
+        if not self._has_logits or len(rows) > 1:
             self._head.run([int(row) for row in rows])
         logits = self._head.fetch(len(rows))
         self._ended.mark()
@@ -343,14 +350,21 @@ class GPUModel:
     def _hidden_bytes(self) -> int:
         return _F32_BYTES * self._tokens * self.spec.hidden
 
+    def _check_token(self, token: int) -> None:
+        """Refuse what would be a row beyond the embedding: the kernel does not look."""
+        if self.options.embedding and not 0 <= token < self.spec.vocab:
+            raise DeviceError(f"token {token}: the vocabulary has {self.spec.vocab:,}")
+
     def _write_step(self, count: int, token: int, position: int, state: int) -> None:
         """Fill the host's step block once the device has read the one before."""
         options = self.options
-        if not 1 <= count <= options.max_tokens or position + count > options.ctx_size:
+        fits = 1 <= count <= options.max_tokens and 0 <= position <= options.ctx_size - count
+        if not fits:
             raise DeviceError(
                 f"{count} tokens at position {position}: a pass has 1 to {options.max_tokens}, "
                 f"the context {options.ctx_size}"
             )
+        self._check_token(token)
         self._begun.wait("the pass before")
         self._tokens, self._has_logits = count, False
         self._mail.step.host[0] = (token, position, count, 0, self.states.base(state))

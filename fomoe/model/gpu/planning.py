@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
+from fomoe.kernels.gpu.arena import ALIGN, aligned
+from fomoe.kernels.gpu.attention import MOST_SPLITS
+from fomoe.kernels.gpu.prompt_experts import PAIR_CHUNK
 from fomoe.kernels.gpu.state import TILE
 from fomoe.kernels.gpu.step import picks
 from fomoe.model.gpu.options import HostOptions
@@ -16,9 +19,6 @@ from fomoe.model.gpu.weights import ROUTER_PARTS
 from fomoe.model.gpu.work import work_bytes
 from fomoe.model.spec import ModelSpec
 
-_ALIGN = 256
-_MOST_SPLITS = 128  # parts of a context, see `attend_plan`
-_PAIR_CHUNK = 64  # tokens, see `pair_buffers`
 _LEAST_TILE = 16  # tokens
 _SMALL_BYTES = 256 << 10  # step blocks, counters, what kernels leave for their last group
 
@@ -26,7 +26,7 @@ _SMALL_BYTES = 256 << 10  # step blocks, counters, what kernels leave for their 
 def planned_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
     """Return what weights, states and work take of an arena, rounded up; no expert slots."""
     options.check(spec)
-    states = options.n_states * _aligned(state_layout(spec, options).nbytes)
+    states = options.n_states * aligned(state_layout(spec, options).nbytes)
     parts = (
         _dense_bytes(file, spec, options), states, work_bytes(spec, options),
         _mail_bytes(spec, options), _mixer_bytes(spec, options),
@@ -52,7 +52,7 @@ def slots_bytes(
     for layer in options.layers:
         stride[table.size_class(layer)] = slot_bytes(expert_layout(table, spec, layer))
     slots = sum(count * size for count, size in zip(counts, stride, strict=True))
-    return slots + _ALIGN * len(table.classes)
+    return slots + ALIGN * len(table.classes)
 
 
 def _dense_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
@@ -61,33 +61,33 @@ def _dense_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
     for name, info in file.tensors.items():
         block = ".".join(name.split(".")[:2])
         if block in hosted and "_exps." not in name:
-            total += _aligned(info.nbytes)
+            total += aligned(info.nbytes)
     if options.ahead:
         beyond = {layer + 1 for layer in options.layers} - {*options.layers, spec.n_layers}
         names = (f"blk.{layer}.{part}.weight" for layer in beyond for part in ROUTER_PARTS)
-        total += sum(_aligned(file.tensors[name].nbytes) for name in names)
+        total += sum(aligned(file.tensors[name].nbytes) for name in names)
     tied = "output.weight" not in file.tensors
-    embedding = _aligned(file.tensors["token_embd.weight"].nbytes)
-    head = embedding if tied else _aligned(file.tensors["output.weight"].nbytes)
+    embedding = aligned(file.tensors["token_embd.weight"].nbytes)
+    head = embedding if tied else aligned(file.tensors["output.weight"].nbytes)
     total += embedding if options.embedding else 0
     total += head if options.head and not (tied and options.embedding) else 0
-    return total + _aligned(4 * spec.hidden)
+    return total + aligned(4 * spec.hidden)
 
 
 def _mail_bytes(spec: ModelSpec, options: HostOptions) -> int:
     moe, n_layers = spec.moe, len(options.layers)
     ids = 4 * n_layers * options.max_tokens * moe.top_k
-    table = 3 * 8 * (n_layers + 1) * moe.n_experts + _ALIGN + 4 * moe.n_experts
+    table = 3 * 8 * (n_layers + 1) * moe.n_experts + ALIGN + 4 * moe.n_experts
     small = 4 * options.max_tokens, n_layers * picks(moe.top_k).itemsize
-    return sum(map(_aligned, (ids, table, *small)))
+    return sum(map(aligned, (ids, table, *small)))
 
 
 def _mixer_bytes(spec: ModelSpec, options: HostOptions) -> int:
     """Bytes that decode kernels of mixers keep for their last group."""
     a, d = spec.attention, spec.delta
-    splits = min(_MOST_SPLITS, -(-options.ctx_size // TILE))
-    attention = _aligned(4 * a.n_heads * splits * (a.head_dim + 2)) + _aligned(4 * a.n_heads)
-    delta = _aligned(4 * d.inner) + _aligned(4 * d.n_v_heads)
+    splits = min(MOST_SPLITS, -(-options.ctx_size // TILE))
+    attention = aligned(4 * a.n_heads * splits * (a.head_dim + 2)) + aligned(4 * a.n_heads)
+    delta = aligned(4 * d.inner) + aligned(4 * d.n_v_heads)
     kinds = [spec.layers[layer] for layer in options.layers]
     return attention * kinds.count("attention") + delta * kinds.count("delta")
 
@@ -99,11 +99,7 @@ def _pair_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
     for tokens in bucket_sizes(options.max_tokens):
         pairs = tokens * moe.top_k
         tiles = min(moe.n_experts, pairs) + pairs // _LEAST_TILE
-        before = -(-tokens // _PAIR_CHUNK) * moe.n_experts
+        before = -(-tokens // PAIR_CHUNK) * moe.n_experts
         sizes = before, 1, 1, 2 * tiles, moe.n_experts + 1, pairs, pairs
-        total += sum(_aligned(4 * size) for size in sizes)
+        total += sum(aligned(4 * size) for size in sizes)
     return n_layouts * total
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN) * _ALIGN

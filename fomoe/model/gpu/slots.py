@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from fomoe.errors import DeviceError
 from fomoe.gguf.extents import ExpertTable
+from fomoe.kernels.gpu.arena import aligned
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.matrices import ExpertLayout
 from fomoe.model.gpu.transfer import Mirror
@@ -17,7 +18,6 @@ from fomoe.model.spec import ModelSpec
 U8 = npt.NDArray[np.uint8]
 U64 = npt.NDArray[np.uint64]
 
-_ALIGN = 256
 _ADDRESS_BYTES = 8
 _PARTS = 3
 
@@ -30,7 +30,7 @@ def expert_layout(table: ExpertTable, spec: ModelSpec, layer: int) -> ExpertLayo
 
 def slot_bytes(layout: ExpertLayout) -> int:
     """Return the bytes from one slot to the next."""
-    return -(-layout.nbytes // _ALIGN) * _ALIGN
+    return aligned(layout.nbytes)
 
 
 class ExpertSlots:
@@ -65,8 +65,10 @@ class ExpertSlots:
         """
         if self._counts:
             raise DeviceError("expert slots are there already; they are laid out once")
-        for count, stride in zip(counts, self._stride, strict=True):
-            self._bases.append(self._gpu.arena.take(max(1, count * stride), _ALIGN))
+        self._bases = [
+            self._gpu.arena.take(max(1, count * stride))
+            for count, stride in zip(counts, self._stride, strict=True)
+        ]
         self._counts = list(counts)
 
     @property

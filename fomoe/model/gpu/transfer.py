@@ -16,7 +16,8 @@ class Mirror:
 
     Attributes:
         address: of the device's part.
-        host: the twin; a copy that is under way reads or writes it.
+        host: the twin; a copy that is under way reads or writes it. It ends with
+            the device.
     """
 
     def __init__(

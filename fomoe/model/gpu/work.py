@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fomoe.gguf.quants import GGMLType
+from fomoe.kernels.gpu.arena import aligned
 from fomoe.kernels.gpu.attention import attend_scratch_bytes
 from fomoe.kernels.gpu.delta import delta_scratch_bytes
 from fomoe.kernels.gpu.gpu import GPU
@@ -17,7 +18,6 @@ from fomoe.model.spec import ModelSpec
 
 _F32 = 4
 _BLOCK = 32
-_ALIGN = 256
 
 Sizes = dict[str, int]
 
@@ -80,7 +80,7 @@ class Work:
 
 def work_bytes(spec: ModelSpec, options: HostOptions) -> int:
     """Return the bytes that `Work.take` takes from an arena."""
-    return sum(-(-n // _ALIGN) * _ALIGN for n in sizes(spec, options).values())
+    return sum(aligned(n) for n in sizes(spec, options).values())
 
 
 def sizes(spec: ModelSpec, options: HostOptions) -> Sizes:
@@ -133,7 +133,7 @@ def starts(address: int, widths: Sequence[int], tokens: int) -> list[int]:
     at, found = address, []
     for width in widths:
         found.append(at)
-        at += _aligned(_F32 * tokens * width)
+        at += aligned(_F32 * tokens * width)
     return found
 
 
@@ -145,7 +145,7 @@ def form(rows: Rows, qtype: int, *, int8: bool) -> Rows:
 
 
 def _end(widths: Sequence[int], tokens: int) -> int:
-    return sum(_aligned(_F32 * tokens * width) for width in widths)
+    return sum(aligned(_F32 * tokens * width) for width in widths)
 
 
 def _row_sizes(name: str, tokens: int, width: int) -> Sizes:
@@ -155,7 +155,3 @@ def _row_sizes(name: str, tokens: int, width: int) -> Sizes:
 
 def _rows(at: Mapping[str, int], name: str) -> Rows:
     return Rows(at[f"{name}.x"], at[f"{name}.q"], at[f"{name}.s"])
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN) * _ALIGN

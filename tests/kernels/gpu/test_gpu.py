@@ -6,9 +6,11 @@ import ctypes
 import numpy as np
 import pytest
 from kernels.gpu.checked_units import OWN
-from support.emulated_gpu import emulated_cuda, emulated_gpu
+from support.emulated_gpu import emulated_cuda, emulated_gpu, install_standin
 
 from fomoe.errors import DeviceError
+from fomoe.kernels.gpu import rtc
+from fomoe.kernels.gpu.gpu import open_gpu
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.step import STEP
 
@@ -132,6 +134,36 @@ def test_what_was_opened_is_given_back(gpu):
     with OPEN[gpu.runtime.name]() as second:
         assert second.runtime.memory()[0] == before - second.arena.nbytes
     assert gpu.runtime.memory()[0] == before
+
+
+def test_pinned_memory_goes_with_its_device():
+    from hip import hip
+
+    with OPEN["hip:0"]() as gpu:
+        kept, returned = gpu.runtime.pinned(4096), gpu.runtime.pinned(4096)
+        gpu.runtime.unpin(returned)
+    for pinned in (kept, returned):
+        (error,) = hip.hipHostFree(pinned.address)
+        assert error == hip.hipError_t.hipErrorInvalidValue
+    gpu.close()  # nothing is left to give back
+
+
+@pytest.mark.parametrize("wrong", ["memory", "compiler"])
+def test_a_device_that_is_not_taken_is_closed(monkeypatch, wrong):
+    install_standin()  # before hip-python loads its libraries
+    from fomoe.kernels.gpu.hip import HipRuntime
+
+    closed = []
+    monkeypatch.setattr(HipRuntime, "close", lambda runtime: closed.append(runtime.name))
+    if wrong == "compiler":
+        monkeypatch.setitem(rtc.COMPILERS, "hip", (no_compiler, rtc.hip_compile))
+    with pytest.raises(DeviceError, match=r"in one piece|not installed"):
+        open_gpu("hip:1", 16 << 30)
+    assert closed == ["hip:1"]
+
+
+def no_compiler():
+    raise DeviceError("not installed")
 
 
 def test_more_than_there_is(gpu):
