@@ -220,8 +220,8 @@ class EngineConfig:
         prefetch_depth: Layers that a generated token looks ahead, 0 to 2.
         prefetch_budget: Bytes that reads in vain may add to a generated token's, as a share of
             what would be read without them.
-        cpu_arm: Whether the processor computes some of the experts in RAM beside GPUs; auto: as
-            many as measured costs say at the start.
+        cpu_arm: Whether the processor computes some of the experts in RAM beside GPUs; not built
+            yet, so auto is refused.
         overlap: False runs the serial twin of the loop, which gives the same bits.
         prefill_chunk: Prompt tokens that go through a layer together; 0 lets the budgets fix it.
         read_threads: File reads in flight per node.
@@ -266,7 +266,7 @@ class EngineConfig:
         require_choice("activations", self.activations, Activations)
         require_choice("ram_policy", self.ram_policy, RamPolicy)
         require_choice("eviction", self.eviction, Eviction)
-        require_choice("cpu_arm", self.cpu_arm, CpuArm)
+        self._check_cpu_arm()
         require_choice("transport", self.transport, Transport)
         require_range("ctx_size", self.ctx_size, 1, 1 << 20)
         require_range("sequences", self.sequences, 1, 256)
@@ -290,16 +290,23 @@ class EngineConfig:
     def _check_devices(self) -> None:
         check_devices(self.devices)
         require_choice("attention", self.attention, Attention)
-        wrong = {True: "driver", False: "device"}[self.hosts_layers]
-        require(
-            self.cpu_arm == "off" or self.hosts_layers,
-            f"cpu_arm is {self.cpu_arm!r} on {', '.join(self.devices)}; a cpu device computes in "
-            "RAM anyway: leave it off",
-        )
+        wrong = "driver" if self.hosts_layers else "device"
         require(
             self.attention != wrong,
             f"attention is {wrong!r} on {', '.join(self.devices)}; this version runs it on the "
             "GPUs where there are any, and else in the driver: leave it at auto",
+        )
+
+    def _check_cpu_arm(self) -> None:
+        require_choice("cpu_arm", self.cpu_arm, CpuArm)
+        reason = (
+            "not built yet for GPUs, to which experts in RAM are copied: use off"
+            if self.hosts_layers
+            else "a cpu device computes in RAM anyway: leave it off"
+        )
+        require(
+            self.cpu_arm == "off",
+            f"cpu_arm is {self.cpu_arm!r} on {', '.join(self.devices)}; {reason}",
         )
 
     def to_dict(self) -> dict[str, Any]:

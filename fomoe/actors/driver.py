@@ -41,7 +41,6 @@ from fomoe.quality import Quality
 from fomoe.telemetry import Growing
 from fomoe.traces import TraceFacts, TraceWriter
 
-_PRELOAD_STALL_S = 60.0
 _ROWS_PER_MESSAGE = 64
 
 
@@ -115,11 +114,10 @@ class DriverActor(FabricMember):
             self._hands = ExpertHands(self.fabric, engine, self._model)
         self._forward = self._hands.loop
         self._forward.recorder = self._recorder
-        emulated = not self._config.hosts_layers
+        self._fastest = "vram" if self._config.hosts_layers else "device (emulated)"
         self._meter = Meter(
             self._hands.counters, self._forward.brain.loss, self._forward.watch,
-            devices="device (emulated)" if emulated else "device",
-            capacity=self._plan.logical_capacity,
+            devices=self._fastest, capacity=self._plan.logical_capacity,
         )  # fmt: skip
         self._hands.watch(self._checkpoint)
         self._filled = False
@@ -152,19 +150,26 @@ class DriverActor(FabricMember):
             self._advance(self._running)
             return True
         if not busy:
-            self._check_peers()
+            self._look_around()
         return busy
 
     def _report_fill(self, done: float) -> None:
         self._progress = 0.5 + 0.5 * done
 
-    def _check_peers(self) -> None:
-        """End the loop when an actor has died, without waiting for a request that needs it."""
-        for name in self._peers:
-            if self.fabric.peer_dead(name):
-                error = PeerDeadError(name)
-                self._client.send(EngineStatus(state="degraded", detail=str(error)))
-                raise error
+    def _look_around(self) -> None:
+        """Hear what actors say between requests; one that has died ends the loop.
+
+        Raises:
+            PeerDeadError, DeviceError: an actor is not there any more; the client has been told.
+        """
+        try:
+            self._hands.settle()
+            for name in self._peers:
+                if self.fabric.peer_dead(name):
+                    raise PeerDeadError(name)
+        except (ChannelError, DeviceError) as error:
+            self._client.send(EngineStatus(state="degraded", detail=str(error)))
+            raise
 
     def _take(self, message: object) -> None:
         if isinstance(message, GenerateRequest | LogitsRequest):
@@ -299,7 +304,7 @@ class DriverActor(FabricMember):
             done, of = self._running.prompt_tokens
             return f"prompt {done:,} of {of:,} tokens  queued {len(self._queue)}"
         return (
-            f"{self._meter.rate():.1f} tok/s  device {c.hits_device / total:.0%}  "
+            f"{self._meter.rate():.1f} tok/s  {self._fastest} {c.hits_device / total:.0%}  "
             f"ram {c.hits_ram / total:.0%}  nvme {c.reads_nvme / total:.0%}  "
             f"stalled {c.stall_s:.1f} s  queued {len(self._queue)}"
         )

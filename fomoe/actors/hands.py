@@ -175,7 +175,7 @@ class LayerHands:
 
     def settle(self) -> None:
         """Take what storage has reported while nobody waited for a step."""
-        self._traffic.settle()
+        self.host.settle()
 
     def watch(self, checkpoint: Callable[[], None]) -> None:
         """The loop calls it after each layer."""

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ from fomoe.gguf.reader import GGUFFile
 from fomoe.model.spec import ModelSpec
 
 _CALL_S = 60.0
-_LOAD_S = 3600.0
+_LOAD_S = 3600.0  # to read weights, and to reserve or pin hundreds of GB
 _STOP_S = 5.0
 
 
@@ -154,7 +155,8 @@ def _join_all(engine: RunningEngine, fabric: FabricSpec, config: EngineConfig, s
         names += [device_name(d) for d, b in enumerate(site.device_box) if b == box]
         for name in [DRIVER, *names] if box == 0 else names:
             args = (plain, where.name, endpoints, where.host, transport)
-            endpoints = [*endpoints, engine.handles[name].call("join", *args).result(_CALL_S)]
+            joined = _results([engine.handles[name].call("join", *args)], _CALL_S)
+            endpoints = [*endpoints, *joined]
         if box == 0:
             args = (plain, where.name, endpoints, where.host, transport)
             endpoints = [*endpoints, engine.client.join(*args)]
@@ -173,7 +175,7 @@ def _open_all(
     for box in range(len(site.boxes)):
         plan = _storage_plan(engine.plan, file, config, box)
         segments.append(engine.handles[storage_name(box)].call("open", plan))
-    handles = _results(segments, _CALL_S)
+    handles = _results(segments, _LOAD_S)
     calls = []
     for device, box in enumerate(site.device_box):
         handle = engine.handles[device_name(device)]
@@ -187,7 +189,7 @@ def _open_all(
             experts = _device_plan(engine.plan, spec, config, device, (n_slots, threads))
             calls.append(handle.call("open", experts, handles[box]))
     _results(calls, _LOAD_S if config.hosts_layers else _CALL_S)
-    driver.result(_LOAD_S)
+    _results([driver], _LOAD_S)
 
 
 def _storage_plan(plan: EnginePlan, file: GGUFFile, config: EngineConfig, box: int) -> StoragePlan:
@@ -214,15 +216,15 @@ def _start_all(engine: RunningEngine, site: Site) -> None:
     bells = tuple(device_name(d) for d in range(len(site.device_box)))
     calls = [engine.handles[storage_name(b)].call("start", bells) for b in range(len(site.boxes))]
     calls += [engine.handles[name].call("start") for name in bells]
-    _results(calls, _CALL_S)
-    engine.handles[DRIVER].call("start").result(_CALL_S)
+    _results(calls, _LOAD_S)
+    _results([engine.handles[DRIVER].call("start")], _CALL_S)
     engine.client.start()
 
 
 def _await_fill(engine: RunningEngine, on_progress: Callable[[float, str], None] | None) -> None:
     """Wait until the tiers are filled; the driver bounds a stall, so this ends."""
     while True:
-        done = float(engine.handles[DRIVER].call("progress").result(_CALL_S))
+        done = float(_results([engine.handles[DRIVER].call("progress")], _CALL_S)[0])
         engine.client.report(EngineStatus(state="loading", load_progress=done))
         if on_progress is not None:
             on_progress(done, "loading experts")
@@ -235,9 +237,18 @@ def _await_fill(engine: RunningEngine, on_progress: Callable[[float, str], None]
 
 
 def _results(calls: list[Future[Any]], timeout_s: float) -> list[Any]:
-    """Return all results; the first exception is raised after every call has ended."""
+    """Return all results; the first exception is raised after every call has ended.
+
+    Raises:
+        EngineError: an actor has not answered in time.
+    """
     deadline = time.monotonic() + timeout_s
-    errors = [call.exception(max(0.1, deadline - time.monotonic())) for call in calls]
+    try:
+        errors = [call.exception(max(0.1, deadline - time.monotonic())) for call in calls]
+    except FutureTimeoutError:
+        raise EngineError(
+            f"an actor has not answered within {timeout_s:g} s; its log says how far it came"
+        ) from None
     for error in errors:
         if error is not None:
             raise error

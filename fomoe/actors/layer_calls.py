@@ -119,8 +119,7 @@ class LayerCalls:
             self._receive(link)
             if link.answered >= wanted:
                 break
-            for other in self._links:
-                self._receive(other)  # one that failed keeps the others waiting
+            self.listen()  # a device that failed keeps the others waiting
             if self._traffic.moves:
                 self._check()
             if time.monotonic() > deadline:
@@ -142,6 +141,15 @@ class LayerCalls:
                     raise PeerStalledError(link.name, _STEP_BOUND_S)
                 if link.answered < link.sent:
                     self._fabric.wait(bell, _SPIN_US, _WAIT_MS)
+
+    def listen(self) -> None:
+        """Take what every device has answered; waits for nothing.
+
+        Raises:
+            DeviceError: as `_receive`.
+        """
+        for link in self._links:
+            self._receive(link)
 
     def _receive(self, link: LayerLink) -> None:
         """Take a device's answers.
@@ -193,8 +201,7 @@ class LayerCalls:
         """
         bell = self._fabric.bell()
         before = link.answered
-        for each in self._links:
-            self._receive(each)
+        self.listen()
         if link.answered > before:
             return
         self._check()

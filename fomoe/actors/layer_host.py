@@ -46,6 +46,15 @@ class DeviceLayers:
         self._with_token = Do.LOGITS  # what a token's pass ends with: what the last one's was for
         self._has = 0  # of the pass's last row
 
+    def settle(self) -> None:
+        """Take what devices and storage have reported while nobody waited for a step.
+
+        Raises:
+            DeviceError: a device cannot go on.
+        """
+        self._calls.listen()
+        self.traffic.settle()
+
     @property
     def runs_whole(self) -> bool:
         """Whether one device hosts every layer and holds every expert."""

@@ -203,10 +203,12 @@ class LayerActor(FabricMember):
     def leave(self) -> None:
         """Leave the fabric, the segment and the device."""
         super().leave()
-        if self._model is not None and (self._loop is None or not self._loop.alive):
-            self._release(self._model)
-        if self._segment is not None:
-            self._segment.close()
+        try:
+            if self._model is not None and (self._loop is None or not self._loop.alive):
+                self._release(self._model)
+        finally:  # a device that failed may refuse
+            if self._segment is not None:
+                self._segment.close()
 
     def _release(self, model: LayerModel) -> None:
         """Give the device back; a loop that hangs in it would still use it."""
@@ -241,6 +243,11 @@ def open_model(
     if sum(slots) >= len(options.layers) * spec.moe.n_experts:
         options = replace(options, ahead=False)  # everything is there
     nbytes = planned_bytes(file, spec, options) + slots_bytes(file, spec, options, slots)
-    model = GPUModel(open_gpu(local_name(config.devices[device]), nbytes), file, spec, options)
-    model.add_slots(slots)
+    gpu = open_gpu(local_name(config.devices[device]), nbytes)
+    try:
+        model = GPUModel(gpu, file, spec, options)
+        model.add_slots(slots)
+    except BaseException:
+        gpu.close()
+        raise
     return model

@@ -52,19 +52,22 @@ def memory_read_rate(threads: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Bytes per second that the machine was measured to read; 0 where it could not be."""
+    """Bytes per second that the machine was measured to read; 0 where it was not."""
 
     memory: float
     drive: float
 
     @classmethod
     def measured(cls, path: Path, threads: int) -> Rates:
-        """Measure now: `threads` threads through memory, then the model's file past the cache."""
+        """Measure now: `threads` threads through memory, then the model's file past the cache.
+
+        0 threads leave memory out, through which no weights of GPUs go.
+        """
         try:
             drive = direct_read_rate(path)
         except StorageError:
             drive = 0.0
-        return cls(memory_read_rate(threads), drive)
+        return cls(memory_read_rate(threads) if threads else 0.0, drive)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +169,7 @@ def _decode_figures(receipts: list[Receipt], sizes: Sizes, rates: Rates) -> dict
         },
         "contract": _contract_figures(receipts, steps),
         "weight_bytes_per_token": weights,
-        "share_of_memory": weights / seconds / rates.memory,
+        "share_of_memory": weights / seconds / rates.memory if rates.memory else 0.0,
         "nvme_bytes_per_token": read,
     }
 
@@ -210,12 +213,19 @@ def _read_figures(reads: dict[str, float], rates: Rates) -> dict[str, float]:
     }
 
 
-def _lines(figures: dict[str, Any]) -> list[str]:
-    rates = figures["rates"]
-    lines = [
+def _head(figures: dict[str, Any]) -> list[str]:
+    """Return what ran where; of GPUs nothing about the processor, which computes nothing."""
+    rates, drive = figures["rates"], f"drive {figures['rates']['drive'] / 1e9:.2f} GB/s"
+    if not rates["memory"]:
+        return [f"{figures['model']}  {', '.join(figures['devices'])}", drive]
+    return [
         f"{figures['model']}  {figures['threads']} threads  {figures['isa']}",
-        f"memory {rates['memory'] / 1e9:.1f} GB/s   drive {rates['drive'] / 1e9:.2f} GB/s",
+        f"memory {rates['memory'] / 1e9:.1f} GB/s   {drive}",
     ]
+
+
+def _lines(figures: dict[str, Any]) -> list[str]:
+    rates, lines = figures["rates"], _head(figures)
     for name in ("prefill", "decode"):
         test = figures.get(name)
         if test is None:
@@ -231,9 +241,9 @@ def _lines(figures: dict[str, Any]) -> list[str]:
         lines.append(f"         ms{'' if name == 'prefill' else ' per token'}: {parts}")
     if "decode" in figures:
         d = figures["decode"]
+        share = f"{d['share_of_memory']:.0%} of memory's rate; " if rates["memory"] else ""
         lines.append(
-            f"         {d['weight_bytes_per_token'] / 1e6:,.1f} MB of weights a token: "
-            f"{d['share_of_memory']:.0%} of memory's rate; "
+            f"         {d['weight_bytes_per_token'] / 1e6:,.1f} MB of weights a token: {share}"
             f"{d['nvme_bytes_per_token'] / 1e6:,.1f} MB read from the drive"
         )
         if d["contract"]["quality"] != "exact":
@@ -290,7 +300,7 @@ def bench(
 ) -> None:
     """Measure prefill and decode: medians, tiers, and shares of the machine's own rates."""
     if machine is not None:
-        check_target(machine, work.generate)
+        check_target(machine, work.generate, model.device_names())
     memory = psutil.virtual_memory()
     all_of = model if machine is None or model.has_budget else part_of(model, 1)
     figures = _measure(all_of, engine, work, recording.trace, waterfall=waterfall)
@@ -308,7 +318,8 @@ def _measure(
     engine = dataclasses.replace(engine, ctx_size=max(engine.ctx_size, work.tokens))
     with opened(model, engine, trace=trace) as llm, progress_bar() as progress:
         threads = llm.config.threads or len(os.sched_getaffinity(0))
-        rates, sizes = Rates.measured(model.path, threads), Sizes.of(llm)
+        read_by = 0 if llm.config.hosts_layers else threads
+        rates, sizes = Rates.measured(model.path, read_by), Sizes.of(llm)
         fed = _ids(work.ids, work.tokens, llm.spec.vocab)
         task = progress.add_task("measuring", total=work.repetitions + 1)
         runs, before = [], llm.read_stats()

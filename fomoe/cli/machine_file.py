@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 
 from fomoe.cli.options import ModelOptions
+from fomoe.devices import is_gpu
 from fomoe.errors import ConfigError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
@@ -29,12 +31,17 @@ def part_of(model: ModelOptions, parts: int) -> ModelOptions:
     return replace(model, vram_budget=slots // parts // len(model.device_names()), ram_budget=0)
 
 
-def check_target(path: Path, generate: int) -> None:
+def check_target(path: Path, generate: int, devices: Sequence[str] = ("cpu",)) -> None:
     """Refuse, before anything is measured, what could not be written.
 
     Raises:
-        ConfigError: no tokens are generated, or the file has no folder.
+        ConfigError: devices are GPUs, no tokens are generated, or the file has no folder.
     """
+    if any(map(is_gpu, devices)):
+        raise ConfigError(
+            f"--machine measures cpu devices, not {', '.join(devices)}; write the file of a "
+            "machine with GPUs by hand, as those in deploy/machines"
+        )
     if not generate:
         raise ConfigError("--machine measures decoding too: generate tokens (-n 64)")
     if not path.parent.is_dir():

@@ -249,7 +249,9 @@ class EngineOptions:
     ] = _DEFAULTS.prefetch_budget
     cpu_arm: Annotated[
         CpuArm,
-        typer.Option(help="Whether the processor computes experts in RAM beside GPUs."),
+        typer.Option(
+            help="Whether the processor computes experts in RAM beside GPUs; auto is not built yet."
+        ),
     ] = _DEFAULTS.cpu_arm
     overlap: Annotated[
         bool, typer.Option("--overlap/--serial", help="Compute and read at the same time.")

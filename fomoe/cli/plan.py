@@ -221,7 +221,7 @@ def _lines(
         f"x{bad.software:.1f} to {good.software:.1f}, slots x{bad.slots:.2f} to {good.slots:.2f}"
     )
     if machine.device.memory_bytes:
-        lines.append("note     GPUs do not run yet: predicted for the engine's schedule on them")
+        lines.append("note     predicted for hidden copies; on GPUs the engine hides few yet")
     return lines
 
 

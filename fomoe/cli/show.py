@@ -123,7 +123,8 @@ def _tiers(
     asked = EngineConfig(
         model=options.path, devices=devices, budgets=Budgets(vram_bytes=vram, ram_bytes=ram)
     )
-    config = resolve(asked, table, spec, free_bytes, free_vram(asked))
+    free = free_vram(asked) if vram is None else ()  # with a budget no GPU need be there
+    config = resolve(asked, table, spec, free_bytes, free)
     dense = dense_bytes(open_gguf(options.path), spec, config)
     plan = make_plan(table, spec, config, (0,) * len(devices), dense)
     on_device = sum(plan.topology.device_slots.values())

@@ -150,7 +150,7 @@ class Receipt:
     generated_parts_ms: dict[str, float] = field(default_factory=dict)
     mode: str = "exact"
     cpu_arm: str = "off"
-    devices: str = "device"  # "device (emulated)" where a cpu device stands in for a GPU
+    devices: str = "device"  # "vram", or "device (emulated)" where a CPU stands in for a GPU
     logical_capacity: int = 0  # experts per layer, lossy modes only
     decision_hash: str = ""
 

@@ -69,4 +69,4 @@ def open_device(name: str, *, threads: int, int8: bool) -> Device:
     kind = name.partition(":")[0]
     if kind == "cpu":
         return CpuDevice(name, threads=threads, int8=int8)
-    raise DeviceError(f"device {name!r}: this version computes on cpu devices only; use cpu")
+    raise DeviceError(f"device {name!r}: only cpu devices compute experts alone; use cpu")

@@ -1,6 +1,7 @@
 """Bringing an engine up: what is reported on the way, and what is left when it fails."""
 
 import gc
+import threading
 
 import pytest
 from support import local_engine as support
@@ -9,8 +10,9 @@ from support.local_model import greedy, tokens_of
 from support.process_counts import own_files, own_threads
 
 from fomoe.actors import gpu
+from fomoe.actors import launch as bring_up
 from fomoe.actors.channel import Fabric
-from fomoe.errors import BudgetError, ChannelError, DeviceError, StorageError
+from fomoe.errors import BudgetError, ChannelError, DeviceError, EngineError, StorageError
 
 
 @pytest.fixture
@@ -76,6 +78,23 @@ class TestFailures:
             local_engine(model_paths["small"], vram=1 << 24, ram=0),
         ):
             pytest.fail("it came up")
+
+    def test_an_actor_that_does_not_answer(self, model_paths, monkeypatch):
+        release = threading.Event()
+
+        class Sleeper(support._CLASSES["driver"]):
+            def start(self):
+                release.wait(10.0)
+
+        monkeypatch.setattr(bring_up, "_CALL_S", 2.0)
+        monkeypatch.setattr(bring_up, "_STOP_S", 0.2)
+        monkeypatch.setitem(support._CLASSES, "driver", Sleeper)
+        with (
+            pytest.raises(EngineError, match="an actor has not answered within 2 s"),
+            local_engine(model_paths["small"], vram=1 << 24, ram=0),
+        ):
+            pytest.fail("it came up")
+        release.set()
 
     def test_a_fabric_that_cannot_be_attached(self, model_paths, monkeypatch):
         def refuse(handle, me):

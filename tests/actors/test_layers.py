@@ -87,6 +87,7 @@ def test_a_request_takes_one_message_a_token_where_all_is_on_one_device(
         assert server.steps == 10  # and the prompt's logits
     assert tokens_of(got) == tokens_of(local_models["mixed"].run(greedy(prompt, 9)))
     receipt = finished(got).receipt
+    assert receipt.devices == "vram"
     assert receipt.hits_device == 8 * 4 * 3
     assert receipt.nvme_bytes == 0
 
@@ -219,6 +220,15 @@ class TestFaults:
             assert "gpu-0: hip:0: the kernel has run away" in finished(events).error
             wait_for(lambda: engine.client.status().state == "degraded")
             assert "run away" in engine.client.status().detail
+
+    def test_a_device_that_fails_between_requests(self, model_paths, monkeypatch, wait_for):
+        def run_away(self):
+            raise DeviceError("an illegal address")
+
+        with local_engine(model_paths["small"], devices=("hip:0",), vram=VRAM) as engine:
+            monkeypatch.setattr(layers.LayerActor, "_poll", run_away)
+            wait_for(lambda: engine.client.status().state == "degraded")
+            assert "gpu-0: hip:0: an illegal address" in engine.client.status().detail
 
     def test_a_read_that_fails_while_loading(self, model_paths, tmp_path):
         own = tmp_path / "own.gguf"

@@ -15,10 +15,15 @@ from support.emulated_gpu import install_standin
 from support.local_engine import local_engine
 from support.local_model import LocalModel, finished, greedy, tokens_of
 
-from fomoe.config import RoutingConfig
+from fomoe.actors import layers
+from fomoe.config import EngineConfig, RoutingConfig
 from fomoe.engine.requests import TokenEvent
 from fomoe.errors import DeviceError
+from fomoe.gguf.reader import open_gguf
+from fomoe.kernels.gpu.gpu import GPU
 from fomoe.llm import LLM
+from fomoe.model.archs import read_spec
+from fomoe.model.gpu.host import GPUModel
 
 pytestmark = pytest.mark.timeout(240)  # kernels are compiled where the cache has none
 
@@ -121,3 +126,22 @@ def test_processes_and_the_death_of_one(prompt, want, wait_for):
 def test_a_device_that_is_not_there_is_told_before_anything_starts(device, message):
     with pytest.raises(DeviceError, match=message):
         LLM(MODEL, devices=(device,), launcher="processes")
+
+
+def test_a_device_whose_slots_cannot_be_had_is_given_back(monkeypatch):
+    closed, close = [], GPU.close
+
+    def refuse(self, counts):
+        raise DeviceError("no slots")
+
+    def note(self):
+        close(self)
+        closed.append(self)
+
+    monkeypatch.setattr(GPUModel, "add_slots", refuse)
+    monkeypatch.setattr(GPU, "close", note)
+    file = open_gguf(MODEL)
+    config = EngineConfig(model=MODEL, devices=("hip:0",), ctx_size=32, prefill_chunk=CHUNK)
+    with pytest.raises(DeviceError, match="no slots"):
+        layers.open_model(file, read_spec(file), config, 0, (3, 3))
+    assert len(closed) == 1

@@ -13,6 +13,7 @@ from support.tiny_gguf import write_tiny
 from typer.testing import Result
 
 from fomoe.cli import bench as module
+from fomoe.devices import is_gpu
 from fomoe.engine.requests import Finished, GenerateRequest, Receipt, TokenEvent
 from fomoe.engine.waterfall import PARTS
 from fomoe.gguf.reader import open_gguf
@@ -56,11 +57,17 @@ def bench(
         self.engine.stream = stream
         self.file = open_gguf(path)
         self.spec = read_spec(self.file)
-        self.config = SimpleNamespace(threads=2, devices=("cpu",))
+        devices = tuple(llm.last.arguments["devices"])
+        self.config = SimpleNamespace(threads=2, devices=devices, hosts_layers=is_gpu(devices[0]))
         self.read_stats = lambda: next(stats)
 
     llm.prepare = prepare
-    monkeypatch.setattr(module.Rates, "measured", classmethod(lambda cls, path, threads: RATES))
+    without = module.Rates(memory=0.0, drive=RATES.drive)
+    monkeypatch.setattr(
+        module.Rates,
+        "measured",
+        classmethod(lambda cls, path, threads: RATES if threads else without),
+    )
 
     def call(*arguments: object) -> tuple[Result, list[GenerateRequest]]:
         return fomoe("bench", path, *arguments), asked
@@ -114,6 +121,13 @@ def test_what_people_read(bench: Any) -> None:
     assert "device 75%" in result.output
     assert "reads    0.00 GB, of them ahead 0.00; on demand 0.25 GB/s: 50%" in result.output
     assert result.output.splitlines()[-1].split() == ["2", "0", "1", "2", "3", "4", "5", "15"]
+
+
+def test_nothing_is_said_of_the_processor_beside_gpus(bench: Any) -> None:
+    result, _ = bench("-p", 7, "-n", 2, "-r", 1, "--devices", "cuda:0,cuda:1")
+    assert result.output.splitlines()[0].endswith("m.gguf  cuda:0, cuda:1")
+    assert "of weights a token: 1.0 MB read from the drive" in result.output
+    assert "memory" not in result.output
 
 
 def test_a_prompt_alone(bench: Any) -> None:

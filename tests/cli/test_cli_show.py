@@ -10,7 +10,7 @@ from support.tiny_gguf import write_tiny
 
 from fomoe.cli.options import ModelOptions
 from fomoe.cli.show import summarise
-from fomoe.errors import BudgetError, GGUFError
+from fomoe.errors import BudgetError, DeviceError, GGUFError
 
 VECTORS = Path(__file__).resolve().parents[1] / "vectors"
 MODEL = VECTORS / "wide_q4_k_m.gguf"
@@ -41,6 +41,16 @@ def test_budgets_spread_the_experts_over_the_tiers(tmp_path: Path) -> None:
     assert held == summary.layers * summary.experts_per_layer
     with pytest.raises(BudgetError, match=r"at least [0-9,]+ bytes needed"):
         summarise(ModelOptions(model=model, vram_budget=1, ram_budget=0), free_bytes=0)
+
+
+def test_a_gpu_with_a_budget_need_not_be_there(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "model.gguf")
+    options = ModelOptions(model=model, devices="cuda:7", vram_budget=1 << 30, ram_budget=1 << 28)
+    summary = summarise(options, free_bytes=1 << 40)
+    assert summary.vram_budget == 1 << 30
+    assert summary.tiers["device"].experts == summary.layers * summary.experts_per_layer
+    with pytest.raises(DeviceError, match="cuda:7"):
+        summarise(ModelOptions(model=model, devices="cuda:7"), free_bytes=1 << 40)
 
 
 def test_the_verb_prints_a_table_or_json(fomoe: Callable[..., Any]) -> None:

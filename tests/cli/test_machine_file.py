@@ -65,6 +65,8 @@ def test_refuses_at_once_what_could_not_be_written(tmp_path):
         check_target(tmp_path / "none" / "here.toml", 64)
     with pytest.raises(ConfigError, match="generate tokens"):
         check_target(tmp_path / "here.toml", 0)
+    with pytest.raises(ConfigError, match="cpu devices, not cuda:0, cuda:1"):
+        check_target(tmp_path / "here.toml", 64, ("cuda:0", "cuda:1"))
 
 
 def test_a_file_is_written_that_can_be_read(path, tmp_path):

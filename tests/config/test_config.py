@@ -76,7 +76,6 @@ def full_config() -> EngineConfig:
         model=Path("a/model.gguf"),
         devices=("hip:0", "hip:0", "hip:1@desk"),
         attention="device",
-        cpu_arm="auto",
         budgets=Budgets(vram_bytes=5, ram_bytes=0),
         routing=RoutingConfig(
             quality="bytes=0.5GB/token", car_capacity=12, sensitivities=(0.5, 2.0)
@@ -104,7 +103,11 @@ def test_the_engine_config_survives_msgpack(config_: EngineConfig) -> None:
         ({"devices": ("cpu", "hip:0")}, "of 2 kinds.*one kind at a time"),
         ({"devices": ("hip:0",), "attention": "driver"}, "attention is 'driver' on hip:0"),
         ({"attention": "device"}, "attention is 'device' on cpu"),
-        ({"cpu_arm": "auto"}, "cpu_arm is 'auto' on cpu"),
+        ({"cpu_arm": "auto"}, "cpu_arm is 'auto' on cpu; a cpu device computes in RAM anyway"),
+        (
+            {"devices": ("cuda:0", "cuda:1"), "cpu_arm": "auto"},
+            "cpu_arm is 'auto' on cuda:0, cuda:1; not built yet for GPUs.*use off",
+        ),
         ({"devices": ("hip:0",), "cpu_arm": "on"}, "cpu_arm is 'on'; choose one of off, auto"),
         ({"attention": "gpu"}, "attention is 'gpu'; choose one of auto, driver, device"),
         ({"ctx_size": 0}, "ctx_size is 0.*from 1 to"),

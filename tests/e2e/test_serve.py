@@ -150,7 +150,10 @@ def test_serve_starts_ray_answers_and_leaves_nothing(tmp_path: Path) -> None:
     with serve(tmp_path / "log", env, "--address", "local") as server:
         lines = ask(server)
         assert lines[-1] == "[DONE]"
-        assert re.fullmatch(r"[\x20-\x7e\n]{8,}", content(lines)), content(lines)
+        said = content(lines).replace("\n", " ")
+        assert len(said) >= 8, said
+        assert said.isprintable(), said
+        assert "\ufffd" not in said, said
         assert re.search(
             r"\d+ tok/s \| device \(emulated\) \d+ %  ram \d+ %  nvme \d+ % \| exact", server.text
         )

@@ -88,5 +88,5 @@ def test_refuses_what_is_wrong_and_says_what(tmp_path, old, new, said):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="desktop, original-1gpu"):
+    with pytest.raises(ConfigError, match="desktop, h200, original-1gpu"):
         find_machine("mainframe")
