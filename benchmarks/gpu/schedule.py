@@ -1,12 +1,13 @@
-"""What a schedule of copies and layers hides, on a clock: actors as they are, a card that is played.
+"""What a schedule of copies and layers hides: actors as they are, and a clock that plays a card.
 
 Run: PYTHONPATH=.:tests python benchmarks/gpu/schedule.py [--devices 2] [--copy 3] [--layer 6]
 
 No GPU. The engine is a real one, in threads; kernels and copies of its devices take given times and
 copies share one link. Times are long beside Python's, so that the order of things shows and not
 their cost. Routing is a random walk, `--sure` is how near guesses of the next layer are to it.
-Hidden is (compute + copy - wall) / copy, where copies are those that crossed the link; `guessed`
-is the share of wanted copies that a guess had ordered. `--trace N` prints N tokens' schedule.
+Hidden is (compute + copy - wall) / copy, where copies are those that crossed the link. `--trace N`
+prints N tokens' schedule: when each part of an expert came (`on` a stream of one device), when each
+half of a layer ended.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ class Card:
         """Let what should have happened by now happen."""
         now = time.perf_counter()
         while True:
-            while any([self._instant(queue) for queue in self.queues.values()]):
+            while sum(self._instant(queue) for queue in self.queues.values()):
                 pass
-            heads = [queue[0] for queue in self.queues.values() if queue and queue[0][0] in self.busy]
+            first = [queue[0] for queue in self.queues.values() if queue]
+            heads = [op for op in first if op[0] in self.busy]
             share = {kind: sum(op[0] == kind for op in heads) for kind in self.busy}
             step = min([op[1] * share[op[0]] for op in heads], default=np.inf)
             passed = min(step, now - self.at)
@@ -146,7 +148,9 @@ class Walk:
 class CardLayers:
     """See `fomoe.actors.layer_device.LayerModel`: nothing but time."""
 
-    def __init__(self, spec: Any, options: Any, slots: Any, walk: Walk, runtime: Any, layer_s: float):
+    def __init__(
+        self, spec: Any, options: Any, slots: Any, walk: Walk, runtime: Any, layer_s: float
+    ) -> None:  # fmt: skip
         self.runtime, self.slots, self.stream = runtime, slots, runtime.computes
         self.spec, self.options, self._walk, self._half = spec, options, walk, layer_s / 2
         self._event = runtime.event()

@@ -224,7 +224,9 @@ def neighbours(config: EngineConfig, spec: ModelSpec) -> list[Neighbour]:
     """Return all devices of an engine, with the layouts of their arenas."""
     return [
         Neighbour(
-            device_name(i), arena_name(i), LayerArena(spec, options.max_tokens, head=options.head),
+            device_name(i),
+            arena_name(i),
+            LayerArena(spec, options.max_tokens, head=options.head),
             config.devices[i],
         )
         for i, options in enumerate(host_options(config, spec))
