@@ -34,7 +34,8 @@ _ENDS = Do.GIVE | Do.LOGITS | Do.LARGEST  # what waits for the device's work
 class LayerModel(Protocol):
     """The layers of one device; calls queue work, those that return an array wait, with a bound.
 
-    Addresses are of registered host memory. Arrays stand until the next call.
+    Addresses are of registered host memory, the host's own where nothing else is said. Arrays stand
+    until the next call.
     """
 
     @property
@@ -141,8 +142,10 @@ class LayerServer:
         self._views = [d.layout.views(fabric.arena(d.arena)) for d in self._devices]
         self._mine: LayerViews = self._views[number]
         self._registered = [fabric.arena(d.arena) for d in self._devices]
-        for arena in self._registered:
-            model.runtime.register(arena)
+        self._hidden = [  # as the device sees each
+            model.runtime.register(arena) + views.hidden.ctypes.data - arena.ctypes.data
+            for arena, views in zip(self._registered, self._views, strict=True)
+        ]
         self._to_driver: Sender = fabric.sender("driver")
         self._computed = model.runtime.event()
         self._tokens = 1
@@ -185,7 +188,7 @@ class LayerServer:
             self._give_up(step)
             return
         if do & Do.TAKE:
-            model.put_hidden(self._views[peer].hidden.ctypes.data)
+            model.put_hidden(self._hidden[peer])
         self._run(do, layer, message)
         if self._moves and do & _ENDS:
             self._watch_loads(step)
