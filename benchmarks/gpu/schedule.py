@@ -7,7 +7,7 @@ copies share one link. Times are long beside Python's, so that the order of thin
 their cost. Routing is a random walk, `--sure` is how near guesses of the next layer are to it.
 Hidden is (compute + copy - wall) / copy, where copies are those that crossed the link. `--trace N`
 prints N tokens' schedule: when each part of an expert came (`on` a stream of one device), when each
-half of a layer ended.
+half of a layer ended. `--fifo` lets residual streams and picks queue behind experts.
 """
 
 from __future__ import annotations
@@ -94,12 +94,14 @@ class CardRuntime(cpu_layers.CpuRuntime):
     def __init__(self, card: Card, copy_s: float) -> None:
         super().__init__()
         self.card, self._copy_s = card, copy_s
+        self.own: list[int] = []
         self.computes = self.stream()
 
     def stream(self) -> int:
         with self.card.lock:
-            self.card.queues[len(self.card.queues) + 1] = deque()
-            return len(self.card.queues)
+            self.own.append(len(self.card.queues) + 1)
+            self.card.queues[self.own[-1]] = deque()
+            return self.own[-1]
 
     def event(self, timing: bool = False) -> int:
         with self.card.lock:
@@ -148,6 +150,8 @@ class Walk:
 class CardLayers:
     """See `fomoe.actors.layer_device.LayerModel`: nothing but time."""
 
+    fifo = False
+
     def __init__(
         self, spec: Any, options: Any, slots: Any, walk: Walk, runtime: Any, layer_s: float
     ) -> None:  # fmt: skip
@@ -179,7 +183,20 @@ class CardLayers:
             return None
         return self._walk.ahead[self._position][self._layer + 1][None]
 
+    def put_hidden(self, address: int) -> None:
+        self._behind()
+
+    def _behind(self) -> None:
+        """A small copy takes its turn on the engine that copies experts."""
+        if self.fifo:
+            runtime = self.runtime
+            for stream in runtime.own:
+                event = runtime.event()
+                runtime.record(event, stream)
+                runtime.wait(event, self.stream)
+
     def back(self, layer: int, *rest: Any) -> None:
+        self._behind()
         self.runtime.kernel(self._half, f"back {layer}")
 
     own_back = back
@@ -193,7 +210,7 @@ class CardLayers:
         return np.zeros((len(rows), 288), np.float32)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("embed", "put_hidden", "reset", "close"):
+        if name in ("embed", "reset", "close"):
             return lambda *args: None
         raise AttributeError(name)
 
@@ -207,6 +224,7 @@ def measure(args: argparse.Namespace, path: Path, share: float) -> dict[str, flo
         options = hosting.host_options(config, spec)[device]
         plain = cpu_layers.CpuLayers(file, spec, options, counts)
         runtime = CardRuntime(card, args.copy / 1e3)
+        CardLayers.fifo = args.fifo
         opened.append(CardLayers(spec, options, plain.slots, walk, runtime, args.layer / 1e3))
         return opened[-1]
 
@@ -258,6 +276,7 @@ def main() -> None:
     parser.add_argument("--sure", type=float, default=0.99)
     parser.add_argument("--share", type=float, default=0.15, help="of experts in VRAM")
     parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--fifo", action="store_true", help="small things are copies, too")
     parser.add_argument("--trace", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
