@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.actors.channel import load_acquire_u64, store_release_u64
+from fomoe.actors.shared_link import SharedLink
 from fomoe.engine.copies import COPY, CopyKind, Outcome
 from fomoe.gguf.extents import ExpertTable
 
@@ -96,8 +97,12 @@ class ExpertCopies:
         nbytes: copied so far, in both directions.
     """
 
-    def __init__(self, runtime: Runtime, slots: Slots, source: Source, table: ExpertTable) -> None:
+    def __init__(
+        self, runtime: Runtime, slots: Slots, source: Source, table: ExpertTable,
+        link: SharedLink | None = None,
+    ) -> None:  # fmt: skip
         self._runtime = runtime
+        self._link = link or SharedLink.unshared()
         self._slots = slots
         self._source = source
         self._up, self._down = runtime.stream(), runtime.stream()
@@ -111,17 +116,19 @@ class ExpertCopies:
         self._last: dict[tuple[int, int], _Job] = {}  # on each VRAM slot, by class and number
         self._tenant: dict[tuple[int, int], tuple[int, int]] = {}  # whose load began last there
         self._place: dict[tuple[int, int], tuple[int, int]] = {}  # and where an expert's did
+        self._brought: dict[tuple[int, int], tuple[int, int]] = {}  # what that load names
         self._stale: set[int] = set()  # layers whose table the device has not seen
         self._in_flight: dict[int, list[_Job]] = {}  # by step
-        self._n_ahead = 0  # of `_loads`
+        self._n_ahead = self._n_demand = 0  # of `_loads`
+        self._held_back = False  # whether an ahead list waits for another device's step
         self._turn = 0
         self.ended: list[Record] = []
         self.nbytes = 0
 
     @property
     def under_way(self) -> bool:
-        """Whether a copy has begun and not ended."""
-        return bool(self._loads or self._demotes)
+        """Whether a copy has begun and not ended, or waits for another device's: nobody rings."""
+        return bool(self._loads or self._demotes or self._held_back)
 
     @property
     def is_busy(self) -> bool:
@@ -139,13 +146,19 @@ class ExpertCopies:
             if step:
                 jobs.append(job)
         self.advance()
+        if step:
+            self._link.take(step)
 
     def advance(self) -> None:
         """Take note of what has ended and begin what has landed."""
         self._collect()
         if self._steps:
             self._steps = [job for job in self._steps if not self._try(job)]
+        self._held_back = False
         while self._ahead and self._n_ahead < MOST_AHEAD:
+            if not self._link.is_free:
+                self._held_back = True
+                return
             found = next((job for job in self._ahead if self._may_begin(job)), None)
             if found is None:
                 return
@@ -196,6 +209,9 @@ class ExpertCopies:
             before = None
         is_load = record[_KIND] == CopyKind.LOAD
         job = _Job(record, step, before)
+        if is_load and before is None and self._lies_there(job, at):
+            self._close(job)  # an answer that the driver had not read yet
+            return job
         if is_load and before is not None and before.record[_KIND] == CopyKind.LOAD:
             if before.begun and before.names == job.names:
                 job.same = before
@@ -207,7 +223,7 @@ class ExpertCopies:
             self._demote(job)
         elif job.same is not None:
             job.begun = True
-            self._loads.append(job)
+            self._on_link(job)
         elif step:
             self._steps.append(job)
         else:
@@ -258,15 +274,33 @@ class ExpertCopies:
             del self._place[before]
             self._stale.add(before[0])
         self._tenant[at], self._place[layer, expert] = (layer, expert), at
+        self._brought[at] = job.names
         self._slots.set(layer, expert, record[_VRAM])
         self._stale.add(layer)
+        self._on_link(job)
         self._copy(job, self._up)
-        self._loads.append(job)
         self._n_ahead += not job.step
+
+    def _on_link(self, job: _Job) -> None:
+        """Count a load; the others are to know before the bytes are on their way."""
+        self._loads.append(job)
+        if job.step:
+            self._n_demand += 1
+            self._link.carry(self._n_demand)
 
     def _demote(self, job: _Job) -> None:
         self._copy(job, self._down)
         self._demotes.append(job)
+
+    def _lies_there(self, job: _Job, at: tuple[int, int]) -> bool:
+        place = self._place.get((job.record[_LAYER], job.record[_EXPERT]))
+        return place == at and self._brought[at] == job.names
+
+    def _close(self, job: _Job) -> None:
+        """What a load asks for lies there."""
+        job.begun = job.ended = True
+        if not job.step:
+            self.ended.append((*job.record[:-1], int(Outcome.DONE)))
 
     def _copy(self, job: _Job, stream: int) -> None:
         """Queue the parts of an expert behind the copy before it on the same VRAM slot."""
@@ -300,6 +334,9 @@ class ExpertCopies:
                 break
             self._loads.popleft()
             self._end(job)
+            if job.step:
+                self._n_demand -= 1
+                self._link.carry(self._n_demand)
         while self._demotes and runtime.done(self._demotes[0].event):
             job = self._demotes.popleft()
             slot, generation = job.names

@@ -11,6 +11,7 @@ from fomoe.actors.channel import Fabric, Regions
 from fomoe.actors.layer_link import LayerLink
 from fomoe.actors.layer_traffic import LayerTraffic
 from fomoe.actors.messages import DONE, LAYERS, STEP_ID, Do, Tag
+from fomoe.actors.shared_link import announce
 from fomoe.engine.copies import COPY
 from fomoe.engine.device_forward import Pass
 from fomoe.engine.placed import Placed
@@ -79,6 +80,8 @@ class LayerCalls:
             (len(step.tokens), step.position, step.state, peer, rows, *map(len, orders)),
         )  # fmt: skip
         link.sent = self.step_id
+        if len(orders[0]) and link.node == 0:
+            announce(link.views.link, self.step_id)
         for records in orders:
             if len(records):
                 payload += records.tobytes()

@@ -28,12 +28,14 @@ _SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take els
 _WAIT_MS = 20.0
 _SEND_BOUND_S = 5.0
 _BOUND_S = 120.0
+_ENDS = Do.GIVE | Do.LOGITS | Do.LARGEST  # what waits for the device's work
 
 
 class LayerModel(Protocol):
     """The layers of one device; calls queue work, those that return an array wait, with a bound.
 
-    Addresses are of registered host memory. Arrays stand until the next call.
+    Addresses are of registered host memory, the host's own where nothing else is said. Arrays stand
+    until the next call.
     """
 
     @property
@@ -108,11 +110,12 @@ class LayerModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """A device of the engine: its process, its arena."""
+    """A device of the engine: its process, its arena; devices of one `link` share it."""
 
     name: str
     arena: str
     layout: LayerArena
+    link: str = ""
 
 
 class LayerServer:
@@ -139,8 +142,10 @@ class LayerServer:
         self._views = [d.layout.views(fabric.arena(d.arena)) for d in self._devices]
         self._mine: LayerViews = self._views[number]
         self._registered = [fabric.arena(d.arena) for d in self._devices]
-        for arena in self._registered:
-            model.runtime.register(arena)
+        self._hidden = [  # as the device sees each
+            model.runtime.register(arena) + views.hidden.ctypes.data - arena.ctypes.data
+            for arena, views in zip(self._registered, self._views, strict=True)
+        ]
         self._to_driver: Sender = fabric.sender("driver")
         self._computed = model.runtime.event()
         self._tokens = 1
@@ -183,8 +188,10 @@ class LayerServer:
             self._give_up(step)
             return
         if do & Do.TAKE:
-            model.put_hidden(self._views[peer].hidden.ctypes.data)
+            model.put_hidden(self._hidden[peer])
         self._run(do, layer, message)
+        if self._moves and do & _ENDS:
+            self._watch_loads(step)
         self._give(do, step, peer, rows)
         if self._moves:
             self._close(step, do)
@@ -215,12 +222,16 @@ class LayerServer:
     def _close(self, step: int, do: int) -> None:
         """Wait until every copy of a step has ended, and what computes with them."""
         copies = self._copies
-        ends = Do.FRONT | Do.GIVE | Do.LOGITS | Do.LARGEST
-        if do & (Do.BACK | Do.COMBINE) and not do & ends:
+        if do & (Do.BACK | Do.COMBINE) and not do & (_ENDS | Do.FRONT):
             self._finish_computing()
         copies.advance()
         if not copies.has_ended(step):
             self._wait(lambda: copies.has_ended(step), "a copy")
+
+    def _watch_loads(self, step: int) -> None:
+        """See a step's copies end, so that others may use the link while this device computes."""
+        if not self._copies.has_ended(step):
+            self._wait(lambda: self._copies.has_ended(step), "a copy", nap=False)
 
     def _finish_computing(self) -> None:
         runtime = self._model.runtime

@@ -2,7 +2,8 @@
 
 One arena per device. The driver writes `tokens`, `rows`, `ids` and `weights` before the message
 that names them, the device all others before its answer; the rings order the accesses. `word` is
-for the next device: it holds the last step whose residual stream `hidden` is.
+for the next device: it holds the last step whose residual stream `hidden` is. `link` is for those
+on the same link to memory, see `SharedLink`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.actors.channel import Regions
+from fomoe.actors.shared_link import WORDS
 from fomoe.model.layers import HEAD_ROWS
 from fomoe.model.spec import ModelSpec
 
@@ -26,6 +28,7 @@ class LayerViews:
 
     Attributes:
         word: uint64 [1].
+        link: uint64 [3].
         tokens: int32 [T].
         rows: int32 [HEAD_ROWS].
         hidden: float32 [T, D].
@@ -41,6 +44,7 @@ class LayerViews:
     """
 
     word: npt.NDArray[np.uint64]
+    link: npt.NDArray[np.uint64]
     tokens: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int32]
     hidden: npt.NDArray[np.float32]
@@ -77,6 +81,7 @@ class LayerArena:
         top_k = spec.moe.top_k
         parts: tuple[tuple[str, npt.DTypeLike, tuple[int, ...]], ...] = (
             ("word", np.uint64, (1,)),
+            ("link", np.uint64, (WORDS,)),
             ("tokens", np.int32, (max_tokens,)),
             ("rows", np.int32, (HEAD_ROWS,)),
             ("hidden", np.float32, (max_tokens, spec.hidden)),

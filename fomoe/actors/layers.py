@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from fomoe.actors.channel import Fabric
 from fomoe.actors.expert_copies import ExpertCopies, Source, as_records
 from fomoe.actors.layer_device import LayerModel, LayerServer, Neighbour
 from fomoe.actors.layer_layout import LayerArena
 from fomoe.actors.messages import STEP_ID, Tag
 from fomoe.actors.names import arena_name, device_name
 from fomoe.actors.process import FabricMember, LoopThread
+from fomoe.actors.shared_link import SharedLink
 from fomoe.actors.storage import landed_bytes
 from fomoe.config import EngineConfig
 from fomoe.devices import local_name
@@ -91,7 +93,8 @@ class LayerActor(FabricMember):
         loop = LoopThread(self, self.poll, self.status, _SPIN_US)
         landed = segment.view[: plan.segment_slots * 8].view(np.uint64)
         source = Source(landed, segment.address + landed_bytes(plan.segment_slots))
-        self._copies = ExpertCopies(model.runtime, model.slots, source, self._table)
+        link = shared_link(fabric, self._neighbours, plan.device)
+        self._copies = ExpertCopies(model.runtime, model.slots, source, self._table, link)
         self._deferred: deque[bytes] = deque()  # messages that came while another one waited
         self._server = LayerServer(
             model, self._copies, fabric, (self._neighbours, plan.device), self._listen,
@@ -223,10 +226,20 @@ def neighbours(config: EngineConfig, spec: ModelSpec) -> list[Neighbour]:
     """Return all devices of an engine, with the layouts of their arenas."""
     return [
         Neighbour(
-            device_name(i), arena_name(i), LayerArena(spec, options.max_tokens, head=options.head)
+            device_name(i),
+            arena_name(i),
+            LayerArena(spec, options.max_tokens, head=options.head),
+            config.devices[i],
         )
         for i, options in enumerate(host_options(config, spec))
     ]
+
+
+def shared_link(fabric: Fabric, devices: list[Neighbour], number: int) -> SharedLink:
+    """Return what a device tells those that are the same card in other processes."""
+    words = [d.layout.views(fabric.arena(d.arena)).link for d in devices]
+    others = [i for i, d in enumerate(devices) if d.link == devices[number].link and i != number]
+    return SharedLink(words[number], [words[i] for i in others])
 
 
 def open_model(

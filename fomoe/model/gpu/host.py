@@ -11,7 +11,9 @@ import numpy.typing as npt
 from fomoe.errors import DeviceError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
+from fomoe.kernels.gpu.bring import bring
 from fomoe.kernels.gpu.gpu import GPU
+from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.rehearsal import Rehearsal
 from fomoe.kernels.gpu.runtime import Runtime
 from fomoe.kernels.gpu.step import STEP
@@ -97,6 +99,7 @@ class GPUModel:
         self._passes = _rehearsed(desk, self._mail, held, graphs=options.graphs)
         self._head: Head | None = self._passes.head
         self._begun, self._scored, self._ended = (Signal(gpu, options.wait_s) for _ in range(3))
+        self._hidden_from: dict[int, Launch] = {}  # one for each device that hands over
         self._tokens = 1
         self._has_logits = self._looks_ahead = False
 
@@ -165,7 +168,13 @@ class GPUModel:
         self._passes.embed(self._tokens).run()
 
     def put_hidden(self, address: int) -> None:
-        """Take float32 [T, D] at an address of registered host memory as the residual stream."""
+        """Take float32 [T, D] of registered host memory, at the device's address of it."""
+        if self._tokens == 1:
+            if address not in self._hidden_from:
+                launch = bring(self.gpu, self._work.x, address, self._hidden_bytes)
+                self._hidden_from[address] = launch
+            self.gpu.launch(self._hidden_from[address])
+            return
         self.runtime.copy(self._work.x, address, self._hidden_bytes, self.gpu.stream)
 
     def take_hidden(self, address: int) -> None:
@@ -310,10 +319,10 @@ class GPUModel:
             raise DeviceError(f"logits of rows {list(rows)}: the pass has {self._tokens}")
 
     def launches(self) -> dict[int, int]:
-        """Return the kernels that a decode step launches in each layer, by layer."""
+        """Return the kernels of a decode step by the device's own choice, by layer."""
         passes = self._passes
         return {
-            layer: passes.front(layer, 1).n_launches + passes.back(layer, 1).n_launches
+            layer: passes.front(layer, 1).n_launches + passes.own_back(layer, 1).n_launches
             for layer in self.options.layers
         }
 

@@ -227,7 +227,7 @@ class Passes:
             if size > 1:
                 return self._prompt_back(layer, size)
             row, nbytes = self._row(layer), self._mail.picks.host.itemsize
-            send = Step("copy", lambda: self._mail.picks.send(row * nbytes, nbytes))
+            send = Step("picks", self._mail.picks.bring(self._desk.gpu, row * nbytes, nbytes))
             return [send, *self._decode_back(layer, choose=False)]
 
         return self._program("back", layer, size, steps)

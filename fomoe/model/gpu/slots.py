@@ -56,6 +56,10 @@ class ExpertSlots:
         self._layer_bytes = _PARTS * spec.moe.n_experts * _ADDRESS_BYTES
         self._table = Mirror(gpu, (len(layers), _PARTS, spec.moe.n_experts), np.uint64)
         self._table.send()
+        self._bring = {
+            layer: self._table.bring(gpu, row * self._layer_bytes, self._layer_bytes)
+            for layer, row in self._row.items()
+        }
 
     def add(self, counts: Sequence[int]) -> None:
         """Take `counts[c]` slots of size class c out of the arena, once.
@@ -112,7 +116,7 @@ class ExpertSlots:
         if layer is None:
             self._table.send()
         else:
-            self._table.send(self._row[layer] * self._layer_bytes, self._layer_bytes)
+            self._gpu.launch(self._bring[layer])
 
     def load(self, layer: int, expert: int, slot: int, blocks: Sequence[U8]) -> None:
         """Write gate, up and down blocks into a slot and note it; waits for the copies.

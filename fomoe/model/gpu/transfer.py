@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.kernels.gpu.bring import bring
 from fomoe.kernels.gpu.gpu import GPU
+from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.runtime import poll
 
 
@@ -34,6 +36,11 @@ class Mirror:
     def send(self, start: int = 0, nbytes: int | None = None) -> None:
         """Queue a copy of bytes `start` and on from the host to the device."""
         self._copy(self.address, self._pinned.address, start, nbytes)
+
+    def bring(self, gpu: GPU, start: int = 0, nbytes: int | None = None) -> Launch:
+        """Return the launch that does what `send` does, past copies that are under way."""
+        count = self._nbytes - start if nbytes is None else nbytes
+        return bring(gpu, self.address + start, self._pinned.device_address + start, count)
 
     def fetch(self, start: int = 0, nbytes: int | None = None) -> None:
         """Queue a copy of bytes `start` and on from the device to the host."""

@@ -95,6 +95,7 @@ CHECKS = (
     ),
     *(Check("experts_out", {**_OUT, "FM_TYPE_DOWN": t}, dots=True) for t in (12, 13, 14)),
     Check("delay"),
+    Check("bring", {"THREADS": 256}),
     Check("names", dots=True, tiles=True, folder=OWN),
     Check("probe", {"SCALE": 2}, folder=OWN),
     Check("choose", {"EXPERTS": 512, "TOP_K": 10, "THREADS": 256}),
