@@ -125,7 +125,7 @@ def test_decoding_allocates_nothing_that_stays(path, forbidden, share, steps):
         assert finished(events).reason == "length"
         receipt = events[0].receipt
         assert (receipt.reads_nvme == 0) == (share == 1.0)
-        # Two KB of what was on its way, and the newest status of some 4 KB.
+        # Some KB of what was on its way, and the newest status of some 6 KB.
         growth, lines = own_growth(before, after)
         growth -= text_bytes[1] - text_bytes[0]
-        assert growth < 8 * 1024, "\n".join([f"{growth:,} bytes", *lines])
+        assert growth < 12 * 1024, "\n".join([f"{growth:,} bytes", *lines])
