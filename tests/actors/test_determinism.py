@@ -8,10 +8,9 @@ import random
 
 import pytest
 from support.local_engine import local_engine, slot_bytes
-from support.local_model import finished, greedy
+from support.local_model import finished, greedy, told
 
 from fomoe.config import RoutingConfig
-from fomoe.engine.requests import TokenEvent
 
 CAPACITY, TOKENS = 6, 40
 MODES = {
@@ -29,14 +28,6 @@ def request(prompt, mode):
         hot = {"sampling": type(ask.sampling)(temperature=1.2, seed=11)}
         ask = greedy(prompt, TOKENS, logprobs=4, **MODES[mode], **hot)
     return ask
-
-
-def told(events):
-    """What a machine may not change: tokens with log probabilities, decisions, price and loss."""
-    tokens = [(e.token, e.logprob, e.top) for e in events if isinstance(e, TokenEvent)]
-    receipt = finished(events).receipt
-    counts = receipt.substituted, receipt.lost_mass, receipt.price, receipt.shadow_kl
-    return tokens, receipt.decision_hash, *counts
 
 
 @pytest.fixture(scope="module")

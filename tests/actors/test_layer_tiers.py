@@ -6,12 +6,9 @@ import threading
 import pytest
 from support import cpu_layers
 from support.local_engine import local_engine, slot_bytes
-from support.local_model import finished, greedy, tokens_of
+from support.local_model import finished, greedy, tokens_of, told
 
-from fomoe.actors import layers
 from fomoe.config import RoutingConfig
-from fomoe.engine import hosting
-from fomoe.engine.requests import TokenEvent
 from fomoe.errors import StorageError
 
 CAPACITY = 6
@@ -20,21 +17,7 @@ MODES = {"exact": {}, "car": {"quality": "car=0.6"}, "price": {"quality": "price
 
 @pytest.fixture(autouse=True)
 def opened(monkeypatch):
-    found = []
-
-    def open_model(*args):
-        found.append(cpu_layers.open_model(*args))
-        return found[-1]
-
-    monkeypatch.setattr(layers, "open_model", open_model)
-    monkeypatch.setattr(hosting, "planned_bytes", cpu_layers.planned_bytes)
-    return found
-
-
-def told(events):
-    tokens = [(e.token, e.logprob) for e in events if isinstance(e, TokenEvent)]
-    receipt = finished(events).receipt
-    return tokens, receipt.decision_hash, receipt.substituted, receipt.lost_mass
+    return cpu_layers.play_devices(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,13 @@ import pytest
 from support import cpu_layers
 from support import local_engine as support
 from support.local_engine import local_engine
-from support.local_model import finished, greedy, tokens_of
+from support.local_model import finished, greedy, tokens_of, told
 
 from fomoe.actors import layers
 from fomoe.actors.processes import CLASSES, ProcessHandle
 from fomoe.config import RoutingConfig
-from fomoe.engine import hosting, plan
+from fomoe.engine import plan
 from fomoe.engine.local import local_logits
-from fomoe.engine.requests import TokenEvent
 from fomoe.errors import BudgetError, DeviceError, StorageError
 
 VRAM = 1 << 30
@@ -32,24 +31,7 @@ MODES = {
 
 @pytest.fixture(autouse=True)
 def opened(monkeypatch):
-    """Devices played by the CPU kernels; returns those that were opened."""
-    found = []
-
-    def open_model(*args):
-        found.append(cpu_layers.open_model(*args))
-        return found[-1]
-
-    monkeypatch.setattr(layers, "open_model", open_model)
-    monkeypatch.setattr(hosting, "planned_bytes", cpu_layers.planned_bytes)
-    return found
-
-
-def told(events):
-    """What a machine may not change: tokens with log probabilities, decisions, price and loss."""
-    tokens = [(e.token, e.logprob, e.top) for e in events if isinstance(e, TokenEvent)]
-    receipt = finished(events).receipt
-    counts = receipt.substituted, receipt.lost_mass, receipt.price, receipt.shadow_kl
-    return tokens, receipt.decision_hash, *counts
+    return cpu_layers.play_devices(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -267,3 +267,16 @@ class CpuLayerActor(LayerActor):
     def __init__(self, name):
         install()
         super().__init__(name)
+
+
+def play_devices(monkeypatch):
+    """Let the CPU kernels play all devices that host layers; returns those that were opened."""
+    found = []
+
+    def open_and_keep(*args):
+        found.append(open_model(*args))
+        return found[-1]
+
+    monkeypatch.setattr(layers, "open_model", open_and_keep)
+    monkeypatch.setattr(hosting, "planned_bytes", planned_bytes)
+    return found

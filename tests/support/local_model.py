@@ -71,3 +71,11 @@ def finished(events: list[Event]) -> Finished:
     assert len(ends) == 1, ends
     assert events[-1] is ends[0]
     return ends[0]
+
+
+def told(events: list[Event]) -> tuple[object, ...]:
+    """What a machine may not change: tokens with log probabilities, decisions, price and loss."""
+    tokens = [(e.token, e.logprob, e.top) for e in events if isinstance(e, TokenEvent)]
+    receipt = finished(events).receipt
+    counts = receipt.substituted, receipt.lost_mass, receipt.price, receipt.shadow_kl
+    return tokens, receipt.decision_hash, *counts
