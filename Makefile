@@ -14,8 +14,8 @@ SOURCES := pyproject.toml CMakeLists.txt \
   $(shell find fomoe -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt 2>/dev/null)
 MODEL ?=
 ARGS ?=
-# Tests that start servers or clusters run one after the other, the others side by side.
-APART := $(addprefix tests/,channel deploy e2e packaging ray_cluster server)
+# Tests that start engines, servers or clusters run one after the other, the others side by side.
+APART := $(addprefix tests/,actors channel deploy e2e packaging ray_cluster server)
 
 .PHONY: serve test check venv stop clean
 
