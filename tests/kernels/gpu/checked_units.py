@@ -43,14 +43,13 @@ _WAVES = {
     "FM_HELD": 96,
     "FM_INT8": 1,
 }
-_PROJECT = {**_WAVES, "FM_ADD": 0, "FM_PARTS": 4}
+_PROJECT = {**_WAVES, "FM_ADD": 0, "FM_OF_TWO": 0, "FM_PARTS": 4}
 _EXPERTS = {
     **_WAVES,
     "FM_HIDDEN": 4096,
     "FM_WIDTH": 1024,
     "FM_K": 10,
     "FM_STAGE_BYTES": 3392,
-    "FM_DOWN_BYTES": 4096 * 576,
 }
 _OUT = {**_EXPERTS, "FM_STAGES": 3, "FM_SHARED_WIDTH": 1024, "FM_TYPE_SHARED": 8, "FM_ROWS": 64}
 _QUANTS = (6, 8, 12, 13, 14, 23)
@@ -88,6 +87,7 @@ CHECKS = (
     Check("project", {**_project((8, 12, 14), 8192), "FM_HELD": 48}, dots=True),
     Check("project", _project((0, 1), 4096)),
     Check("project", _project((30,), 4096)),
+    Check("project", {**_project((0, 12, 14), 4096), "FM_WAVES": 16, "FM_OF_TWO": 1}, dots=True),
     Check("project", {**_project(_QUANTS, 2048), "FM_INT8": 0}),
     *(
         Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True)
