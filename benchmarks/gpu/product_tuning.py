@@ -1,8 +1,8 @@
 """Which tuning of the products is the fastest on a device.
 
-Three questions, each with a table: matrices alone by type; the routed experts of a layer by the type
-of their down (the bar is a share of the copy bandwidth); whole DeltaNet layers, where each launch
-begins beside the one before it. Times are microseconds, shares those of the copy bandwidth.
+Three questions, each with a table: the routed experts of a layer by the type of their down,
+launches included; whole DeltaNet layers, where each launch begins beside the one before it;
+matrices alone. Times are microseconds, shares those of the copy bandwidth.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from decode_layer import MODELS, PARTS, DecodeLayers, Model, Part, Types
 from device_time import graph_ms
 from product_cases import ExpertsCase, LayerSizes, MatrixCase
+from side_by_side import Job, rehearse
 
 from fomoe.errors import DeviceError
 from fomoe.gguf.quants import GGMLType
@@ -169,27 +170,16 @@ def _ready(
     gpu: GPU, launches: Callable[[str, Tuning], Sequence[Launch]], variants: Sequence[Variant]
 ) -> list[Variant]:
     """The variants that fit the device, each once, all compiled."""
-    jobs: list[tuple[str, dict[str, int]]] = []
-    kernel, kept = gpu.kernel, []
-
-    def note(unit: str, name: str, defines: dict[str, int]) -> int:
-        jobs.append((unit, defines))
-        return 0
-
-    gpu.kernel = note  # type: ignore[method-assign, assignment]
-    try:
-        for part, tuning in dict.fromkeys(variants):
-            before = len(jobs)
-            try:
-                fits = _fits(gpu, launches(part, tuning)[0], tuning)
-            except DeviceError:  # not one wave
-                fits = False
-            if fits:
-                kept.append((part, tuning))
-            else:
-                del jobs[before:]
-    finally:
-        gpu.kernel = kernel  # type: ignore[method-assign]
+    jobs: list[Job] = []
+    kept = []
+    for part, tuning in dict.fromkeys(variants):
+        try:
+            wanted, made = rehearse(gpu, lambda p=part, t=tuning: launches(p, t))  # type: ignore[misc]
+        except DeviceError:  # not one wave has room
+            continue
+        if _fits(gpu, made[0], tuning):
+            kept.append((part, tuning))
+            jobs += wanted
     gpu.prepare(jobs)
     return kept
 

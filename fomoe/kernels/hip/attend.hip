@@ -1,7 +1,7 @@
 // One token of an attention layer in one launch: norms, rotation, cache, attention, gate, rows.
 //
 // Grid (HEADS / ROWS, SPLITS): a group attends ROWS query heads of a kv head to its share of the
-// positions, and the last of those that share heads puts the parts together. What earlier tokens
+// positions, AHEAD tiles of which are on their way, and the last of those that share heads puts the parts together. What earlier tokens
 // and the weights have is asked for before the launch that makes the inputs has ended: other
 // launches that write this cache belong to other passes, and a copy, that of the step block,
 // separates passes.
@@ -10,7 +10,7 @@
 
 constexpr int kSubsets = kShared / ROWS;  // groups of query heads that read the same keys
 static_assert(kSubsets * ROWS == kShared, "subsets of query heads");
-using Tiles = Walk<(KV_F32 || ROWS > 2 ? 1 : 2)>;  // as many as registers hold
+using Tiles = Walk<AHEAD>;
 
 struct Part {
   float sum[ROWS][HEAD_DIM];

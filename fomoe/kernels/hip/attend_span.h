@@ -191,10 +191,12 @@ struct Walk {
   }
 
  private:
-  // The tile from `first` on; asks for the one that takes its registers.
+  // The tile from `first` on; asks for the one that takes its registers. Of a single tile the values
+  // come while scores are made, so that they need not be held from one tile to the next.
   template <class Sees>
   FM_DEV void step(Attention& a, const Sees& sees, const Stored (*fresh)[HEAD_DIM], int first,
                    Packed<kSlice>& keys, Packed<kTile>& values, float* sum) const {
+    if (kAhead == 1 && first != span.first) ask_value(values, first);
     if (fresh && first + unit_lane() == span.stored) keys.load(fresh[0] + slice());
     score(a, keys);
     ask_key(keys, first + kAhead * kTile);
@@ -204,6 +206,6 @@ struct Walk {
     if (span.stored < first + kTile)
       values.cut(span.stored - first, fresh ? fresh[1][dim()] : to_stored(0.0f));
     mix(a, values, sum);
-    ask_value(values, first + kAhead * kTile);
+    if (kAhead > 1) ask_value(values, first + kAhead * kTile);
   }
 };
