@@ -92,9 +92,10 @@ def say(llm: LLM, what: str, *args: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """Milliseconds a token, mean of all timed ones, and the receipt."""
+    """Milliseconds a token, mean and median of all timed ones, and the receipt."""
 
     ms: float
+    median_ms: float
     receipt: Receipt
 
 
@@ -120,8 +121,8 @@ def text(llm: LLM, tokens: int, quality: str | None = None) -> Run:
             if getattr(event, "error", None):
                 raise SystemExit(event.error)
     assert receipt is not None
-    ms = 1e3 * statistics.mean(b - a for a, b in zip(at[SKIP:], at[SKIP + 1 :], strict=False))
-    return Run(ms, receipt)
+    times = [1e3 * (b - a) for a, b in zip(at[SKIP:], at[SKIP + 1 :], strict=False)]
+    return Run(statistics.mean(times), statistics.median(times), receipt)
 
 
 def traced(args: argparse.Namespace, llm: LLM, name: str, quality: str | None = None) -> None:
@@ -202,7 +203,8 @@ def measured(args: argparse.Namespace, llm: LLM, compute: float, run: Run) -> di
         ms, receipt = timed.ms, timed.receipt
         copy = 1e3 * bytes_per_token(receipt, args.tokens) / rate
         found[name] = {
-            "wall ms": round(ms, 4), "compute ms": round(alone_ms, 4), "copy ms": round(copy, 4),
+            "wall ms": round(ms, 4), "median ms": round(timed.median_ms, 4),
+            "compute ms": round(alone_ms, 4), "copy ms": round(copy, 4),
             "wall / max": round(ms / max(alone_ms, copy), 4),
             "hidden": round((alone_ms + copy - ms) / copy, 4) if copy else None,
             "MB per token": round(bytes_per_token(receipt, args.tokens) / 1e6, 2),
