@@ -51,15 +51,16 @@ class Facts:
     layers: int
 
 
-def facts_of(model: Path, device: str, n_devices: int) -> Facts:
+def facts_of(model: Path, devices: tuple[str, ...]) -> Facts:
     """Read what `budget` wants."""
     file = open_gguf(model)
     spec = read_spec(file)
     config = EngineConfig(
-        model=model, devices=(device,) * n_devices, ctx_size=CTX, prefill_chunk=CHUNK,
+        model=model, devices=devices, ctx_size=CTX, prefill_chunk=CHUNK,
         routing=RoutingConfig(shadow_every=0),
     )  # fmt: skip
     table = ExpertTable.from_gguf(file, spec.n_layers)
+    n_devices = len(devices)
     whole = max(
         sum(table.slot_bytes(i) for i in range(d, spec.n_layers, n_devices))
         for d in range(n_devices)
@@ -70,10 +71,12 @@ def facts_of(model: Path, device: str, n_devices: int) -> Facts:
 @contextmanager
 def engine(args: argparse.Namespace, n_devices: int, share: float) -> Iterator[LLM]:
     """An engine whose devices hold a share of their experts."""
-    facts = facts_of(args.model, args.device, n_devices)
+    given = args.device.split(",")
+    devices = tuple(given[i % len(given)] for i in range(n_devices))
+    facts = facts_of(args.model, devices)
     start = time.perf_counter()
     with LLM(
-        args.model, devices=[args.device] * n_devices, ctx_size=CTX, prefill_chunk=CHUNK,
+        args.model, devices=list(devices), ctx_size=CTX, prefill_chunk=CHUNK,
         vram_budget=facts.dense + int(share * facts.experts) + (1 << 20),
         ram_budget=args.ram, ram_policy=args.ram_policy, prefetch_budget=args.prefetch_budget,
         routing=RoutingConfig(shadow_every=0), launcher="processes",
@@ -225,7 +228,7 @@ def main() -> None:
     """Time engines of two actors and of one; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--device", default="cuda:0", help="or one for each actor: cuda:0,cuda:1")
     parser.add_argument("--ram", default="40GiB", help="RAM budget; all experts are to fit")
     parser.add_argument("--ram-policy", default="inclusive", choices=("inclusive", "exclusive"))
     parser.add_argument("--hit", type=float, default=0.6)
