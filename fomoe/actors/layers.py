@@ -132,8 +132,9 @@ class LayerActor(FabricMember):
             return self._advance_copies(bell)
         tag, nbytes = message
         if tag == Tag.LAYERS:
-            self._server.take(self._buffer)
-            self._server.serve(self._buffer)
+            layers = bytes(self._buffer[:nbytes])  # what comes while it is served needs the buffer
+            self._server.take(layers)
+            self._server.serve(layers)
         else:
             self._take(tag, nbytes)
         return True
