@@ -80,12 +80,13 @@ class LayerSweeps:
             while not sweep.is_done:
                 while self._send(sweep, segment, flight):
                     moved = time.monotonic()
-                self._host.hear(layer, use.experts)
-                self._take(sweep, segment, flight, link)
+                if not self._take(sweep, segment, flight, link):
+                    self._host.hear(layer, use.experts)
                 if time.monotonic() - moved > _STALL_S:
                     raise PeerStalledError(link.name, _STALL_S)
         finally:
-            self._take(sweep, segment, flight, link)
+            while self._take(sweep, segment, flight, link):
+                pass
             sweep.abandon()
 
     def _send(self, sweep: Sweep, segment: GpuSegment, flight: _Flight) -> bool:
@@ -104,14 +105,20 @@ class LayerSweeps:
         placed.counters.ram_bytes += int(orders.copies["nbytes"][loads].sum())
         return True
 
-    def _take(self, sweep: Sweep, segment: GpuSegment, flight: _Flight, link: LayerLink) -> None:
-        """Take note of the waves that the device has answered."""
-        while flight.waves and flight.waves[0][0] <= link.answered:
-            step, end, copies = flight.waves.popleft()
-            aborted = step in link.given_up
-            segment.end_all(copies, self._placed.residency, aborted=aborted)
-            if not aborted:
-                sweep.computed(end)
+    def _take(self, sweep: Sweep, segment: GpuSegment, flight: _Flight, link: LayerLink) -> bool:
+        """Take note of the first wave if the device has answered it; returns whether it has.
+
+        One at a time, and only where no other can be sent: what is in memory after a prompt does
+        not depend on when its waves are answered.
+        """
+        if not flight.waves or flight.waves[0][0] > link.answered:
+            return False
+        step, end, copies = flight.waves.popleft()
+        aborted = step in link.given_up
+        segment.end_all(copies, self._placed.residency, aborted=aborted)
+        if not aborted:
+            sweep.computed(end)
+        return True
 
     def _count(self, layer: int, sweep: Sweep, pairs: npt.NDArray[np.int64]) -> None:
         """Count the chunk's activations by the tier that their bytes came from."""
