@@ -38,12 +38,13 @@ What the device does with a record.
 
 Entries of a step on a GPU: `slot` is the VRAM slot. `generation` 0 says that the bytes are there;
 otherwise the step's LOAD into that slot brings them. One with a negative `slot` is computed in RAM
-by storage's kernels: `~slot` is the slot of the segment, `address` and `generation` say where and
-when, as on a `cpu` device. A GPU reads a VRAM slot between STEP and DONE only.
+by storage's kernels (`fomoe.actors.layer_arm`): `~slot` is the slot of the segment, `address` and
+`generation` say where and when, as on a `cpu` device. Steps in parts have none. A GPU reads a VRAM
+slot between STEP and DONE only.
 
 What may run at the same time: copies in both directions, the compute of what is there, and reads of
 storage. Only the rules above order them. Nothing a device waits for waits for the driver: a LOAD
-for storage alone, compute for its LOADs.
+for storage alone, compute for its LOADs and for what storage computes.
 
 DONE with `aborted` 0: every record of the step has ended, every entry is computed. With `aborted`
 set (the driver sent ABORT because a read failed): the DEMOTEs have ended, every LOAD has ended or

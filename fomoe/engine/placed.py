@@ -11,7 +11,7 @@ from fomoe.engine.gpu_segment import GpuSegment
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.plan import EnginePlan
 from fomoe.engine.transfers import ENTRY
-from fomoe.engine.waves import Priorities, StepArrays, WaveLayout, WavePlanner
+from fomoe.engine.waves import STAYED, Priorities, StepArrays, WaveLayout, WavePlanner
 from fomoe.model.buffers import F32
 from fomoe.residency import LogicalCache, Residency
 from fomoe.routing import Route
@@ -109,6 +109,29 @@ class Placed:
         ids, weights = out
         np.take(self._entries["expert"], self._order[0], out=ids)
         weights[:] = self._weights[0]
+
+    @property
+    def n_stay(self) -> int:
+        """How many of the step's experts are computed in RAM; asked before `more`."""
+        return int(self.planner.arrays.counts[STAYED])
+
+    def stay(self) -> tuple[F32, npt.NDArray[np.void]]:
+        """Return weights float32 [n] and entries [n] of those, ascending, by segment slots."""
+        order = self._order[0]
+        entries = self._entries[order]
+        stays = entries["slot"] < 0
+        entries = entries[stays]
+        np.invert(entries["slot"], out=entries["slot"])
+        return self._weights[0, stays], entries
+
+    def part_picks(self, out: Picks) -> None:
+        """As `picks` for the experts that are not computed in RAM; -1 stands behind the last."""
+        ids, weights = out
+        entries = self._entries[self._order[0]]
+        moves = entries["slot"] >= 0
+        count = int(np.count_nonzero(moves))
+        ids[count:], weights[count:] = -1, 0.0
+        ids[:count], weights[:count] = entries["expert"][moves], self._weights[0, moves]
 
     def answered(self, device: int, layer: int, *, aborted: bool) -> None:
         """The device has answered for a part of the layer's step, or given the step up."""

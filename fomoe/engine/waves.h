@@ -117,7 +117,8 @@ class WavePlanner {
   void group(int64_t tokens);
   void arrange(int64_t tokens);
   void choose_arm(int64_t tokens);
-  int64_t fitting(int64_t n) const;
+  int64_t fitting(int64_t n);
+  int64_t fitting(const VramSlots& vram, int64_t n) const;
   int64_t plan(const int32_t* experts, int64_t n);
   void count(const int32_t* experts, int64_t n, int64_t fetches);
   Read* fetch(int32_t layer, int64_t fetches, bool ahead, Read* reads);

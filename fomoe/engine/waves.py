@@ -29,6 +29,7 @@ from fomoe.types import ExpertKey, Tier
 __all__ = [
     "BACKGROUND",
     "GUESSED",
+    "STAYED",
     "USED",
     "Priorities",
     "StepArrays",
@@ -41,6 +42,7 @@ _COUNTS = 16
 USED = 6  # where the prefetches used stand, those of a look-ahead and in the background
 GUESSED = 11  # where the prefetches used stand that a look-ahead asked for
 BACKGROUND = 12  # where the background reads stand
+STAYED = 14  # where the experts to be computed in RAM stand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,7 +80,8 @@ class WaveArrays:
         pairs: int64 [E], pairs of each of them, substitutes left out.
         reads: records of `READ` [2 E], what the last call asks storage for.
         copies: records of `COPY` [4 E], what the last call asks the GPU for.
-        arm: int32 [k + 1], how many of so many experts of a token in RAM are computed there.
+        arm: int32 [k + 1], how many of so many experts of a token in RAM are computed there. Where
+            any are, nothing is brought ahead on GPUs.
         counts: int64 [16] of the last call: activations whose bytes came from device, RAM, NVMe;
             substitutes alike; prefetches used; issued; bytes read; promoted (to a GPU: all bytes
             that cross its link); demoted; prefetches used that a look-ahead of this planner asked

@@ -25,12 +25,21 @@ void WavePlanner::choose_arm(int64_t tokens) {
     }
 }
 
-// How many of the step's next `n` experts can be brought with the slots that the segment has to
-// spare: one for a read, and one for a victim whose slot in RAM is still being copied.
-int64_t WavePlanner::fitting(int64_t n) const {
+// How many of the step's next `n` experts its next wave has. A step in parts computes nothing in
+// RAM: what lies there may have to leave before the last part is computed.
+int64_t WavePlanner::fitting(int64_t n) {
   const VramSlots* const slots = vram(layer_);
   if (!slots) return n;
-  int64_t spare = slots->spare(planner_, layer_);
+  const int64_t most = n < n_experts_ ? 0 : fitting(*slots, n);
+  if (most == n_experts_) return most;
+  for (int64_t i = 0; i < n_experts_; ++i) stays_[a_.experts[i]] = false;
+  return fitting(*slots, n);
+}
+
+// How many of the step's next `n` experts can be brought with the slots that the segment has to
+// spare: one for a read, and one for a victim whose slot in RAM is still being copied.
+int64_t WavePlanner::fitting(const VramSlots& vram, int64_t n) const {
+  int64_t spare = vram.spare(planner_, layer_);
   for (int64_t i = 0; i < n; ++i) {
     const int32_t e = a_.experts[first_ + i], tier = planner_.tier(layer_, e);
     if (tier == kNvme) spare -= 2;
@@ -89,9 +98,13 @@ Entry WavePlanner::locate(int32_t expert) const {
   return entry;
 }
 
+// How much may be brought ahead depends on what has been answered. Where the processor computes what
+// lies in RAM, that would choose who computes, so nothing is brought ahead.
 int64_t WavePlanner::ahead_room(int32_t layer, int64_t n) const {
   const VramSlots* const slots = vram(layer);
-  return slots ? std::min(n, slots->ahead_room(planner_, layer)) : n;
+  if (!slots) return n;
+  const bool has_arm = std::any_of(a_.arm, a_.arm + shape_.top_k + 1, [](int32_t m) { return m > 0; });
+  return has_arm ? 0 : std::min(n, slots->ahead_room(planner_, layer));
 }
 
 bool WavePlanner::is_tight(int32_t layer) const {

@@ -56,6 +56,41 @@ def test_prompts_between_answers(ram, seed, staging, fails):
     m.come_to_rest()
 
 
+def tiers_with_an_arm(seed, ram, staging, timing):
+    """Where every expert is after each step, all of it answered before the next, and prompts."""
+    m = machine(seed, ram, staging=staging, arm=True)
+    m.fill()
+    told, text, shape = [], np.random.default_rng(seed + 1), m.popularity.shape[1]
+    m.scores = lambda layer, tokens: (
+        m.popularity[layer] + text.normal(size=(tokens, shape))
+    ).astype(np.float32)
+    m.guess_at = lambda sweep, layer: None  # prompts on GPUs guess nothing
+    m.rng = world = np.random.default_rng(timing)
+    m.guess = lambda layer: m.send_ahead(
+        layer, m.planner.look_ahead(layer, world.normal(size=(1, shape)).astype(np.float32))
+    )
+    for token in range(8):
+        if token % 4 == 0:
+            m.prompt(12)
+        for layer in range(m.topology.n_layers):
+            for device in list(m.open):
+                m.finish(device)
+            m.hear()
+            m.decode(layer)
+            stays = (m.step.entries["slot"][: m.top_k] < 0).tolist()
+            told.append((stays, [m.residency.tier_of(i).tolist() for i in range(len(m.device))]))
+    m.come_to_rest()
+    return told
+
+
+@pytest.mark.parametrize("ram", ["exclusive", "inclusive"])
+@given(seed=seeds, staging=st.integers(2, 24))
+@settings(max_examples=12, deadline=None)
+def test_who_computes_does_not_depend_on_when_anything_comes(ram, seed, staging):
+    first, second = (tiers_with_an_arm(seed, ram, staging, timing) for timing in (1, 2))
+    assert first == second
+
+
 def test_what_a_sweep_drops_on_its_way_is_cancelled():
     topology = Topology(
         n_layers=1, n_experts=6, layer_device=np.zeros(1, np.int32), device_node=(0,),

@@ -58,6 +58,7 @@ class Twins:
             self.ahead[0], max_tokens=MAX_TOKENS, top_k=self.top_k,
         )  # fmt: skip
         arm = np.minimum(rng.integers(0, 4, self.top_k + 1), np.arange(self.top_k + 1))
+        arm *= rng.integers(2)  # nothing is brought ahead beside an arm
         self.native.arrays.arm[:] = arm
         self.reference = ReferenceGpuWaves(
             self.residencies[1], self.segments[1], self.layout, PRIORITIES, self.ahead[1],

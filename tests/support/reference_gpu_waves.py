@@ -32,13 +32,11 @@ class ReferenceGpuWaves(ReferenceWaves):
         room = min(max(self.residency.quota(layer), self.top_k), self.residency.capacity(layer))
         self.first = self.end
         end = min(self.first + room, len(self.experts))
-        tiers, spare = self.residency.tier_of(layer), segment.spare(layer, self.residency)
-        for expert in self.experts[self.first : end].tolist():
-            stays = expert in self.stay and tiers[expert] == Tier.RAM
-            spare -= {Tier.DEVICE: 0, Tier.RAM: 0 if stays else 1, Tier.NVME: 2}[tiers[expert]]
-            if spare < 0:
-                break
-            self.end += 1
+        tiers = self.residency.tier_of(layer)
+        self.end = self._fitting(end, tiers, segment.spare(layer, self.residency))
+        if self.end - self.first < len(self.experts):  # a step in parts computes nothing in RAM
+            self.stay = []
+            self.end = self._fitting(end, tiers, segment.spare(layer, self.residency))
         experts = self.experts[self.first : self.end]
         self.in_ram = np.array([e for e in experts if e in self.stay and tiers[e] == Tier.RAM],
                                np.int32)  # fmt: skip
@@ -72,6 +70,14 @@ class ReferenceGpuWaves(ReferenceWaves):
         self.entries = [
             segment.entry(ExpertKey(layer, e), self.residency) for e in experts.tolist()
         ]
+
+    def _fitting(self, end, tiers, spare):
+        for at, expert in enumerate(self.experts[self.first : end].tolist(), self.first):
+            stays = expert in self.stay and tiers[expert] == Tier.RAM
+            spare -= {Tier.DEVICE: 0, Tier.RAM: 0 if stays else 1, Tier.NVME: 2}[tiers[expert]]
+            if spare < 0:
+                return at
+        return end
 
     def look_ahead(self, layer, scores, depth):
         self.counts, self.is_ahead = np.zeros(16, np.int64), True
@@ -133,6 +139,7 @@ class ReferenceGpuWaves(ReferenceWaves):
 
     def _prefetch(self, layer, experts):
         room = min(len(experts), self._segment(layer).ahead_room(layer, self.residency))
+        room = 0 if any(self.arm) else room
         return self.residency.prefetch(layer, experts, room, eager=True)
 
     def _fetch(self, plan):
