@@ -9,7 +9,7 @@ import pytest
 from gpu_arrays import Guarded, gpu_under_test, run
 
 from fomoe.errors import DeviceError
-from fomoe.kernels.gpu.bring import bring
+from fomoe.kernels.gpu.bring import add, bring
 from fomoe.kernels.gpu.gpu import GPU
 
 
@@ -27,6 +27,18 @@ def test_every_word_and_no_other_comes(gpu: GPU, words: int) -> None:
     out = Guarded.empty(gpu, (words,), np.uint32)
     run(gpu, bring(gpu, out.address, pinned.device_address + 4, 4 * words))
     assert np.array_equal(out.read(), pinned.array[4:-4].view(np.uint32))
+
+
+@pytest.mark.parametrize("count", [1, 255, 4096])
+def test_every_float_and_no_other_is_added(gpu: GPU, count: int) -> None:
+    rng = np.random.default_rng(count)
+    pinned = gpu.runtime.pinned(4 * count + 8)
+    floats = pinned.array.view(np.float32)
+    floats[:] = rng.normal(size=count + 2)
+    before = rng.normal(size=count).astype(np.float32)
+    out = Guarded.of(gpu, before)
+    run(gpu, add(gpu, out.address, pinned.device_address + 4, count))
+    assert np.array_equal(out.read(), before + floats[1:-1])
 
 
 def test_bytes_that_are_no_words_are_refused(gpu: GPU) -> None:

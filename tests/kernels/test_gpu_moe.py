@@ -212,6 +212,30 @@ def test_a_layer(gpu: GPU, shape: Shape, int8: bool) -> None:
     np.testing.assert_array_equal(layer.inner.read(), inner)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_part_of_a_token_s_experts(gpu: GPU, count: int) -> None:
+    """What has no address is neither read nor written nor added, whatever its weight."""
+    layer = Layer(gpu, ODD, Options())
+    layer.run_scores()
+    ids, weights = top_of(layer.outs["scores"].read(), ODD.top_k)
+    made = layer.picks_of(ids, weights)
+    made["address"][0][:, count:] = 0
+    picked, x = Guarded.of(gpu, made), Guarded.of(gpu, layer.x)
+    rest = np.full((ODD.top_k, ODD.width), np.nan, np.float32)
+    gpu.upload(layer.inner.address, rest)
+    part = Options(partial=True)
+    launch = experts_in(gpu, layer.layout, ODD.top_k, picked.address, layer.buffers, options=part)
+    gpu.launch(launch)
+    inner, h = layer.inner.read(), np.asarray(layer.h.x.read())
+    assert np.isnan(inner[count:]).all()
+    if count:
+        assert error(inner[:count], layer.expected_inner(ids[:count], h)) < 1e-5
+    args = (ODD.top_k, picked.address), layer.shared_down, layer.buffers, x.address
+    gpu.launch(experts_out(gpu, layer.layout, *args, options=part))
+    expected = layer.expected_out(ids[:count], weights[:count], inner[:count])
+    assert error(x.read()[0], expected) < ROUNDED
+
+
 def test_routed_sum_is_a_chain_of_fma_in_ascending_id(gpu: GPU) -> None:
     """With weights that differ by 2^20 the order of the sum shows in its last bits."""
     layer = Layer(gpu, ODD, Options())

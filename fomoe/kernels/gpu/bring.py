@@ -1,4 +1,4 @@
-"""Small things from the host to the device by a kernel, beside what the copy engine has to do."""
+"""Small things from the host to the device by kernels, beside what the copy engine has to do."""
 
 from __future__ import annotations
 
@@ -23,3 +23,10 @@ def bring(gpu: GPU, to: int, source: int, nbytes: int) -> Launch:
     words = nbytes // _WORD
     function = gpu.kernel("bring", "bring", {"THREADS": _THREADS})
     return Launch(function, -(-words // _THREADS), _THREADS, 0, [source, to, ctypes.c_int(words)])
+
+
+def add(gpu: GPU, to: int, source: int, count: int) -> Launch:
+    """Return the launch that adds `count` float32 of pinned host memory, as the device sees it."""
+    function = gpu.kernel("bring", "add", {"THREADS": _THREADS})
+    args = [source, to, ctypes.c_int(count)]
+    return Launch(function, -(-count // _THREADS), _THREADS, 0, args)

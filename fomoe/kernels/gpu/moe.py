@@ -163,6 +163,7 @@ def _expert_defines(
     return {
         **plan.tuning.defines(plan.stage_bytes),
         "FM_INT8": int(options.int8),
+        "FM_PARTIAL": int(options.partial),
         "FM_HIDDEN": layout.hidden,
         "FM_WIDTH": layout.width,
         "FM_K": top_k,

@@ -27,10 +27,12 @@ class Options:
     Attributes:
         int8: quantised weights take int8 activations, else float32 ones.
         tuning: of the kernel; None is the device's own.
+        partial: of a token's experts only those before the first without an address are computed.
     """
 
     int8: bool = True
     tuning: Tuning | None = None
+    partial: bool = False
 
 
 DEFAULT = Options()

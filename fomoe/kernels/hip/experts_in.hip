@@ -14,15 +14,19 @@ struct PairStream {
   static constexpr int kSets = ceil_div(FM_WIDTH, InTiles::kRows);  // of one expert
   Ring ring;
   const Picks& picks;
+  Computed computed;
   int set, matrix, segment;  // of the next fetch
 
-  FM_DEV PairStream(Ring r, const Picks& p) : ring(r), picks(p), set(first()), matrix(0), segment(0) {}
+  FM_DEV PairStream(Ring r, const Picks& p) : ring(r), picks(p), set(first()), matrix(0), segment(0) {
+    computed.take(p);
+  }
   // Neighbouring sets go to different groups, so that no core has all of what is left over.
   FM_DEV static int first() { return wave_index() * (int)gridDim.x + (int)blockIdx.x; }
+  FM_DEV int sets() const { return computed.count() * kSets; }
   FM_DEV static int stride() { return (int)gridDim.x * FM_WAVES; }
 
   FM_DEV void fetch() {
-    if (set < FM_K * kSets) {
+    if (set < sets()) {
       const int row = set % kSets * InTiles::kRows;
       const char* const rows = (const char*)picks.address[matrix][set / kSets] + InTiles::offset(row);
       ring.fetch<InTiles>(rows + segment * InTiles::kSegmentBytes,
@@ -105,7 +109,7 @@ void experts_in(const float* x, const signed char* q, const fm_f2* s, Picks* pic
   take_row<In, FM_HIDDEN>(input, Rows{x, q, s});
   fm_barrier();
   const Held<In, FM_HIDDEN> held(input);
-  for (int set = stream.first(); set < FM_K * stream.kSets; set += stream.stride()) {
+  for (int set = stream.first(); set < stream.sets(); set += stream.stride()) {
     const int row = set % stream.kSets * InTiles::kRows;
     const auto gate = stream.products(held, row), up = stream.products(held, row);
     FM_UNROLL for (int deep = 0; deep < InTiles::kDeep; ++deep) {

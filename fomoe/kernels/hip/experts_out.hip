@@ -15,15 +15,16 @@ using SharedTiles = RowTiles<SharedDown, FM_SHARED_WIDTH>;
 struct DownStream {
   static constexpr int kSets = ceil_div(FM_ROWS, DownTiles::kRows);
   static constexpr int kSharedSets = ceil_div(FM_ROWS, SharedTiles::kRows);
-  static constexpr int kTasks = kSharedSets + FM_K * kSets;
   Ring ring;
   const Picks& picks;
   const char* shared;
+  Computed computed;
   int task, segment;  // of the next fetch
   int begun;          // fetches before the first tile is taken
 
   FM_DEV DownStream(Ring r, const Picks& p, const void* down)
       : ring(r), picks(p), shared((const char*)down), task(wave_index()), segment(0), begun(0) {}
+  FM_DEV int tasks() const { return kSharedSets + computed.count() * kSets; }
   FM_DEV static int expert(int task) { return (task - kSharedSets) / kSets; }
   FM_DEV static int set(int task) { return (task - kSharedSets) % kSets; }
 
@@ -44,7 +45,7 @@ struct DownStream {
   }
   FM_DEV void fetch() {
     if (task < kSharedSets) fetch_of<SharedTiles>(shared, task);
-    else if (task < kTasks) fetch_of<DownTiles>((const char*)picks.address[2][expert(task)], set(task));
+    else if (task < tasks()) fetch_of<DownTiles>((const char*)picks.address[2][expert(task)], set(task));
     else ring.close();
   }
   // What needs no picks, then the rest of what the ring holds.
@@ -52,6 +53,7 @@ struct DownStream {
     for (; begun < FM_STAGES - 1 && task < kSharedSets; ++begun) fetch();
   }
   FM_DEV void start() {
+    computed.take(picks);
     for (; begun < FM_STAGES - 1; ++begun) fetch();
   }
 
@@ -104,7 +106,8 @@ struct SharedExpert {
   const void* down;
 };
 
-// x = (sum of weight_e * down_e inner_e, a chain of fma in ascending id, + shared) + x.
+// x = (sum of weight_e * down_e inner_e, a chain of fma in ascending id, + shared) + x, over the
+// experts that are computed here.
 FM_KERNEL(FM_WAVES * FM_WAVE)
 void experts_out(const Picks* picks, const float* inner, SharedExpert shared, float* x) {
   FM_DYN_SHARED(char, memory);
@@ -132,7 +135,7 @@ void experts_out(const Picks* picks, const float* inner, SharedExpert shared, fl
   fm_barrier();
 
   using S = DownStream;
-  for (int task = wave_index(); task < S::kTasks; task += FM_WAVES) {
+  for (int task = wave_index(); task < stream.tasks(); task += FM_WAVES) {
     if (task < S::kSharedSets) {
       stream.product<SharedDown, FM_SHARED_WIDTH>(inners.shared(), task, shared_out);
     } else {
@@ -144,7 +147,8 @@ void experts_out(const Picks* picks, const float* inner, SharedExpert shared, fl
   const float scale = 1.0f / (1.0f + fm_exp(-*logit));
   for (int i = threadIdx.x; i < rows; i += kThreads) {
     float sum = 0.0f;
-    FM_UNROLL for (int e = 0; e < FM_K; ++e) sum = fm_fma(mine.weight[e], out[e * FM_ROWS + i], sum);
+    FM_UNROLL for (int e = 0; e < FM_K; ++e)
+      if (e < stream.computed.count()) sum = fm_fma(mine.weight[e], out[e * FM_ROWS + i], sum);
     x[first + i] = (sum + shared_out[i] * scale) + before[i];
   }
 }

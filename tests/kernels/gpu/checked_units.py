@@ -51,6 +51,7 @@ _EXPERTS = {
     "FM_HIDDEN": 4096,
     "FM_WIDTH": 1024,
     "FM_K": 10,
+    "FM_PARTIAL": 0,
     "FM_STAGE_BYTES": 3392,
 }
 _OUT = {**_EXPERTS, "FM_STAGES": 3, "FM_SHARED_WIDTH": 1024, "FM_TYPE_SHARED": 8, "FM_ROWS": 64}
@@ -91,11 +92,12 @@ CHECKS = (
     Check("project", _project((30,), 4096)),
     Check("project", {**_project((0, 12, 14), 4096), "FM_WAVES": 16, "FM_OF_TWO": 1}, only="sm_"),
     Check("project", {**_project(_QUANTS, 2048), "FM_INT8": 0}),
-    *(
-        Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True)
-        for t in (12, 14)
+    Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": 12, "FM_EXPERTS": 512}, dots=True),
+    Check(
+        "experts_in", {**_EXPERTS, "FM_TYPE_IN": 14, "FM_EXPERTS": 0, "FM_PARTIAL": 1}, dots=True
     ),
-    *(Check("experts_out", {**_OUT, "FM_TYPE_DOWN": t}, dots=True) for t in (12, 13, 14)),
+    *(Check("experts_out", {**_OUT, "FM_TYPE_DOWN": t}, dots=True) for t in (12, 14)),
+    Check("experts_out", {**_OUT, "FM_TYPE_DOWN": 13, "FM_PARTIAL": 1}, dots=True),
     Check("delay"),
     Check("bring", {"THREADS": 256}),
     Check("names", dots=True, tiles=True, folder=OWN),
