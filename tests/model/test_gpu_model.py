@@ -11,6 +11,7 @@ from reference.qwen35moe_f64 import forward, relative_l2
 from support.emulated_gpu import emulated_gpu
 from support.hosted_gpu import decode_logits, hosted, prefill_logits
 
+from fomoe.engine.experts import ResidentExperts
 from fomoe.errors import ConfigError, DeviceError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
@@ -20,7 +21,7 @@ from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.passes import bucket_sizes
 from fomoe.model.gpu.slots import ExpertSlots, slot_bytes
 from fomoe.model.layers import DenseModel
-from fomoe.routing import route_exact
+from fomoe.routing import Route, route_exact
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 # Of tests/model/test_golden.py, for the same reasons.
@@ -165,6 +166,36 @@ def test_the_hosts_routes_on_one_device_and_on_two() -> None:
             found.append(np.concatenate([prompt, *rows]))
     np.testing.assert_array_equal(*found)
     assert relative_l2(found[0], expected).max() <= BOUND["f32"]
+
+
+@pytest.mark.parametrize("stay", [1, 2])
+def test_experts_that_the_host_computes(stay: int) -> None:
+    """The last ones by id by the CPU kernels on what the device gives, the others there."""
+    path, tokens, expected = golden("f32_tied")
+    file = open_gguf(path)
+    found = []
+    with hosted(path, ahead=True, arm=True) as model:
+        spec, top_k = model.spec, model.spec.moe.top_k
+        arm = ResidentExperts(file, spec, 1, int8=False, threads=1)
+        added = model.runtime.pinned(4 * spec.hidden)
+        for position, token in enumerate(tokens):
+            model.begin(np.array([token], np.int32), position)
+            model.embed()
+            for layer in range(spec.n_layers):
+                model.front(layer, gives_input=True)
+                route = route_exact(model.scores(layer), top_k)
+                assert model.ahead() is None
+                order = np.argsort(route.ids)
+                ids, weights = (np.take_along_axis(a, order, 1)
+                                for a in (route.ids, route.weights))  # fmt: skip
+                model.back(layer, ids[:, :-stay], weights[:, :-stay])
+                mine = Route(ids[:, -stay:].copy(), weights[:, -stay:].copy(), None)
+                arm.begin(layer, model.input(), mine, decoding=True)
+                added.array.view(np.float32)[: spec.hidden] = arm.finish()[0]
+                model.add(added.device_address)
+            found.append(model.logits([0])[0].copy())
+    assert top_k == 2, "one case leaves the device nothing"
+    assert relative_l2(np.stack(found), expected).max() <= BOUND["f32"]
 
 
 def test_the_next_router_speaks_before_and_after_the_experts() -> None:

@@ -101,13 +101,16 @@ def look_ahead(desk: Desk, router: RouterMatrices, out: int) -> Launch:
 
 
 def decode_back(
-    desk: Desk, weights: LayerMatrices, slots: ExpertSlots, layer: int, picks: int, *, choose: bool
-) -> list[Step]:
+    desk: Desk, weights: LayerMatrices, slots: ExpertSlots, layer: int, picks: int, *,
+    choose: bool, partial: bool = False,
+) -> list[Step]:  # fmt: skip
     """Return two launches: experts in, experts out with shared expert and residual.
 
-    `picks` is the address of the layer's `step.picks`; with `choose` the device writes them.
+    `picks` is the address of the layer's `step.picks`; with `choose` the device writes them, with
+    `partial` those without an address are not of this device.
     """
-    gpu, spec, work, options = desk.gpu, desk.spec, desk.work, Options(int8=desk.int8)
+    gpu, spec, work = desk.gpu, desk.spec, desk.work
+    options = Options(int8=desk.int8, partial=partial)
     layout, top_k = slots.layout(layer), spec.moe.top_k
     table = Choose(slots.row_address(layer), spec.moe.n_experts) if choose else None
     into = moe.experts_in(gpu, layout, top_k, picks, work.moe, choose=table, options=options)

@@ -11,9 +11,7 @@ import numpy.typing as npt
 from fomoe.errors import DeviceError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
-from fomoe.kernels.gpu.bring import bring
 from fomoe.kernels.gpu.gpu import GPU
-from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.rehearsal import Rehearsal
 from fomoe.kernels.gpu.runtime import Runtime
 from fomoe.kernels.gpu.step import STEP
@@ -24,7 +22,7 @@ from fomoe.model.gpu.loading import load_all, slot_counts
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.passes import Held, Mail, Passes, build
 from fomoe.model.gpu.planning import planned_bytes, resident_bytes, slots_bytes
-from fomoe.model.gpu.program import time_steps
+from fomoe.model.gpu.program import time_program, time_steps
 from fomoe.model.gpu.routes import Routes
 from fomoe.model.gpu.slots import U8, ExpertSlots
 from fomoe.model.gpu.states import States, StateSnapshot
@@ -39,7 +37,6 @@ __all__ = ["Decoded", "GPUModel", "planned_bytes", "resident_bytes", "slots_byte
 I32 = npt.NDArray[np.int32]
 
 _F32_BYTES = 4
-_AHEAD = 8  # decode steps that keep a device busy while the host queues launches to be timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +85,7 @@ class GPUModel:
             self.states,
             self.slots,
             place_routers(gpu, weights, spec, layers) if options.ahead else {},
+            options.arm,
         )
         step, self._work = Mirror(gpu, (1,), STEP), Work.take(gpu, spec, options)
         desk = Desk(
@@ -102,9 +100,8 @@ class GPUModel:
             Signal(gpu, options.wait_s) for _ in range(4)
         )
         self._foreseen = -1  # the layer whose router is to speak about the stream that goes into it
-        self._hidden_from: dict[int, Launch] = {}  # one for each device that hands over
         self._tokens = 1
-        self._has_logits = self._looks_ahead = False
+        self._has_logits = self._looks_ahead = self._gives_input = False
 
     @property
     def runtime(self) -> Runtime:
@@ -174,10 +171,7 @@ class GPUModel:
     def put_hidden(self, address: int) -> None:
         """Take float32 [T, D] of registered host memory, at the device's address of it."""
         if self._tokens == 1:
-            if address not in self._hidden_from:
-                launch = bring(self.gpu, self._work.x, address, self._hidden_bytes)
-                self._hidden_from[address] = launch
-            self.gpu.launch(self._hidden_from[address])
+            self.gpu.launch(self._passes.bringing(address))
             return
         self.runtime.copy(self._work.x, address, self._hidden_bytes, self.gpu.stream)
 
@@ -187,10 +181,11 @@ class GPUModel:
         self._ended.mark()
         self._ended.wait("a residual stream")
 
-    def front(self, layer: int) -> None:
-        """Run a layer up to the router's scores."""
-        self._looks_ahead = self.options.ahead and layer + 1 < self.spec.n_layers
-        self._passes.front(layer, self._tokens).run()
+    def front(self, layer: int, *, gives_input: bool = False) -> None:
+        """Run a layer up to the router's scores; a token's can leave `input`, then not `ahead`."""
+        looks_ahead = self.options.ahead and layer + 1 < self.spec.n_layers
+        self._looks_ahead, self._gives_input = looks_ahead and not gives_input, gives_input
+        self._passes.front(layer, self._tokens, gives_input=gives_input).run()
         if self._tokens > 1:
             self._mail.scores.fetch(0, _F32_BYTES * self._tokens * self.spec.moe.n_experts)
         self._scored.mark()
@@ -211,6 +206,11 @@ class GPUModel:
         scores: F32 = self._mail.ahead.host
         return scores
 
+    def input(self) -> F32:
+        """Return what a token's experts see, float32 [1, D], with `scores` where asked for."""
+        row: F32 = self._mail.input.host
+        return row
+
     def foreseen(self) -> tuple[int, F32] | None:
         """Return a layer and what its router says of a token's stream that goes into it.
 
@@ -223,7 +223,8 @@ class GPUModel:
 
     def _foresee(self, layer: int) -> None:
         """Note what the program that was queued last ends with."""
-        if self._tokens == 1 and self.options.ahead and layer < self.spec.n_layers:
+        speaks = self.options.ahead and not self._gives_input and layer < self.spec.n_layers
+        if self._tokens == 1 and speaks:
             self._spoken.mark()
             self._foreseen = layer
 
@@ -251,15 +252,22 @@ class GPUModel:
     def back(self, layer: int, ids: I32, weights: F32) -> None:
         """Run experts int32 [T, K] with weights float32 [T, K] and close the layer.
 
+        A token's may be fewer, ascending, where the host computes the others.
+
         Raises:
             DeviceError: one of them is not resident.
         """
-        if self._tokens == 1:
-            self._routes.write_token(layer, ids[0], weights[0])
-        else:
+        if self._tokens > 1:
             self._routes.send_prompt(layer, ids, weights)
-        self._passes.back(layer, self._tokens).run()
+        else:
+            self._routes.write_token(layer, ids[0], weights[0])
+        is_part = ids.shape[1] < self.spec.moe.top_k
+        self._passes.back(layer, self._tokens, is_part=is_part).run()
         self._foresee(layer + 1)
+
+    def add(self, address: int) -> None:
+        """Add float32 [D] of registered host memory to a token's residual stream."""
+        self.gpu.launch(self._passes.adding(address))
 
     def own_back(self, layer: int) -> None:
         """Run the router's own choice, with the bits of a whole pass, and close the layer.
@@ -342,36 +350,17 @@ class GPUModel:
 
     def launches(self) -> dict[int, int]:
         """Return the kernels of a decode step by the device's own choice, by layer."""
-        passes = self._passes
-        return {
-            layer: passes.front(layer, 1).n_launches + passes.own_back(layer, 1).n_launches
-            for layer in self.options.layers
-        }
+        return {layer: self._passes.n_launches(layer) for layer in self.options.layers}
 
     def time_launches(self, token: int, position: int, state: int = 0) -> list[tuple[str, float]]:
         """Return name and microseconds on the device of each step of a decode step, in order."""
-        whole = self._passes.whole(1)
         self._write_step(1, token, position, state)
-
-        def ahead() -> None:
-            for _ in range(_AHEAD):
-                whole.run()
-
-        times = time_steps(self.gpu, whole.steps, ahead)
-        return [(step.name, time) for step, time in zip(whole.steps, times, strict=True)]
+        return time_steps(self.gpu, self._passes.whole(1))
 
     def time_token(self, token: int, position: int, state: int = 0, *, count: int = 20) -> float:
         """Return the milliseconds of a decode step where the device never waits for the host."""
-        whole, runtime, stream = self._passes.whole(1), self.runtime, self.gpu.stream
         self._write_step(1, token, position, state)
-        first, last = runtime.event(timing=True), runtime.event(timing=True)
-        whole.run()
-        runtime.record(first, stream)
-        for _ in range(count):
-            whole.run()
-        runtime.record(last, stream)
-        runtime.synchronize(stream)
-        return runtime.elapsed_ms(first, last) / count
+        return time_program(self.gpu, self._passes.whole(1), count)
 
     def close(self) -> None:
         """Wait for the work and give the device's memory back."""

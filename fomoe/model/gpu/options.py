@@ -25,6 +25,7 @@ class HostOptions:
         embedding, head: whether the first and the last step of a pass are this device's, too.
         ahead: whether a token's front also ends with the scores of the next layer's router, and
             so do its embedding and its backs.
+        arm: whether the host may compute some of a token's experts.
         graphs: replay captured launches; one by one otherwise.
         wait_s: seconds after which a wait for the device fails.
     """
@@ -38,6 +39,7 @@ class HostOptions:
     embedding: bool = True
     head: bool = True
     ahead: bool = False
+    arm: bool = False
     graphs: bool = True
     wait_s: float = 30.0
 

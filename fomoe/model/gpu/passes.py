@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fomoe.errors import DeviceError
+from fomoe.kernels.gpu.bring import add, bring
+from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.prompt import Chunk
 from fomoe.kernels.gpu.prompt_experts import Experts, pair_buffers
 from fomoe.kernels.gpu.step import picks
@@ -47,6 +49,7 @@ class Mail:
         wave: uint64 [3, E], where the experts of a prompt's wave lie; zeros for all others.
         ahead: float32 [1, E], scores of the next layer's router.
         foreseen: the same, by the residual stream that goes into that layer.
+        input: float32 [1, D], what a token's experts see.
     """
 
     step: Mirror
@@ -57,6 +60,7 @@ class Mail:
     weights: Mirror
     wave: Mirror
     ahead: Mirror
+    input: Mirror
     foreseen: Mirror
 
     @classmethod
@@ -73,6 +77,7 @@ class Mail:
             weights=Mirror(gpu, (max(1, prompt), moe.top_k), np.float32, desk.work.weights),
             wave=Mirror(gpu, (3, moe.n_experts), np.uint64),
             ahead=Mirror(gpu, (1, moe.n_experts), np.float32),
+            input=Mirror(gpu, (1, desk.spec.hidden), np.float32, desk.work.moe.h.x),
             foreseen=Mirror(gpu, (1, moe.n_experts), np.float32),
         )
 
@@ -92,7 +97,8 @@ def bucket_sizes(max_tokens: int) -> list[int]:
 class Held:
     """What a device holds, as the builders of passes want it; `ahead` are next layers' routers.
 
-    Those are by the layer before; the first layer's own, where it is here, stands at -1.
+    Those are by the layer before; the first layer's own, where it is here, stands at -1. `arm` says
+    that the host may compute some of a token's experts.
     """
 
     layers: dict[int, LayerMatrices]
@@ -100,6 +106,7 @@ class Held:
     states: States
     slots: ExpertSlots
     ahead: dict[int, RouterMatrices]
+    arm: bool = False
 
 
 def build(
@@ -127,6 +134,8 @@ class Passes:
         self._buckets = [self._bucket(tokens) for tokens in bucket_sizes(desk.tokens)]
         self._fronts: dict[tuple[int, int], list[Step]] = {}
         self._programs: dict[tuple[str, int, int], Program] = {}
+        self._bringing: dict[int, Launch] = {}  # one for each device that hands over
+        self._adding: dict[int, Launch] = {}
 
     def _bucket(self, tokens: int) -> Bucket:
         desk, moe = self._desk, self._desk.spec.moe
@@ -154,6 +163,11 @@ class Passes:
                     self.combine(layer, size)
             if self._is_whole:
                 self.whole(size)
+        if self._held.arm:
+            self.adding(0)
+            for layer in self._held.layers:
+                self.front(layer, 1, gives_input=True)
+                self.back(layer, 1, is_part=True)
 
     @property
     def _is_whole(self) -> bool:
@@ -169,8 +183,11 @@ class Passes:
             return self._program("embed", 0, 1, lambda: [*self._one, *self._foresee(-1)])
         return self._program("embed", 0, 2, lambda: self._many)
 
-    def front(self, layer: int, tokens: int) -> Program:
-        """A layer up to its router's scores; one token's are copied to the host, too."""
+    def front(self, layer: int, tokens: int, *, gives_input: bool = False) -> Program:
+        """A layer up to its router's scores; one token's are copied to the host, too.
+
+        So is its experts' input, if asked for, in place of the next layer's scores.
+        """
         size = self._size(tokens)
 
         def steps() -> list[Step]:
@@ -179,9 +196,11 @@ class Passes:
             front = self._front(layer, size)
             if size > 1:
                 return front
+            if gives_input:
+                return [*front, fetch, Step("copy", self._mail.input.fetch)]
             return [*front, fetch, *self._spoken(layer, self._mail.ahead)]
 
-        return self._program("front", layer, size, steps)
+        return self._program("front with input" if gives_input else "front", layer, size, steps)
 
     def _spoken(self, layer: int, mail: Mirror) -> list[Step]:
         """Steps of the next layer's router on this one's stream; none where it is not wanted."""
@@ -194,6 +213,10 @@ class Passes:
     def _foresee(self, layer: int) -> list[Step]:
         """The same of a stream that goes into the next layer."""
         return self._spoken(layer, self._mail.foreseen)
+
+    def n_launches(self, layer: int) -> int:
+        """Return the kernels of a token's layer by its own choice."""
+        return self.front(layer, 1).n_launches + self.own_back(layer, 1).n_launches
 
     def gather(self, layer: int, tokens: int) -> Program:
         """A prompt's layer from its scores up to its pairs sorted by expert, by its own choice."""
@@ -229,18 +252,35 @@ class Passes:
 
         return self._program("combine", layer, size, steps)
 
-    def back(self, layer: int, tokens: int) -> Program:
-        """A layer from routes that the host has written into the mail to its end."""
+    def back(self, layer: int, tokens: int, *, is_part: bool = False) -> Program:
+        """A layer from routes that the host has written into the mail to its end.
+
+        A part is one token's, some of whose experts the host computes and adds.
+        """
         size = self._size(tokens)
 
         def steps() -> list[Step]:
             if size > 1:
                 return self._prompt_back(layer, size)
-            row, nbytes = self._row(layer), self._mail.picks.host.itemsize
-            send = Step("picks", self._mail.picks.bring(self._desk.gpu, row * nbytes, nbytes))
-            return [send, *self._decode_back(layer, choose=False), *self._foresee(layer)]
+            decode = self._decode_back(layer, choose=False, partial=is_part)
+            foresee = [] if is_part else self._foresee(layer)
+            return [self._send_picks(layer), *decode, *foresee]
 
-        return self._program("back", layer, size, steps)
+        return self._program("part back" if is_part else "back", layer, size, steps)
+
+    def bringing(self, address: int) -> Launch:
+        """What takes float32 [D] of pinned memory, as the device sees it, as a token's stream."""
+        if address not in self._bringing:
+            desk = self._desk
+            self._bringing[address] = bring(desk.gpu, desk.work.x, address, 4 * desk.spec.hidden)
+        return self._bringing[address]
+
+    def adding(self, address: int) -> Launch:
+        """What adds such to a token's stream."""
+        if address not in self._adding:
+            desk = self._desk
+            self._adding[address] = add(desk.gpu, desk.work.x, address, desk.spec.hidden)
+        return self._adding[address]
 
     def own_back(self, layer: int, tokens: int) -> Program:
         """A layer from its scores to its end, by the device's own choice."""
@@ -295,13 +335,18 @@ class Passes:
             self._fronts[layer, size] = made
         return self._fronts[layer, size]
 
-    def _decode_back(self, layer: int, *, choose: bool) -> list[Step]:
+    def _send_picks(self, layer: int) -> Step:
+        row, nbytes = self._row(layer), self._mail.picks.host.itemsize
+        return Step("picks", self._mail.picks.bring(self._desk.gpu, row * nbytes, nbytes))
+
+    def _decode_back(self, layer: int, *, choose: bool, partial: bool = False) -> list[Step]:
         picked = self._mail.picks
         address = picked.address + self._row(layer) * picked.host.itemsize
         held = self._held
         return decode_back(
-            self._desk, held.layers[layer], held.slots, layer, address, choose=choose
-        )
+            self._desk, held.layers[layer], held.slots, layer, address, choose=choose,
+            partial=partial,
+        )  # fmt: skip
 
     def _prompt_back(self, layer: int, size: int) -> list[Step]:
         held, bucket = self._held, self._buckets_of(size)

@@ -36,10 +36,15 @@ class Routes:
     def write_token(self, layer: int, ids: I32, weights: F32) -> None:
         """Write a token's int32 [K] and float32 [K], with where the experts lie.
 
+        There may be fewer of them, ascending: those that are this device's.
+
         Raises:
             DeviceError: one of them is not resident.
         """
         row = self._row[layer]
+        if len(ids) < self.ids.shape[1]:
+            self._write_part(layer, row, ids, weights)
+            return
         if (ids[1:] < ids[:-1]).any():
             order = np.argsort(ids)
             ids, weights = ids[order], weights[order]
@@ -47,6 +52,13 @@ class Routes:
         if not found.all():
             _refuse(layer, ids[found[0] == 0])
         self.ids[row], self.weights[row] = ids, weights
+
+    def _write_part(self, layer: int, row: int, ids: I32, weights: F32) -> None:
+        found, addresses, count = self._tables[row][:, ids], self._addresses[row], len(ids)
+        if not found.all():
+            _refuse(layer, ids[found[0] == 0])
+        addresses[:, :count], addresses[:, count:] = found, 0
+        self.ids[row, :count], self.weights[row, :count] = ids, weights
 
     def send_prompt(self, layer: int, ids: I32, weights: F32) -> None:
         """Queue the copy of int32 and float32 [T, K].
