@@ -58,3 +58,15 @@ def require_share(name: str, value: Any) -> None:
         f"{name} is {value!r}; give experts per layer and token, 0 to {_MOST_BACKFILL} and no "
         "finer than a millionth, for example 0.5 or 28/60",
     )
+
+
+def require_arm(name: str, value: Any) -> None:
+    """Require `off`, `auto`, or how many of 0, 1, 2 .. experts stay: never more than there are."""
+    if value in ("off", "auto"):
+        return
+    words = value.split() if isinstance(value, str) else []
+    require(
+        bool(words) and all(w.isdecimal() and int(w) <= n for n, w in enumerate(words)),
+        f"{name} is {value!r}; give off, auto, or a receipt's table: how many of 0, 1, 2 .. "
+        "experts stay in RAM, for example '0 0 1 1 2'",
+    )

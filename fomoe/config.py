@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from fomoe.checks import (
     require,
+    require_arm,
     require_choice,
     require_range,
     require_sensitivities,
@@ -35,7 +36,6 @@ Activations = Literal["int8", "f32"]
 RamPolicy = Literal["exclusive", "inclusive"]
 Eviction = Literal["lfru", "lru"]
 LogicalEviction = Literal["lfru", "lru", "mass"]
-CpuArm = Literal["off", "auto"]
 Transport = Literal["auto", "shm", "tcp"]
 Attention = Literal["auto", "driver", "device"]
 
@@ -220,8 +220,9 @@ class EngineConfig:
         prefetch_depth: Layers that a generated token looks ahead, 0 to 2.
         prefetch_budget: Bytes that reads in vain may add to a generated token's, as a share of
             what would be read without them.
-        cpu_arm: Whether the processor computes some of the experts in RAM beside GPUs; not built
-            yet, so auto is refused.
+        cpu_arm: Whether the processor computes some of a token's experts in RAM beside GPUs: off,
+            auto (a table from costs measured at the start), or the table of a receipt. The table
+            is part of what fixes a text, so a text that is to come again takes a given one.
         overlap: False runs the serial twin of the loop, which gives the same bits.
         prefill_chunk: Prompt tokens that go through a layer together; 0 lets the budgets fix it.
         read_threads: File reads in flight per node.
@@ -246,7 +247,7 @@ class EngineConfig:
     prefetch: bool = True
     prefetch_depth: int = 1
     prefetch_budget: float = 0.05
-    cpu_arm: CpuArm = "off"
+    cpu_arm: str = "off"
     overlap: bool = True
     prefill_chunk: int = 0
     read_threads: int = 4
@@ -298,15 +299,14 @@ class EngineConfig:
         )
 
     def _check_cpu_arm(self) -> None:
-        require_choice("cpu_arm", self.cpu_arm, CpuArm)
-        reason = (
-            "not built yet for GPUs, to which experts in RAM are copied: use off"
-            if self.hosts_layers
-            else "a cpu device computes in RAM anyway: leave it off"
-        )
+        require_arm("cpu_arm", self.cpu_arm)
+        if self.cpu_arm == "off":
+            return
+        named = f"cpu_arm is {self.cpu_arm!r} on {', '.join(self.devices)}"
+        require(self.hosts_layers, f"{named}; a cpu device computes in RAM anyway: leave it off")
         require(
-            self.cpu_arm == "off",
-            f"cpu_arm is {self.cpu_arm!r} on {', '.join(self.devices)}; {reason}",
+            not any("@" in device for device in self.devices),
+            f"{named}; this version computes in RAM on the driver's node alone: use off",
         )
 
     def to_dict(self) -> dict[str, Any]:

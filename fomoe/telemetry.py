@@ -179,6 +179,12 @@ METRICS: tuple[Metric, ...] = (
         "Expert bytes moved from the RAM tier to a device.",
     ),
     Metric(
+        "fomoe_experts_computed_in_ram_total",
+        "counter",
+        "experts",
+        "Experts of generated tokens that the processor computed in RAM beside GPUs.",
+    ),
+    Metric(
         "fomoe_expert_stall_seconds_total",
         "counter",
         "seconds",

@@ -35,9 +35,9 @@ class FomoeDriver(DriverActor):
 
     exits_when_orphaned = True
 
-    def start(self) -> None:
+    def start(self, arm: tuple[int, ...] = ()) -> None:
         """Begin to fill the tiers and then to serve."""
-        super().start()
+        super().start(arm)
         self._metrics = RayMetrics(self.stats)
 
     def __repr__(self) -> str:

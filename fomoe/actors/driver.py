@@ -12,6 +12,7 @@ from fomoe.actors.names import CLIENT, device_name, storage_name
 from fomoe.actors.process import FabricMember, LoopThread, log
 from fomoe.actors.wire import MessagePort
 from fomoe.config import EngineConfig
+from fomoe.engine.arm import arm_text
 from fomoe.engine.fill import read_profile
 from fomoe.engine.generation import Generation, check_request
 from fomoe.engine.hosting import dense_bytes
@@ -103,10 +104,13 @@ class DriverActor(FabricMember):
         )  # fmt: skip
         return Recorder(TraceWriter(config.trace, facts), config.prefill_chunk)
 
-    def start(self) -> None:
-        """Begin to fill the tiers and then to serve; `progress` tells how far it is."""
+    def start(self, arm: tuple[int, ...] = ()) -> None:
+        """Begin to fill the tiers and then to serve; `progress` tells how far it is.
+
+        `arm` is the table of experts that are computed in RAM beside GPUs, see `Engine`.
+        """
         self._client = MessagePort(self.fabric, CLIENT)
-        engine = Engine(self._config, self._spec, self._plan)
+        engine = Engine(self._config, self._spec, self._plan, arm)
         self._hands: Hands
         if self._model is None:
             self._hands = LayerHands(self.fabric, engine)
@@ -117,7 +121,7 @@ class DriverActor(FabricMember):
         self._fastest = "vram" if self._config.hosts_layers else "device (emulated)"
         self._meter = Meter(
             self._hands.counters, self._forward.brain.loss, self._forward.watch,
-            devices=self._fastest, capacity=self._plan.logical_capacity,
+            devices=self._fastest, capacity=self._plan.logical_capacity, cpu_arm=arm_text(arm),
         )  # fmt: skip
         self._hands.watch(self._checkpoint)
         self._filled = False

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from fomoe.actors.channel import Fabric
 from fomoe.actors.dispatch import TieredExperts
+from fomoe.actors.layer_arm import LayerArm
 from fomoe.actors.layer_fill import ExpertLoader
 from fomoe.actors.layer_host import DeviceLayers
 from fomoe.actors.layer_layout import LayerArena
@@ -17,7 +18,7 @@ from fomoe.actors.layer_link import LayerLink
 from fomoe.actors.layer_traffic import LayerTraffic
 from fomoe.actors.layout import StepArena
 from fomoe.actors.messages import Priority
-from fomoe.actors.names import arena_name, device_name, storage_name
+from fomoe.actors.names import ARM_NODE, arena_name, device_name, storage_name
 from fomoe.actors.step import DeviceLink, Links, NodeLink, StepBuffer
 from fomoe.config import EngineConfig
 from fomoe.engine.ahead import AheadArrays, Governor
@@ -41,11 +42,16 @@ _PRIORITIES = Priorities(int(Priority.DEMAND), int(Priority.PREFETCH), int(Prior
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Engine:
-    """What is run: configuration, model and plan, equal in every process."""
+    """What is run: configuration, model and plan, equal in every process.
+
+    `arm` says how many of 0, 1, 2 .. experts of a token in RAM are computed there; nobody needs to
+    know but the driver.
+    """
 
     config: EngineConfig
     spec: ModelSpec
     plan: EnginePlan
+    arm: tuple[int, ...] = ()
 
     def residency(self) -> Residency:
         """Return an empty residency for the plan."""
@@ -150,10 +156,14 @@ class LayerHands:
             ahead, depth=min(1, config.prefetch_depth),
             expert_bytes=int(placed.expert_bytes.mean()),
         )  # fmt: skip
+        arm = LayerArm(fabric, nodes[ARM_NODE].sender, placed, engine.arm)
+        self._may_look_ahead = looks_ahead(config) and not arm.on
         self._traffic = LayerTraffic(
-            fabric, nodes, links, placed, governor, ahead=looks_ahead(config)
+            fabric, nodes, links, placed, governor, ahead=self._may_look_ahead
         )
-        self.host = DeviceLayers(fabric, links, placed, self._traffic, n_states=n_states(config))
+        self.host = DeviceLayers(
+            fabric, links, placed, self._traffic, arm, n_states=n_states(config)
+        )
         self.loop = DeviceForward(spec, self.host)
 
     @property
@@ -182,8 +192,7 @@ class LayerHands:
 
     def reach(self, depth: int) -> None:
         """Look ahead from the next token on, or (0) not."""
-        wanted = depth > 0 and looks_ahead(self._engine.config)
-        self._traffic.looks_ahead = wanted and self._traffic.moves
+        self._traffic.looks_ahead = depth > 0 and self._may_look_ahead and self._traffic.moves
 
 
 def _placements(

@@ -7,18 +7,20 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from fomoe.actors.arm_plan import arm_plan, has_arm
 from fomoe.actors.channel import FabricSpec
 from fomoe.actors.client import EngineClient
 from fomoe.actors.gpu import DevicePlan
 from fomoe.actors.layers import LayerPlan, neighbours
 from fomoe.actors.layout import StepArena
-from fomoe.actors.names import CLIENT, DRIVER, arena_name, device_name, storage_name
+from fomoe.actors.names import ARM_NODE, CLIENT, DRIVER, arena_name, device_name, storage_name
 from fomoe.actors.storage import StoragePlan
 from fomoe.config import EngineConfig
 from fomoe.devices import local_name
+from fomoe.engine.arm import ArmCosts, arm_table, fixed_table
 from fomoe.engine.hosting import dense_bytes
 from fomoe.engine.plan import EnginePlan, make_plan
 from fomoe.engine.requests import EngineStatus
@@ -112,7 +114,7 @@ def launch(
         _spawn_all(engine, config, site, spawn)
         _join_all(engine, _fabric_spec(spec, config, site), config, site)
         _open_all(engine, file, spec, config, site)
-        _start_all(engine, site)
+        _start_all(engine, spec, config, site)
         _await_fill(engine, on_progress)
     except BaseException:
         engine.stop()
@@ -174,6 +176,8 @@ def _open_all(
     segments = []
     for box in range(len(site.boxes)):
         plan = _storage_plan(engine.plan, file, config, box)
+        if box == ARM_NODE and has_arm(config, engine.plan):
+            plan = replace(plan, arm=arm_plan(config, spec, site.cores))
         segments.append(engine.handles[storage_name(box)].call("open", plan))
     handles = _results(segments, _LOAD_S)
     calls = []
@@ -212,13 +216,37 @@ def _device_plan(
     )  # fmt: skip
 
 
-def _start_all(engine: RunningEngine, site: Site) -> None:
+def _start_all(engine: RunningEngine, spec: ModelSpec, config: EngineConfig, site: Site) -> None:
     bells = tuple(device_name(d) for d in range(len(site.device_box)))
     calls = [engine.handles[storage_name(b)].call("start", bells) for b in range(len(site.boxes))]
     calls += [engine.handles[name].call("start") for name in bells]
     _results(calls, _LOAD_S)
-    _results([engine.handles[DRIVER].call("start")], _CALL_S)
+    arm = _arm_table(engine, spec, config)
+    _results([engine.handles[DRIVER].call("start", arm)], _CALL_S)
     engine.client.start()
+
+
+def _arm_table(engine: RunningEngine, spec: ModelSpec, config: EngineConfig) -> tuple[int, ...]:
+    """Return how many of a token's experts in RAM storage computes, for 0, 1, 2 .. of them.
+
+    Costs are measured one after the other, before anything else uses memory and link.
+
+    Raises:
+        ConfigError: the table that was given is one of another model.
+    """
+    top_k = spec.moe.top_k
+    table = fixed_table(config.cpu_arm, top_k)
+    if not has_arm(config, engine.plan):
+        return ()
+    if table is not None:
+        return table
+    costs = []
+    for device in range(len(config.devices)):
+        calls = [engine.handles[device_name(device)].call("arm_costs")]
+        costs.append(_results(calls, _CALL_S)[0])
+    copy_s, gpu_s = (max(column) for column in zip(*costs, strict=True))
+    cpu_s = _results([engine.handles[storage_name(ARM_NODE)].call("arm_cost")], _CALL_S)[0]
+    return arm_table(ArmCosts(copy_s, gpu_s, cpu_s), top_k)
 
 
 def _await_fill(engine: RunningEngine, on_progress: Callable[[float, str], None] | None) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.actors.channel import Fabric, Regions
+from fomoe.actors.layer_arm import LayerArm
 from fomoe.actors.layer_link import LayerLink
 from fomoe.actors.layer_traffic import LayerTraffic
 from fomoe.actors.messages import DONE, FORESEEN, LAYERS, STEP_ID, Do, Tag
@@ -41,8 +42,9 @@ class LayerCalls:
     """
 
     def __init__(
-        self, fabric: Fabric, links: list[LayerLink], placed: Placed, traffic: LayerTraffic
-    ) -> None:
+        self, fabric: Fabric, links: list[LayerLink], placed: Placed, traffic: LayerTraffic,
+        arm: LayerArm,
+    ) -> None:  # fmt: skip
         self.step_id = 0
         self.step = Pass(np.zeros(1, np.int32), 0, 0, overlap=True)
         self.wanted: tuple[int, I32] = 0, np.zeros(0, np.int32)
@@ -51,6 +53,7 @@ class LayerCalls:
         self._links = links
         self._placed = placed
         self._traffic = traffic
+        self._arm = arm
         self._buffer = bytearray(fabric.spec.slot_bytes)
         self._passes = 0
 
@@ -141,7 +144,11 @@ class LayerCalls:
             self._blame(link)
 
     def _abort(self) -> None:
-        """Let every device give up what it has, and wait until each has answered."""
+        """Let storage and every device give up what they have, and wait until each has answered.
+
+        Storage first: a device's answer frees the slots that it computes in.
+        """
+        self._arm.abort(self.step_id)
         for link in self._links:
             link.sender.send(Tag.ABORT, STEP_ID.pack(self.step_id), (), _SEND_BOUND_S)
         deadline = time.monotonic() + _STEP_BOUND_S
@@ -201,8 +208,9 @@ class LayerCalls:
             self._placed.answered(link.number, step.layer, aborted=aborted)
 
     def _blame(self, link: LayerLink) -> None:
-        """Raise what made a device give a step up: the one before it has failed or died."""
+        """Raise what made a device give a step up: storage, or a device, has failed or died."""
         link.given_up.clear()
+        self._traffic.settle()
         for other in self._links:
             if other is not link:
                 self._receive(other)

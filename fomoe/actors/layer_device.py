@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -12,8 +11,9 @@ import numpy.typing as npt
 
 from fomoe.actors.channel import Fabric, Regions, Sender, load_acquire_u64, store_release_u64
 from fomoe.actors.expert_copies import ExpertCopies, Slots
-from fomoe.actors.layer_layout import LayerArena, LayerViews
-from fomoe.actors.messages import DONE, FORESEEN, LAYERS, Do, Tag
+from fomoe.actors.layer_layout import LayerViews, Neighbour
+from fomoe.actors.messages import DONE, FORESEEN, LAYERS, STEP_ID, Do, Tag
+from fomoe.actors.names import ARM_NODE, storage_name
 from fomoe.engine.copies import COPY
 from fomoe.engine.transfers import ENTRY
 from fomoe.errors import DeviceError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fomoe.kernels.gpu.runtime import Runtime
 
 I32 = npt.NDArray[np.int32]
+U64 = npt.NDArray[np.uint64]
 
 _SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take elsewhere
 _WAIT_MS = 20.0
@@ -62,8 +63,8 @@ class LayerModel(Protocol):
     def take_hidden(self, address: int) -> None:
         """Write the residual stream to an address, and wait for it."""
 
-    def front(self, layer: int) -> None:
-        """Run a layer up to the router's scores."""
+    def front(self, layer: int, *, gives_input: bool = False) -> None:
+        """Run a layer up to the router's scores; a token's can leave its experts' `input`."""
 
     def scores(self, layer: int) -> F32:
         """Return the scores float32 [T, E]."""
@@ -74,6 +75,9 @@ class LayerModel(Protocol):
         None where the device does not compute it.
         """
 
+    def input(self) -> F32:
+        """Return the experts' input float32 [1, D], with the last scores."""
+
     def foreseen(self) -> tuple[int, F32] | None:
         """Return a layer and its router's scores float32 [1, E] of the stream that goes into it.
 
@@ -81,7 +85,13 @@ class LayerModel(Protocol):
         """
 
     def back(self, layer: int, ids: I32, weights: F32) -> None:
-        """Run the experts int32 [T, k] and close the layer; one token's ids ascend."""
+        """Run the experts int32 [T, k] and close the layer.
+
+        One token's ids ascend; they may be fewer, or none, where others are added.
+        """
+
+    def add(self, address: int) -> None:
+        """Add float32 [1, D] to a token's residual stream, at the device's address of it."""
 
     def own_back(self, layer: int) -> None:
         """Run the router's own choice, with the bits of a whole pass, and close the layer."""
@@ -114,16 +124,6 @@ class LayerModel(Protocol):
         """Give the device's memory back."""
 
 
-@dataclass(frozen=True, slots=True)
-class Neighbour:
-    """A device of the engine: its process, its arena; devices of one `link` share it."""
-
-    name: str
-    arena: str
-    layout: LayerArena
-    link: str = ""
-
-
 class LayerServer:
     """Runs LAYERS messages on a model; used by one thread.
 
@@ -148,10 +148,10 @@ class LayerServer:
         self._views = [d.layout.views(fabric.arena(d.arena)) for d in self._devices]
         self._mine: LayerViews = self._views[number]
         self._registered = [fabric.arena(d.arena) for d in self._devices]
-        self._hidden = [  # as the device sees each
-            model.runtime.register(arena) + views.hidden.ctypes.data - arena.ctypes.data
-            for arena, views in zip(self._registered, self._views, strict=True)
-        ]
+        bases = [model.runtime.register(arena) for arena in self._registered]
+        layouts = zip(bases, (d.layout for d in self._devices), strict=True)
+        self._hidden = [base + layout.start("hidden") for base, layout in layouts]
+        self._sum = bases[number] + self._own.layout.start("sum")
         self._to_driver: Sender = fabric.sender("driver")
         self._computed = model.runtime.event()
         self._tokens = 1
@@ -195,7 +195,10 @@ class LayerServer:
             return
         if do & Do.TAKE:
             model.put_hidden(self._hidden[peer])
-        self._run(do, layer, message)
+        if not self._run(do, layer, message):
+            self._finish_computing()
+            self._give_up(step)
+            return
         if self._moves and do & _ENDS:
             self._watch_loads(step)
         self._give(do, step, peer, rows)
@@ -284,7 +287,8 @@ class LayerServer:
         else:
             model.begin(ids, position, state)
 
-    def _run(self, do: int, layer: int, message: bytes | bytearray) -> None:
+    def _run(self, do: int, layer: int, message: bytes | bytearray) -> bool:
+        """Compute what a message asks for; False where storage's part of it will never come."""
         model, mine, tokens = self._model, self._mine, self._tokens
         if do & Do.GATHER:
             model.gather(layer)
@@ -297,11 +301,24 @@ class LayerServer:
             if do & Do.CHOOSE:
                 self._copies.publish(layer)
                 model.own_back(layer)
-            else:
+            elif not do & Do.PART:
                 model.back(layer, mine.ids[:tokens], mine.weights[:tokens])
+            elif not self._run_part(layer, *STEP_ID.unpack_from(message)):
+                return False
             layer += 1
         if do & Do.FRONT:
-            self._run_front(layer)
+            self._run_front(layer, gives_input=bool(do & Do.INPUT) and tokens == 1)
+        return True
+
+    def _run_part(self, layer: int, step: int) -> bool:
+        """Run this device's part of a token's experts and add storage's, see `layer_arm`."""
+        mine = self._mine
+        count = int(np.count_nonzero(mine.ids[0] >= 0))
+        self._model.back(layer, mine.ids[:1, :count], mine.weights[:1, :count])
+        if not self._await_word(mine.sum_word, step, step, storage_name(ARM_NODE)):
+            return False
+        self._model.add(self._sum)
+        return True
 
     def _run_wave(self, layer: int, message: bytes | bytearray) -> None:
         *_, n_copies, n_entries = LAYERS.unpack_from(message)
@@ -310,14 +327,16 @@ class LayerServer:
         self._model.wave(layer, entries["expert"].copy(), entries["slot"].copy())
         self._finish_computing()
 
-    def _run_front(self, layer: int) -> None:
+    def _run_front(self, layer: int, *, gives_input: bool) -> None:
         model, mine = self._model, self._mine
-        model.front(layer)
+        model.front(layer, gives_input=gives_input)
         if self._moves:  # what comes for later steps is not to wait for this one
             self._finish_computing()
         np.copyto(mine.scores_of(layer)[: self._tokens], model.scores(layer))
         if (ahead := model.ahead()) is not None:
             np.copyto(mine.ahead_of(layer), ahead)
+        if gives_input:
+            np.copyto(mine.input, model.input())
 
     def _foresee(self) -> None:
         """Tell the driver what the next layer's router says of the stream that goes into it."""
@@ -333,7 +352,10 @@ class LayerServer:
 
     def _await_hidden(self, peer: int, awaited: int, step: int) -> bool:
         """Wait for another device's residual stream; False where it has died or been given up."""
-        word, name = self._views[peer].word, self._devices[peer].name
+        return self._await_word(self._views[peer].word, awaited, step, self._devices[peer].name)
+
+    def _await_word(self, word: U64, awaited: int, step: int, name: str) -> bool:
+        """Wait for what another process gives with a word, as `_await_hidden`."""
         if load_acquire_u64(word, 0) >= awaited:
             return True
 
@@ -341,7 +363,7 @@ class LayerServer:
             given = load_acquire_u64(word, 0) >= awaited
             return given or step <= self._aborted or self._fabric.peer_dead(name)
 
-        self._wait(is_over, f"the residual stream of {name}")
+        self._wait(is_over, f"what {name} gives")
         return bool(load_acquire_u64(word, 0) >= awaited)
 
     def _answer(self, step: int, do: int, rows: int, compute_ns: int, wait_ns: int) -> None:

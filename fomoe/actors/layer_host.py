@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.actors.channel import Fabric
+from fomoe.actors.layer_arm import LayerArm
 from fomoe.actors.layer_calls import NO_COPIES, LayerCalls, Orders, Records
 from fomoe.actors.layer_link import LayerLink, OpenStep
 from fomoe.actors.layer_sweeps import LayerSweeps
@@ -31,14 +32,16 @@ class DeviceLayers:
     """Layers on any number of devices; see `LayerHost`."""
 
     def __init__(
-        self, fabric: Fabric, links: list[LayerLink], placed: Placed, traffic: LayerTraffic, *,
-        n_states: int,
+        self, fabric: Fabric, links: list[LayerLink], placed: Placed, traffic: LayerTraffic,
+        arm: LayerArm, *, n_states: int,
     ) -> None:  # fmt: skip
         self.links = links
         self.n_states = n_states
         self.placed = placed
         self.traffic = traffic
-        self._calls = LayerCalls(fabric, links, placed, traffic)
+        self._arm = arm
+        self._front = Do.FRONT | Do.INPUT if arm.on else Do.FRONT
+        self._calls = LayerCalls(fabric, links, placed, traffic, arm)
         self._sweeps = LayerSweeps(self, placed, traffic)
         self.counters = placed.counters
         self.expert_bytes = placed.expert_bytes
@@ -68,7 +71,7 @@ class DeviceLayers:
     def open(self, step: Pass) -> None:
         """Embed the tokens and begin the front of the first layer."""
         self._open(step)
-        self._calls.send(self._home[0], Do.EMBED | Do.FRONT, 0)
+        self._calls.send(self._home[0], Do.EMBED | self._front, 0)
 
     def scores(self, layer: int) -> F32:
         """Wait for the layer's front; its scores float32 [T, E] stand until the next call."""
@@ -118,15 +121,15 @@ class DeviceLayers:
         if not self.traffic.moves:
             return
         self._calls.close(self._home[layer])
-        for link in self.links:
-            if self.placed.planner.is_tight(layer):
+        for link in self.links:  # an arm's choice may not depend on who has answered by now
+            if self._arm.on or self.placed.planner.is_tight(layer):
                 self._calls.close(link)
         self.traffic.settle()
 
     def _go(self, layer: int, reads: int, back: int, *, decoding: bool = True) -> None:
         """Send the step that was planned last, and the back of its layer."""
         placed, link = self.placed, self._home[layer]
-        planner = placed.planner
+        planner, stays = placed.planner, placed.n_stay > 0
         self._calls.wanted = layer, planner.arrays.experts[: planner.n_experts]
         self.traffic.read(layer, reads)
         if self.traffic.looks_ahead and decoding:
@@ -137,7 +140,12 @@ class DeviceLayers:
             link.open = OpenStep(self._calls.step_id, layer, is_last=False)
             self._calls.close(link)
             self.traffic.read(layer, placed.more(decoding=decoding))
-        placed.picks((link.views.ids[0], link.views.weights[0]))
+        picks = link.views.ids[0], link.views.weights[0]
+        if stays:
+            placed.part_picks(picks)
+            back = Do.BACK | Do.PART
+        else:
+            placed.picks(picks)
         if self.traffic.moves:
             self._carry_on(layer, back, planner.step_copies)
         else:
@@ -240,22 +248,25 @@ class DeviceLayers:
         there = self._home[layer + 1]
         if there is here:
             if overlap:
-                self._send_back(here, back | Do.FRONT, layer, copies)
+                self._send_back(here, back | self._front, layer, copies)
                 return
             self._send_back(here, back, layer, copies)
             self._calls.wait(here)
-            self._calls.send(here, Do.FRONT, layer + 1)
+            self._calls.send(here, self._front, layer + 1)
             return
         self._send_back(here, back | Do.GIVE, layer, copies, peer=there.number)
         word = self._calls.step_id
         if not overlap or here.node != there.node:
             self._calls.wait(here)
-        self._calls.send(there, Do.TAKE | Do.FRONT, layer + 1, peer=here.number, awaited=word)
+        front = Do.TAKE | self._front
+        self._calls.send(there, front, layer + 1, peer=here.number, awaited=word)
 
     def _send_back(
         self, link: LayerLink, flags: int, layer: int, copies: Records, *, peer: int = 0
     ) -> None:
         """Send the back of a layer; its slots are the device's until it has answered."""
+        if flags & Do.PART:
+            self._arm.ask(link, layer, self._calls.step_id + 1)
         self._calls.send(link, flags, layer, peer=peer, orders=(copies, NO_COPIES))
         if self.traffic.moves and flags & Do.BACK:
             link.open = OpenStep(self._calls.step_id, layer, is_last=True)

@@ -3,7 +3,8 @@
 One arena per device. The driver writes `tokens`, `rows`, `ids` and `weights` before the message
 that names them, the device all others before its answer; the rings order the accesses. `word` is
 for the next device: it holds the last step whose residual stream `hidden` is. `link` is for those
-on the same link to memory, see `SharedLink`.
+on the same link to memory, see `SharedLink`. Where the processor computes experts in RAM, `input`
+is for storage, which writes `sum`, and then `sum_word`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ class LayerViews:
         ids: int32 [T, k]; of a token in ascending order, of a prompt's best rank first.
         weights: float32 [T, k], in the order of `ids`.
         chosen: int32 [L, T, k], laid out for the T of the pass.
+        input: float32 [1, D], what a token's experts see.
+        sum: float32 [1, D], the weighted sum of those that storage computed.
+        sum_word: uint64 [1], the last step whose sum that is.
         best: int32 [1], the id of the greatest logit of a row.
         best_logit: float32 [1].
         logits: float32 [HEAD_ROWS, V]; no rows where the device has no head.
@@ -57,6 +61,9 @@ class LayerViews:
     ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     chosen: npt.NDArray[np.int32]
+    input: npt.NDArray[np.float32]
+    sum: npt.NDArray[np.float32]
+    sum_word: npt.NDArray[np.uint64]
     best: npt.NDArray[np.int32]
     best_logit: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32]
@@ -95,6 +102,9 @@ class LayerArena:
             ("ids", np.int32, (max_tokens, top_k)),
             ("weights", np.float32, (max_tokens, top_k)),
             ("chosen", np.int32, (spec.n_layers, max_tokens, top_k)),
+            ("input", np.float32, (1, spec.hidden)),
+            ("sum", np.float32, (1, spec.hidden)),
+            ("sum_word", np.uint64, (1,)),
             ("best", np.int32, (1,)),
             ("best_logit", np.float32, (1,)),
             ("logits", np.float32, (HEAD_ROWS if head else 0, spec.vocab)),
@@ -115,6 +125,10 @@ class LayerArena:
             arrays[name] = arena[at : at + nbytes].view(dtype).reshape(shape)
         return LayerViews(**arrays)
 
+    def start(self, name: str) -> int:
+        """Return where an array begins."""
+        return self._places[name][0]
+
     def regions(self, arena: str, **counts: int) -> Regions:
         """Return the ranges of an arena that hold the first values of arrays, by name."""
         out = []
@@ -122,3 +136,13 @@ class LayerArena:
             at, dtype, _ = self._places[name]
             out.append((arena, at, count * np.dtype(dtype).itemsize))
         return tuple(out)
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A device of the engine: its process, its arena; devices of one `link` share it."""
+
+    name: str
+    arena: str
+    layout: LayerArena
+    link: str = ""

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from fomoe.actors.arm_costs import kernels_s, largest_layer, link_s
 from fomoe.actors.channel import Fabric
 from fomoe.actors.expert_copies import ExpertCopies, Source, as_records
-from fomoe.actors.layer_device import LayerModel, LayerServer, Neighbour
-from fomoe.actors.layer_layout import LayerArena
+from fomoe.actors.layer_device import LayerModel, LayerServer
+from fomoe.actors.layer_layout import LayerArena, Neighbour
 from fomoe.actors.messages import STEP_ID, Tag
 from fomoe.actors.names import arena_name, device_name
 from fomoe.actors.process import FabricMember, LoopThread
@@ -76,8 +77,9 @@ class LayerActor(FabricMember):
         self._table = ExpertTable.from_gguf(file, spec.n_layers)
         self._segment = Segment.attach(segment)
         self._neighbours = neighbours(config, spec)
-        hosted = len(host_options(config, spec)[plan.device].layers)
-        self._moves = sum(plan.slots) < self._table.n_experts * hosted
+        self._hosted = host_options(config, spec)[plan.device].layers
+        self._top_k = spec.moe.top_k
+        self._moves = sum(plan.slots) < self._table.n_experts * len(self._hosted)
         self._model = open_model(file, spec, config, plan.device, plan.slots)
 
     def start(self) -> None:
@@ -104,6 +106,21 @@ class LayerActor(FabricMember):
         self._attached = False
         self._loop = loop
         loop.start()
+
+    def arm_costs(self) -> tuple[float, float]:
+        """Return the seconds of an expert of the largest class: copied here, and computed.
+
+        To be called before anything is asked of the device.
+        """
+        model, segment, plan = self._model, self._segment, self._plan
+        assert model is not None
+        assert segment is not None
+        model.runtime.attach()
+        layer, header = largest_layer(self._table, self._hosted), landed_bytes(plan.segment_slots)
+        source = segment.address + header, segment.nbytes - header
+        slots = plan.slots[self._table.size_class(layer)]
+        copy_s = link_s(model, self._table, layer, source, slots)
+        return copy_s, kernels_s(model, layer, self._top_k)
 
     def poll(self) -> bool:
         """Serve one message if there is one, and bring experts on their way.

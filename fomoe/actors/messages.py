@@ -17,15 +17,19 @@ lie in an arena of the fabric (`layout.py`). Nothing here is pickled.
 | FORESEEN | device -> driver  | `FORESEEN`: what a layer's router says of |                 |
 |          |                   | the stream that goes into it, in the arena|                 |
 | FAULT    | device -> driver  | UTF-8: why the device cannot go on        |                 |
+| ARM      | driver -> storage | `ARM` struct: experts to compute in RAM   | word of the sum |
+| ABORT    | driver -> storage | u64 step id: compute nothing for it       | word of the sum |
 | FETCH    | driver -> storage | array of `READ` records                   | landed words    |
 | DROP     | driver -> storage | u32: forget the layer's unbegun prefetches| DROPPED         |
 | PRELOADED| storage -> driver | u32: preload jobs that have landed        |                 |
 | FAILED   | storage -> driver | `ReadFailed`                              |                 |
 | DROPPED  | storage -> driver | array of `DROPPED`: prefetches never read |                 |
 
-An ABORT of a device that hosts layers gives up all its steps up to that id. `COPY` and `ENTRY` are
-those of `fomoe.engine`. A landed read is announced by no message: storage writes the job's
-generation into the slot's landed word in the shared segment and rings the device's bell.
+An ABORT gives up all steps up to that id, but to a `cpu` device only that one. `COPY` and `ENTRY`
+are those of `fomoe.engine`. A landed read is announced by no message: storage writes the job's
+generation into the slot's landed word in the shared segment and rings the device's bell. Nor is
+what storage has computed: the sum and then the step's id go into the arena of the device, whose
+bell rings.
 """
 
 from __future__ import annotations
@@ -68,6 +72,7 @@ class Tag(IntEnum):
     COPIED = 14
     FAULT = 15
     FORESEEN = 16
+    ARM = 17
 
 
 class Do:
@@ -90,6 +95,8 @@ class Do:
     GATHER = 2048  # begin a prompt's experts: the router's choice, sorted by expert
     WAVE = 4096  # run those of them that the message's entries name
     COMBINE = 8192  # and close `layer` once all have run
+    PART = 16384  # with BACK: the arena has a part of the experts, storage's sum is added to it
+    INPUT = 32768  # with FRONT: a token's experts' input goes into the arena, for storage
 
 
 class Priority(IntEnum):
@@ -111,6 +118,9 @@ FORESEEN = struct.Struct("<i")  # layer
 # step id u64, awaited u64, flags (`Do`), layer, tokens, position, state, peer, rows: i32; then how
 # many records of `COPY` and of `ENTRY` follow
 LAYERS = struct.Struct("<QQiiiiiiiii")
+# step id u64, layer, device, experts: i32; then their weights float32 and `ENTRY` records, whose
+# slots are the segment's
+ARM = struct.Struct("<Qiii")
 COUNT = struct.Struct("<I")
 DROPPED = struct.Struct("<iiiQ")  # layer, expert, slot, generation
 

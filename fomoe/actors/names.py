@@ -6,6 +6,7 @@ NAMESPACE = "fomoe"
 CLIENT = "client"
 DRIVER = "driver"
 STORAGE = "storage"
+ARM_NODE = 0  # where experts are computed in RAM beside GPUs: the driver's node alone
 
 
 def device_name(device: int) -> str:

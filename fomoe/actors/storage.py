@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from fomoe.actors.arm_costs import processor_s
 from fomoe.actors.channel import load_acquire_u64, store_release_u64
-from fomoe.actors.messages import COUNT, DROPPED, Priority, ReadFailed, Tag, encode
+from fomoe.actors.messages import COUNT, DROPPED, STEP_ID, Priority, ReadFailed, Tag, encode
 from fomoe.actors.process import FabricMember, LoopThread, log
+from fomoe.actors.processor_arm import ArmPlan, ArmSegment, ProcessorArm
 from fomoe.engine.transfers import READ
 from fomoe.errors import ChannelError, StorageError
 from fomoe.gguf.extents import ExpertTable
@@ -21,6 +23,7 @@ from fomoe.storage.reader import DirectReader
 from fomoe.storage.segment import Segment, SegmentHandle
 
 _SEND_BOUND_S = 5.0
+_SPIN_US = 1000.0  # beside GPUs, while a token is in flight: as long as a layer may take
 _IDLE = (Priority.PREFETCH, Priority.BACKGROUND)  # read when nothing is demanded
 _PAGE = 4096
 
@@ -29,7 +32,8 @@ _PAGE = 4096
 class StoragePlan:
     """What a storage actor holds: files, where experts lie in them, slots of the segment.
 
-    The segment starts with one landed word (u64) per slot, padded to a page; slots follow.
+    The segment starts with one landed word (u64) per slot, padded to a page; slots follow. `arm` is
+    there where experts may be computed in it beside GPUs.
     """
 
     shards: tuple[str, ...]
@@ -37,6 +41,7 @@ class StoragePlan:
     n_slots: int
     slots_bytes: int
     threads: int
+    arm: ArmPlan | None = None
 
     @property
     def header_bytes(self) -> int:
@@ -64,6 +69,7 @@ class StorageActor(FabricMember):
         self._readers_ended = True
         self._send_lock = threading.Lock()
         self._landed_early = 0
+        self._arm: ProcessorArm | None = None
 
     def open(
         self, plan: StoragePlan, delay: Callable[[Fetch], float] | None = None
@@ -72,7 +78,8 @@ class StorageActor(FabricMember):
         self._segment = Segment.create(plan.header_bytes + plan.slots_bytes)
         self._landed = self._segment.view[: plan.n_slots * 8].view(np.uint64)
         self._slots_at = plan.header_bytes
-        table = ExpertTable.from_dict(plan.table)
+        self._plan = plan
+        self._table = table = ExpertTable.from_dict(plan.table)
         self._reader = DirectReader(tuple(Path(p) for p in plan.shards), table)
         options: dict[str, Any] = {} if delay is None else {"delay": delay}
         self._queue = FetchQueue(
@@ -89,14 +96,32 @@ class StorageActor(FabricMember):
         self._buffer = np.zeros(fabric.spec.slot_bytes, np.uint8)
         self._jobs_bell: dict[int, int] = {}
         self._announce: set[tuple[int, int]] = set()  # preloads, which the driver counts
-        self._loop = LoopThread(self, self.poll, self.status)
+        self._arm = self._open_arm()
+        spin_us = 0.0 if self._arm is None else _SPIN_US
+        self._loop = LoopThread(self, self.poll, self.status, spin_us)
         self._loop.start()
 
+    def _open_arm(self) -> ProcessorArm | None:
+        if self._plan.arm is None:
+            return None
+        assert self._segment is not None
+        segment = ArmSegment(self._landed, self._segment.address + self._slots_at)
+        return ProcessorArm(self._plan.arm, self._table, segment, self.fabric)
+
+    def arm_cost(self) -> float:
+        """Return the seconds that an expert of the largest class takes here, before any is read."""
+        assert self._arm is not None
+        return processor_s(self._arm.kernels, self._table, self._plan.slots_bytes)
+
     def poll(self) -> bool:
-        """Take one message; returns whether there was one."""
+        """Take one message, or compute experts; returns whether there was something to do.
+
+        Raises:
+            StorageError: experts that are to be computed here do not come.
+        """
         message = self._from_driver.try_recv(self._buffer)
         if message is None:
-            return False
+            return self._arm is not None and self._arm.advance()
         tag, nbytes = message
         assert self._queue is not None
         if tag == Tag.FETCH:
@@ -104,6 +129,13 @@ class StorageActor(FabricMember):
             self._report_dropped(
                 self._queue.submit([self._fetch(r) for r in records if not self._has_landed(r)])
             )
+        elif tag == Tag.ARM:
+            assert self._arm is not None
+            self._arm.take(self._buffer[:nbytes])
+            self._arm.advance()
+        elif tag == Tag.ABORT:
+            assert self._arm is not None
+            self._arm.give_up(STEP_ID.unpack_from(self._buffer.data)[0])
         elif tag == Tag.DROP:
             self._report_dropped(
                 self._queue.cancel_prefetch(COUNT.unpack(self._buffer[:nbytes].tobytes())[0])
@@ -177,6 +209,8 @@ class StorageActor(FabricMember):
             "prefetch_bytes": c.nbytes[PREFETCH], "prefetch_open_s": c.open_s[PREFETCH],
             "busy_s": sum(c.busy_s), "failed": c.failed, "dropped": c.dropped,
             "met_landed": self._landed_early, "met_begun": c.met[1], "met_queued": c.met[0],
+            "arm_experts": 0 if self._arm is None else self._arm.experts,
+            "arm_compute_s": 0.0 if self._arm is None else self._arm.compute_ns / 1e9,
         }  # fmt: skip
 
     def stop(self) -> None:

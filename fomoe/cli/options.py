@@ -15,7 +15,6 @@ from fomoe.config import (
     BUNDLED_MODEL,
     Activations,
     Attention,
-    CpuArm,
     EngineConfig,
     KVDtype,
     LogicalEviction,
@@ -248,9 +247,11 @@ class EngineOptions:
         ),
     ] = _DEFAULTS.prefetch_budget
     cpu_arm: Annotated[
-        CpuArm,
+        str,
         typer.Option(
-            help="Whether the processor computes experts in RAM beside GPUs; auto is not built yet."
+            metavar="off|auto|TABLE",
+            help="Experts that the processor computes in RAM beside GPUs: by measured costs, or "
+            "by a receipt's table.",
         ),
     ] = _DEFAULTS.cpu_arm
     overlap: Annotated[

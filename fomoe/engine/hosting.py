@@ -40,6 +40,7 @@ def host_options(config: EngineConfig, spec: ModelSpec) -> tuple[HostOptions, ..
             embedding=device == 0,
             head=device == last,
             ahead=looks_ahead(config),
+            arm=config.cpu_arm != "off",
         )
         for device in range(n)
     )

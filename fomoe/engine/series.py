@@ -47,6 +47,7 @@ def engine_series(meter: Meter, residency: Counters, tiers: TierBytes) -> dict[s
         "fomoe_tokens_per_second": meter.rate(),
         "fomoe_expert_bytes_read_total": float(host.nvme_bytes),
         "fomoe_expert_bytes_copied_total": float(host.ram_bytes),
+        "fomoe_experts_computed_in_ram_total": float(host.computed_in_ram),
         "fomoe_expert_stall_seconds_total": host.stall_s,
         'fomoe_expert_evictions_total{tier="device"}': float(residency.evictions.sum()),
         'fomoe_expert_evictions_total{tier="ram"}': float(residency.ram_drops.sum()),

@@ -83,7 +83,7 @@ class TestFailures:
         release = threading.Event()
 
         class Sleeper(support._CLASSES["driver"]):
-            def start(self):
+            def start(self, arm):
                 release.wait(10.0)
 
         monkeypatch.setattr(bring_up, "_CALL_S", 2.0)

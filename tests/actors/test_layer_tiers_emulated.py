@@ -10,6 +10,8 @@ from support.local_engine import local_engine, slot_bytes
 from support.local_model import finished, greedy, tokens_of
 from support.tiny_gguf import write_tiny
 
+from fomoe.actors.layers import LayerActor
+from fomoe.actors.storage import StorageActor
 from fomoe.config import EngineConfig
 from fomoe.engine.hosting import dense_bytes
 from fomoe.engine.requests import TokenEvent
@@ -90,3 +92,32 @@ def test_tiers_change_no_bit(path, whole, n_devices, options):
     assert tokens == whole[2]
     assert receipt.decision_hash == whole[3].decision_hash
     assert np.array_equal(logits, whole[0])
+
+
+def test_experts_computed_in_ram_change_nothing_but_rounding(path, whole, monkeypatch):
+    """A prompt not at all. The table comes from costs, which are measured and then forgotten."""
+    measured = []
+
+    def measure(method, told):
+        def cost(actor):
+            measured.append(method(actor))
+            return told
+
+        return cost
+
+    monkeypatch.setattr(LayerActor, "arm_costs", measure(LayerActor.arm_costs, (3.0, 1.0)))
+    monkeypatch.setattr(StorageActor, "arm_cost", measure(StorageActor.arm_cost, 2.0))
+    devices = ("hip:0",) * 2
+    budgets = share_of(path, devices, 0.3, 0.45)
+    logits, rows, _, receipt = run(path, devices, cpu_arm="auto", **budgets)
+    *of_devices, processor = measured
+    assert len(of_devices) == 2
+    assert all(0 < cost < 1 for cost in (*of_devices[0], *of_devices[1], processor))
+    assert receipt.cpu_arm == "0 1 1"
+    assert receipt.computed_in_ram > 0
+    assert np.array_equal(logits, whole[0])
+    assert rows[0] == whole[1][0], "that of the prompt"
+    second, wanted = (np.frombuffer(got[1], np.float32) for got in (rows, whole[1]))
+    # As far as one rounding to int8 that falls to the other side moves a logit.
+    np.testing.assert_allclose(second, wanted, atol=0.02 * wanted.std())
+    assert (second != wanted).any()

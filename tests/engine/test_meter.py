@@ -222,6 +222,7 @@ def test_series_tell_the_three_tiers_apart(meter, totals):
     assert series["fomoe_expert_bytes_read_total"] == 19
     assert series["fomoe_expert_bytes_copied_total"] == 23
     assert series["fomoe_expert_demoted_bytes_total"] == 29
+    assert series["fomoe_experts_computed_in_ram_total"] == 31
     assert series["fomoe_substitutions_total"] == 31
     assert series['fomoe_tier_bytes{tier="device"}'] == 37
     assert series['fomoe_tier_bytes{tier="ram"}'] == 41

@@ -56,6 +56,9 @@ class CpuRuntime:
     def done(self, event):
         return True
 
+    def synchronize(self, stream):
+        pass
+
     def copy(self, to, source, nbytes, stream):
         ctypes.memmove(to, source, nbytes)
 
@@ -148,12 +151,13 @@ class CpuLayers:
     def take_hidden(self, address):
         ctypes.memmove(address, self._x.ctypes.data, self._x.nbytes)
 
-    def front(self, layer):
+    def front(self, layer, *, gives_input=False):
         assert layer in self.options.layers
         self._model.mix(layer, self._x, self._batch)
         self._h, self._scores = self._model.scores(layer, self._x)
         self._ahead = None
-        if self.options.ahead and len(self._x) == 1 and layer + 1 < self.spec.n_layers:
+        wanted = self.options.ahead and not gives_input
+        if wanted and len(self._x) == 1 and layer + 1 < self.spec.n_layers:
             self._ahead = self._model.look_ahead(layer + 1, self._x).copy()
 
     def scores(self, layer):
@@ -161,6 +165,12 @@ class CpuLayers:
 
     def ahead(self):
         return self._ahead
+
+    def input(self):
+        return self._h
+
+    def add(self, address):
+        self._x += np.ctypeslib.as_array((ctypes.c_float * self.spec.hidden).from_address(address))
 
     def foreseen(self):
         found, self._foreseen = self._foreseen, None
@@ -198,16 +208,20 @@ class CpuLayers:
     def back(self, layer, ids, weights, *, by_host=True):
         tokens, k = ids.shape
         assert tokens > 1 or (np.diff(ids[0]) > 0).all()
+        routed = np.zeros((tokens, self.spec.hidden), np.float32)
+        if k:
+            self._run_experts(layer, ids, weights, routed, by_host=by_host)
+        self._model.close(self._x, routed, self._model.shared(layer, self._h))
+        self._foresee(layer + 1)
+
+    def _run_experts(self, layer, ids, weights, out, *, by_host):
         groups = group_by_expert(np.ascontiguousarray(ids))
-        pairs = np.zeros((tokens * k, self.spec.hidden), np.float32)
+        pairs = np.zeros((ids.size, self.spec.hidden), np.float32)
         self._device.experts(
             self._shapes[layer], self.slots.addresses(layer, groups.experts, by_host=by_host),
             self._h, groups.pair_start, groups.pair_token, pairs,
         )  # fmt: skip
-        routed = np.zeros((tokens, self.spec.hidden), np.float32)
-        self._device.reduce(pairs, groups.order, groups.arrange(weights), routed)
-        self._model.close(self._x, routed, self._model.shared(layer, self._h))
-        self._foresee(layer + 1)
+        self._device.reduce(pairs, groups.order, groups.arrange(weights), out)
 
     def prefill(self, tokens, position, state):
         self.begin(tokens, position, state)
