@@ -1,13 +1,16 @@
 """Two actors in turn on one GPU, a part of the experts in VRAM, the rest in RAM: what overlaps.
 
-Run: python benchmarks/gpu/pingpong.py --model bench/397b-a17b-4l.gguf [--out r.json]
+Run: python benchmarks/gpu/pingpong.py --model bench/397b-a17b-4l.gguf [--cpu-arm auto]
+    [--out r.json]
 
 Engines of child processes, without Ray. The same text goes through engines with all experts in
 VRAM (compute alone) and with slots such that about `--hit` of its activations find theirs there;
 the rest lies in RAM, all of it. Copy alone is the time of the bytes that crossed the link, at the
 rate of plain copies of experts out of the same memory. Then the same with a kernel added to each
 layer that makes compute as long as copies. Hidden is (compute + copy - wall) / copy. `one` is one
-actor with both budgets: it pays no turns. The last line is JSON.
+actor with both budgets: it pays no turns. With `--cpu-arm` the same slots once more with some of
+the experts in RAM computed there, which brings nothing ahead, and without both. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -69,7 +72,9 @@ def facts_of(model: Path, devices: tuple[str, ...]) -> Facts:
 
 
 @contextmanager
-def engine(args: argparse.Namespace, n_devices: int, share: float) -> Iterator[LLM]:
+def engine(
+    args: argparse.Namespace, n_devices: int, share: float, cpu_arm: str = "off"
+) -> Iterator[LLM]:
     """An engine whose devices hold a share of their experts."""
     given = args.device.split(",")
     devices = tuple(given[i % len(given)] for i in range(n_devices))
@@ -79,7 +84,7 @@ def engine(args: argparse.Namespace, n_devices: int, share: float) -> Iterator[L
         args.model, devices=list(devices), ctx_size=CTX, prefill_chunk=CHUNK,
         vram_budget=facts.dense + int(share * facts.experts) + (1 << 20),
         ram_budget=args.ram, ram_policy=args.ram_policy, prefetch_budget=args.prefetch_budget,
-        routing=RoutingConfig(shadow_every=0), launcher="processes",
+        routing=RoutingConfig(shadow_every=0), launcher="processes", cpu_arm=cpu_arm,
     ) as llm:  # fmt: skip
         print(f"{n_devices} actor(s), {share:.0%} in VRAM, up in "
               f"{time.perf_counter() - start:.1f} s", flush=True)  # fmt: skip
@@ -219,6 +224,37 @@ def measured(args: argparse.Namespace, llm: LLM, compute: float, run: Run) -> di
     return found
 
 
+def armed(args: argparse.Namespace, n_devices: int, share: float) -> dict[str, Any]:
+    """Return figures of the same slots with an arm, and with neither an arm nor a look ahead."""
+    found: dict[str, Any] = {}
+    for name, cpu_arm in (("nothing ahead", "off"), ("arm", args.cpu_arm)):
+        with engine(args, n_devices, share, cpu_arm) as llm:
+            handles = llm.engine.running.handles
+            handles["driver"].call("reach", 0).result(CALL_S)
+            text(llm, 64)
+            run = text(llm, args.tokens)
+            receipt, tokens = run.receipt, SKIP + args.tokens
+            found[name] = {
+                "wall ms": round(run.ms, 4), "table": receipt.cpu_arm,
+                "in RAM per token": round(receipt.computed_in_ram / tokens, 2),
+                "MB per token": round(bytes_per_token(receipt, args.tokens) / 1e6, 2),
+                "hits in VRAM": round(hit_share(receipt), 4), "hash": receipt.decision_hash,
+                "stalled ms": round(receipt.stall_ms / tokens, 4),
+            }  # fmt: skip
+            if cpu_arm != "off":  # these overwrite slots: nothing is run behind them
+                storage = handles["storage-0"]
+                counters = storage.call("stats").result(CALL_S)
+                one_us = 1e6 * counters["arm_compute_s"] / max(1, counters["arm_experts"])
+                found[name]["processor us per expert"] = round(one_us, 1)
+                pairs = say(llm, "arm_costs")
+                found[name]["costs us"] = {
+                    "copy, gpu": [[round(1e6 * s, 1) for s in pair] for pair in pairs],
+                    "processor": round(1e6 * storage.call("arm_cost").result(CALL_S), 1),
+                }  # fmt: skip
+        print(f"  {name}: {found[name]}", flush=True)
+    return found
+
+
 def bytes_per_token(receipt: Receipt, tokens: int) -> float:
     """Return what crossed the link towards the device for a token of the answer."""
     return receipt.ram_bytes / (SKIP + tokens)
@@ -235,6 +271,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.1, help="of the slots, to begin with")
     parser.add_argument("--link", type=float, default=54e9, help="bytes a second, for the delay")
     parser.add_argument("--prefetch-budget", type=float, default=1.0)
+    parser.add_argument("--cpu-arm", default="off", help="off, auto, or a table: '0 0 1 1 2 ...'")
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--only", choices=("one", "two"), help="actors; both if absent")
     parser.add_argument("--trace", type=Path, help="folder for what actors did, call by call")
@@ -255,6 +292,8 @@ def main() -> None:
         print(f"  alone: {compute}", flush=True)
         share, found = tiered(args, n_devices, compute["ms"], share)
         result[name] = {"alone": compute, "slots": round(share, 4), **found}
+        if args.cpu_arm != "off":
+            result[name]["cpu arm"] = armed(args, n_devices, share)
     if out:
         out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

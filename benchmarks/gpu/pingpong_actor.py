@@ -34,10 +34,10 @@ class PingPongActor(LayerActor):
             setattr(model, half, self._delayed(model, getattr(model, half)))
 
     def _delayed(self, model: Any, half: Callable[..., None]) -> Callable[..., None]:
-        def delayed(*args: Any) -> None:
+        def delayed(*args: Any, **options: Any) -> None:
             if self._delay is not None:
                 model.gpu.launch(self._delay)
-            half(*args)
+            half(*args, **options)
 
         return delayed
 
