@@ -123,6 +123,10 @@ class DriverActor(FabricMember):
             self._hands.counters, self._forward.brain.loss, self._forward.watch,
             devices=self._fastest, capacity=self._plan.logical_capacity, cpu_arm=arm_text(arm),
         )  # fmt: skip
+        if any(arm):
+            log.info(
+                "%s: of 0, 1, 2 .. experts in RAM storage computes %s", self.name, arm_text(arm)
+            )
         self._hands.watch(self._checkpoint)
         self._filled = False
         nodes = self._plan.topology.device_node
