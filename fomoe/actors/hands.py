@@ -10,6 +10,9 @@ from typing import Protocol
 
 from fomoe.actors.channel import Fabric
 from fomoe.actors.dispatch import TieredExperts
+from fomoe.actors.driver_dense import DriverDense, OwnDevices
+from fomoe.actors.layer_calls import LayerCalls
+from fomoe.actors.layer_dense import Dense, HostedDense
 from fomoe.actors.layer_fill import ExpertLoader
 from fomoe.actors.layer_host import DeviceLayers
 from fomoe.actors.layer_layout import LayerArena
@@ -133,9 +136,9 @@ class ExpertHands:
 
 
 class LayerHands:
-    """Whole layers on GPUs; this process decides."""
+    """Layers on GPUs; this process decides, and has the dense part of each where `own` is given."""
 
-    def __init__(self, fabric: Fabric, engine: Engine) -> None:
+    def __init__(self, fabric: Fabric, engine: Engine, own: OwnDevices | None) -> None:
         self._fabric = fabric
         self._engine = engine
         config, spec, plan = engine.config, engine.spec, engine.plan
@@ -153,7 +156,15 @@ class LayerHands:
         self._traffic = LayerTraffic(
             fabric, nodes, links, placed, governor, ahead=looks_ahead(config)
         )
-        self.host = DeviceLayers(fabric, links, placed, self._traffic, n_states=n_states(config))
+        calls = LayerCalls(fabric, links, placed, self._traffic)
+        home = [links[d] for d in plan.topology.layer_device]
+        dense: Dense = HostedDense(calls, home)
+        if own is not None:
+            own.share(fabric, links)
+            dense = DriverDense(calls, home, own)
+        self.host = DeviceLayers(
+            calls, links, placed, self._traffic, dense, n_states=n_states(config)
+        )
         self.loop = DeviceForward(spec, self.host)
 
     @property
@@ -229,7 +240,7 @@ def layer_links(fabric: Fabric, engine: Engine) -> list[LayerLink]:
     links = []
     for i, options in enumerate(host_options(engine.config, engine.spec)):
         name, arena = device_name(i), arena_name(i)
-        layout = LayerArena(engine.spec, options.max_tokens, head=options.head)
+        layout = LayerArena(engine.spec, options)
         node, views = engine.plan.topology.device_node[i], layout.views(fabric.arena(arena))
         ports = fabric.sender(name), fabric.receiver(name)
         links.append(LayerLink(name, i, node, arena, layout, views, *ports))

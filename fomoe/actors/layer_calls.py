@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.actors.channel import Fabric, Regions
-from fomoe.actors.layer_link import LayerLink
+from fomoe.actors.layer_link import LayerLink, OpenStep
 from fomoe.actors.layer_traffic import LayerTraffic
 from fomoe.actors.messages import DONE, LAYERS, STEP_ID, Do, Tag
 from fomoe.actors.shared_link import announce
@@ -86,6 +86,15 @@ class LayerCalls:
             if len(records):
                 payload += records.tobytes()
         link.sender.send(Tag.LAYERS, payload, self._regions(link, flags, peer), _SEND_BOUND_S)
+
+    def send_back(
+        self, link: LayerLink, flags: int, layer: int, copies: Records, *, peer: int = 0
+    ) -> None:
+        """Send the back of a layer; its slots are the device's until it has answered."""
+        self.send(link, flags, layer, peer=peer, orders=(copies, NO_COPIES))
+        if self._traffic.moves and flags & Do.BACK:
+            link.open = OpenStep(self.step_id, layer, is_last=True)
+            self._traffic.bring(layer)
 
     def _next(self, flags: int, layer: int, awaited: int, rest: tuple[int, ...]) -> bytes:
         self.step_id += 1

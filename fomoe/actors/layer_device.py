@@ -5,107 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from fomoe.actors.channel import Fabric, Regions, Sender, load_acquire_u64, store_release_u64
-from fomoe.actors.expert_copies import ExpertCopies, Slots
+from fomoe.actors.expert_copies import ExpertCopies
 from fomoe.actors.layer_layout import LayerArena, LayerViews
+from fomoe.actors.layer_model import LayerModel
 from fomoe.actors.messages import DONE, LAYERS, Do, Tag
 from fomoe.engine.copies import COPY
 from fomoe.engine.transfers import ENTRY
 from fomoe.errors import DeviceError
-from fomoe.model.buffers import F32
-
-if TYPE_CHECKING:
-    from fomoe.kernels.gpu.runtime import Runtime
-
-I32 = npt.NDArray[np.int32]
 
 _SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take elsewhere
 _WAIT_MS = 20.0
 _SEND_BOUND_S = 5.0
 _BOUND_S = 120.0
 _ENDS = Do.GIVE | Do.LOGITS | Do.LARGEST  # what waits for the device's work
-
-
-class LayerModel(Protocol):
-    """The layers of one device; calls queue work, those that return an array wait, with a bound.
-
-    Addresses are of registered host memory, the host's own where nothing else is said. Arrays stand
-    until the next call.
-    """
-
-    @property
-    def runtime(self) -> Runtime:
-        """The device's driver."""
-
-    @property
-    def stream(self) -> int:
-        """What computes; work waits for events that this stream is told to wait for."""
-
-    @property
-    def slots(self) -> Slots:
-        """Where experts lie."""
-
-    def begin(self, tokens: I32, position: int, state: int) -> None:
-        """Begin a pass of tokens int32 [T]."""
-
-    def embed(self) -> None:
-        """Take the tokens' embedding as the residual stream."""
-
-    def put_hidden(self, address: int) -> None:
-        """Take float32 [T, D] as the residual stream."""
-
-    def take_hidden(self, address: int) -> None:
-        """Write the residual stream to an address, and wait for it."""
-
-    def front(self, layer: int) -> None:
-        """Run a layer up to the router's scores."""
-
-    def scores(self, layer: int) -> F32:
-        """Return the scores float32 [T, E]."""
-
-    def ahead(self) -> F32 | None:
-        """Return what the next layer's router would say, float32 [1, E], with the last scores.
-
-        None where the device does not compute it.
-        """
-
-    def back(self, layer: int, ids: I32, weights: F32) -> None:
-        """Run the experts int32 [T, k] and close the layer; one token's ids ascend."""
-
-    def own_back(self, layer: int) -> None:
-        """Run the router's own choice, with the bits of a whole pass, and close the layer."""
-
-    def gather(self, layer: int) -> None:
-        """Begin the experts of a prompt's chunk: the router's own choice, sorted by expert."""
-
-    def wave(self, layer: int, experts: I32, slots: I32) -> None:
-        """Run the chunk's pairs of experts int32 [n] that lie in slots int32 [n]."""
-
-    def combine(self, layer: int) -> None:
-        """Close the layer once every pair has run."""
-
-    def prefill(self, tokens: I32, position: int, state: int) -> I32:
-        """Run a whole pass by the router's own choice; returns it, int32 [L, T, k], any order."""
-
-    def logits(self, rows: I32) -> F32:
-        """Return logits float32 [n, V] of rows of the last pass."""
-
-    def largest(self, row: int) -> tuple[int, float, float]:
-        """Return id and value of a row's greatest logit (ties: the lower id), and its log sum."""
-
-    def reset(self, state: int) -> None:
-        """Empty a state."""
-
-    def copy_state(self, to: int, origin: int, length: int) -> None:
-        """Make a state what another one is after `length` tokens."""
-
-    def close(self) -> None:
-        """Give the device's memory back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +62,9 @@ class LayerServer:
             model.runtime.register(arena) + views.hidden.ctypes.data - arena.ctypes.data
             for arena, views in zip(self._registered, self._views, strict=True)
         ]
+        shift = self._hidden[number] - self._mine.hidden.ctypes.data
+        if (places := self._mine.places(shift)) is not None:
+            model.lend(places)
         self._to_driver: Sender = fabric.sender("driver")
         self._computed = model.runtime.event()
         self._tokens = 1
@@ -203,7 +122,8 @@ class LayerServer:
         if do & Do.GIVE:
             model.take_hidden(self._mine.hidden.ctypes.data)
             store_release_u64(self._mine.word, 0, step)
-            self._fabric.ring(self._devices[peer].name)
+            if self._devices[peer] is not self._own:  # else the answer tells the driver
+                self._fabric.ring(self._devices[peer].name)
         if do & Do.LOGITS:
             np.copyto(self._mine.logits[:rows], model.logits(self._mine.rows[:rows]))
         if do & Do.LARGEST:

@@ -1,4 +1,4 @@
-"""Layer actor: one GPU, the layers that it hosts, the experts in its memory."""
+"""Layer actor: one GPU, the layers that it hosts or their experts alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 
 from fomoe.actors.channel import Fabric
 from fomoe.actors.expert_copies import ExpertCopies, Source, as_records
-from fomoe.actors.layer_device import LayerModel, LayerServer, Neighbour
+from fomoe.actors.layer_device import LayerServer, Neighbour
 from fomoe.actors.layer_layout import LayerArena
+from fomoe.actors.layer_model import LayerModel
 from fomoe.actors.messages import STEP_ID, Tag
 from fomoe.actors.names import arena_name, device_name
 from fomoe.actors.process import FabricMember, LoopThread
@@ -228,7 +229,7 @@ def neighbours(config: EngineConfig, spec: ModelSpec) -> list[Neighbour]:
         Neighbour(
             device_name(i),
             arena_name(i),
-            LayerArena(spec, options.max_tokens, head=options.head),
+            LayerArena(spec, options),
             config.devices[i],
         )
         for i, options in enumerate(host_options(config, spec))

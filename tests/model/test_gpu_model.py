@@ -117,11 +117,11 @@ def test_states_are_set_aside_copied_and_taken_up_again() -> None:
     path, tokens, _ = golden("f32_tied")
     with hosted(path, n_states=2) as model:
         decode_logits(model, tokens[:5])
-        kept = model.snapshot(0, 5)
+        kept = model.states.snapshot(0, 5)
         model.copy_state(1, 0, 5)
         expected = decode_logits(model, tokens[5:], 5)
         np.testing.assert_array_equal(decode_logits(model, tokens[5:], 5, state=1), expected)
-        model.restore(0, kept)
+        model.states.restore(0, kept)
         np.testing.assert_array_equal(decode_logits(model, tokens[5:], 5), expected)
         with pytest.raises(DeviceError, match="state 2"):
             model.reset(2)

@@ -179,9 +179,7 @@ def add_shared(gpu: GPU, chunk: Chunk, hidden: int, sums: int, shared: Shared, x
     return _combine(gpu, chunk, (hidden, 0), 2, [sums, 0, 0, *shared, x])
 
 
-def _combine(
-    gpu: GPU, chunk: Chunk, sizes: tuple[int, int], parts: int, args: list[int]
-) -> Launch:
+def _combine(gpu: GPU, chunk: Chunk, sizes: tuple[int, int], parts: int, args: list[int]) -> Launch:
     hidden, top_k = sizes
     defines = {"THREADS": _COMBINE_THREADS, "HIDDEN": hidden, "TOP_K": top_k, "PARTS": parts}
     function = gpu.kernel("rows", "combine", defines)

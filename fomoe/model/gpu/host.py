@@ -19,15 +19,17 @@ from fomoe.kernels.gpu.runtime import Runtime
 from fomoe.kernels.gpu.step import STEP
 from fomoe.model.buffers import F32
 from fomoe.model.gpu.decode import Desk
+from fomoe.model.gpu.handover import Handover
 from fomoe.model.gpu.head import Head, HeadMail
 from fomoe.model.gpu.loading import load_all, slot_counts
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.passes import Held, Mail, Passes, build
+from fomoe.model.gpu.places import Places
 from fomoe.model.gpu.planning import planned_bytes, resident_bytes, slots_bytes
 from fomoe.model.gpu.program import time_steps
 from fomoe.model.gpu.routes import Routes
-from fomoe.model.gpu.slots import U8, ExpertSlots
-from fomoe.model.gpu.states import States, StateSnapshot
+from fomoe.model.gpu.slots import ExpertSlots
+from fomoe.model.gpu.states import States
 from fomoe.model.gpu.transfer import Mirror, Signal
 from fomoe.model.gpu.weights import place_ends, place_layer, place_routers, place_turns
 from fomoe.model.gpu.work import Work
@@ -70,7 +72,7 @@ class GPUModel:
     """
 
     def __init__(self, gpu: GPU, file: GGUFFile, spec: ModelSpec, options: HostOptions) -> None:
-        """Load dense weights and take all memory but the expert slots.
+        """Load dense weights, if they are wanted, and take all memory but the expert slots.
 
         Raises:
             DeviceError: the arena is too small, or a tensor's type has no kernel.
@@ -81,15 +83,20 @@ class GPUModel:
         self.slots = ExpertSlots(gpu, self._table, spec, options.layers)
         self.states = States(gpu, spec, options)
         weights = Weights(file)
-        layers = {layer: place_layer(gpu, weights, spec, layer) for layer in options.layers}
+        dense = options.layers if options.is_dense else ()
+        layers = {layer: place_layer(gpu, weights, spec, layer) for layer in dense}
+        step, self._work = Mirror(gpu, (1,), STEP), Work.take(gpu, spec, options)
+        self._handover: Handover | None = None
+        if options.part != "all":
+            self._handover = Handover(gpu, self._work, int8=options.int8)
         held = Held(
             layers,
             place_ends(gpu, weights, spec, embedding=options.embedding, head=options.head),
             self.states,
             self.slots,
             place_routers(gpu, weights, spec, layers) if options.ahead else {},
+            self._handover,
         )
-        step, self._work = Mirror(gpu, (1,), STEP), Work.take(gpu, spec, options)
         desk = Desk(
             gpu, spec, options.int8, options.max_tokens, self._work, step.address,
             place_turns(gpu, spec),
@@ -121,30 +128,23 @@ class GPUModel:
         """Take a slot for every expert of the hosted layers."""
         self.add_slots(slot_counts(self.slots, self._table, self.options.layers))
 
-    def load_expert(self, layer: int, expert: int, slot: int, blocks: Sequence[U8]) -> None:
-        """Write an expert's gate, up and down blocks into a slot, and publish it; waits."""
-        self.slots.load(layer, expert, slot, blocks)
-        self.slots.publish(layer)
-
     def load_experts(self) -> None:
         """Read every expert of the hosted layers into a slot of its own."""
         load_all(self.slots, self._file, self._table, self.options.layers)
 
     def reset(self, state: int) -> None:
-        """Empty a state."""
-        self.states.reset(state)
+        """Empty a state; half a model without its dense part has none."""
+        if self.options.is_dense:
+            self.states.reset(state)
 
     def copy_state(self, to: int, origin: int, length: int) -> None:
         """Make a state what another one is after `length` tokens."""
         self.states.copy(to, origin, length)
 
-    def snapshot(self, state: int, length: int) -> StateSnapshot:
-        """Return a copy of a state after `length` tokens; waits for it."""
-        return self.states.snapshot(state, length)
-
-    def restore(self, state: int, snapshot: StateSnapshot) -> None:
-        """Return a state to a snapshot; waits for it."""
-        self.states.restore(state, snapshot)
+    def lend(self, places: Places) -> None:
+        """Hand layers over through these, once, before any pass: the other half is elsewhere."""
+        assert self._handover is not None
+        self._handover.lend(places)
 
     def begin(self, tokens: I32, position: int, state: int = 0) -> None:
         """Begin a pass of int32 [T] at a position of a state.
@@ -187,15 +187,18 @@ class GPUModel:
         """Run a layer up to the router's scores."""
         self._looks_ahead = self.options.ahead and layer + 1 < self.spec.n_layers
         self._passes.front(layer, self._tokens).run()
-        if self._tokens > 1:
+        if self._tokens > 1 and self._handover is not None:
+            self._handover.give(self.slots.layout(layer), self._tokens)
+        elif self._tokens > 1:
             self._mail.scores.fetch(0, _F32_BYTES * self._tokens * self.spec.moe.n_experts)
         self._scored.mark()
 
     def scores(self, layer: int) -> F32:
         """Return the scores float32 [T, E] of the layer whose front ran last; waits for them."""
         self._scored.wait(f"the router's scores of layer {layer}")
-        scores: F32 = self._mail.scores.host[: self._tokens]
-        return scores
+        handover = self._handover
+        scores: F32 = self._mail.scores.host if handover is None else handover.scores
+        return scores[: self._tokens]
 
     def ahead(self) -> F32 | None:
         """Return the next layer's scores float32 [1, E] by a token's stream, with `scores`.
@@ -209,6 +212,7 @@ class GPUModel:
 
     def gather(self, layer: int) -> None:
         """Begin the experts of a prompt's chunk by its own choice: sort the pairs by expert."""
+        self._take_prompt(layer)
         self._passes.gather(layer, self._tokens).run()
 
     def wave(self, layer: int, experts: I32, slots: I32) -> None:
@@ -237,6 +241,7 @@ class GPUModel:
         if self._tokens == 1:
             self._routes.write_token(layer, ids[0], weights[0])
         else:
+            self._take_prompt(layer)
             self._routes.send_prompt(layer, ids, weights)
         self._passes.back(layer, self._tokens).run()
 
@@ -245,7 +250,19 @@ class GPUModel:
 
         All that it chooses must be resident, and published.
         """
+        self._take_prompt(layer)
         self._passes.own_back(layer, self._tokens).run()
+
+    def close_layer(self, layer: int) -> None:
+        """Close a layer whose routed experts another process has run, with their sums."""
+        if self._tokens > 1 and self._handover is not None:
+            self._handover.take_sums(self._tokens)
+        self._passes.close(layer, self._tokens).run()
+
+    def _take_prompt(self, layer: int) -> None:
+        """Bring a prompt's input from another process; a token's comes with the layer's program."""
+        if self._tokens > 1 and self._handover is not None:
+            self._handover.take(self.slots.layout(layer), self._tokens)
 
     def decode(self, token: int, position: int, state: int = 0) -> None:
         """Run one token through all layers and the head, by the device's own choice."""
@@ -286,12 +303,10 @@ class GPUModel:
         Raises:
             DeviceError: the pass has no such row, too many are asked for, or no head is here.
         """
-        if self._head is None:
-            raise DeviceError("this device hosts no head; ask the one with the last layer")
-        self._check_rows(rows)
+        head = self._head_of(rows)
         if not self._has_logits or len(rows) > 1:
-            self._head.run([int(row) for row in rows])
-        logits = self._head.fetch(len(rows))
+            head.run([int(row) for row in rows])
+        logits = head.fetch(len(rows))
         self._ended.mark()
         self._ended.wait("logits")
         return logits
@@ -304,27 +319,23 @@ class GPUModel:
         Raises:
             DeviceError: the pass has no such row, or the device no head.
         """
-        if self._head is None:
-            raise DeviceError("this device hosts no head; ask the one with the last layer")
-        if row is not None:
-            self._check_rows([row])
-            if not self._has_logits:
-                self._head.run([row])
+        head = self._head_of([] if row is None else [row])
+        if row is not None and not self._has_logits:
+            head.run([row])
         self._ended.mark()
         self._ended.wait("the largest logit")
-        return self._head.largest()
+        return head.largest()
 
-    def _check_rows(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> None:
+    def _head_of(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> Head:
+        if self._head is None:
+            raise DeviceError("this device hosts no head; ask the one with the last layer")
         if any(not 0 <= row < self._tokens for row in rows):
             raise DeviceError(f"logits of rows {list(rows)}: the pass has {self._tokens}")
+        return self._head
 
     def launches(self) -> dict[int, int]:
         """Return the kernels of a decode step by the device's own choice, by layer."""
-        passes = self._passes
-        return {
-            layer: passes.front(layer, 1).n_launches + passes.own_back(layer, 1).n_launches
-            for layer in self.options.layers
-        }
+        return self._passes.launches()
 
     def time_launches(self, token: int, position: int, state: int = 0) -> list[tuple[str, float]]:
         """Return name and microseconds on the device of each step of a decode step, in order."""
@@ -376,7 +387,8 @@ class GPUModel:
         self._check_token(token)
         self._begun.wait("the pass before")
         self._tokens, self._has_logits = count, False
-        self._mail.step.host[0] = (token, position, count, 0, self.states.base(state))
+        base = self.states.base(state) if options.is_dense else 0
+        self._mail.step.host[0] = (token, position, count, 0, base)
 
 
 def _rehearsed(desk: Desk, mail: Mail, held: Held, *, graphs: bool) -> Passes:

@@ -11,7 +11,8 @@ from fomoe.errors import DeviceError
 from fomoe.kernels.gpu.prompt import Chunk
 from fomoe.kernels.gpu.prompt_experts import Experts, pair_buffers
 from fomoe.kernels.gpu.step import picks
-from fomoe.model.gpu.decode import Desk, decode_back, decode_front, look_ahead
+from fomoe.model.gpu.decode import Desk, decode_back, decode_close, decode_front, look_ahead
+from fomoe.model.gpu.handover import Handover
 from fomoe.model.gpu.head import Head, HeadMail, embed_steps
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.program import Program, Step
@@ -19,6 +20,7 @@ from fomoe.model.gpu.prompt import (
     Bucket,
     prompt_back,
     prompt_choose,
+    prompt_close,
     prompt_combine,
     prompt_front,
     prompt_gather,
@@ -61,7 +63,8 @@ class Mail:
     def of(cls, desk: Desk, step: Mirror, options: HostOptions) -> Mail:
         """Take the memory on both sides."""
         gpu, moe, tokens = desk.gpu, desk.spec.moe, options.max_tokens
-        n_layers, prompt = len(options.layers), tokens if tokens > 1 else 0
+        n_layers = len(options.layers)
+        prompt = tokens if tokens > 1 and options.has_experts else 0
         return cls(
             step=step,
             tokens=Mirror(gpu, (tokens,), np.int32),
@@ -87,13 +90,25 @@ def bucket_sizes(max_tokens: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a device holds, as the builders of passes want it; `ahead` are next layers' routers."""
+    """What a device holds, as the builders of passes want it.
+
+    Attributes:
+        layers: the dense part of each layer; empty where the device has experts alone.
+        ahead: next layers' routers.
+        handover: to the process with the other half of each layer; None where all is here.
+    """
 
     layers: dict[int, LayerMatrices]
     ends: EndMatrices
     states: States
     slots: ExpertSlots
     ahead: dict[int, RouterMatrices]
+    handover: Handover | None
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the routed experts are here."""
+        return self.handover is None or not self.layers
 
 
 def build(
@@ -117,6 +132,7 @@ class Passes:
         self._mail = mail
         self._held = held
         self._graphs = graphs
+        self._layers = held.slots.layers
         self._one, self._many = embed_steps(desk, held.ends, mail.tokens.address)
         self._buckets = [self._bucket(tokens) for tokens in bucket_sizes(desk.tokens)]
         self._fronts: dict[tuple[int, int], list[Step]] = {}
@@ -126,7 +142,7 @@ class Passes:
         desk, moe = self._desk, self._desk.spec.moe
         chunk = Chunk(desk.step, tokens, desk.int8)
         pairs = {}
-        for layer in self._held.layers:
+        for layer in self._layers if self._held.has_experts else ():
             layout = self._held.slots.layout(layer)
             if layout.types not in pairs:
                 experts = Experts(layout, moe.n_experts, moe.top_k)
@@ -138,22 +154,38 @@ class Passes:
         for size in [1, *(bucket.tokens for bucket in self._buckets)]:
             if self._one:
                 self.embed(size)
-            for layer in self._held.layers:
-                self.front(layer, size)
-                self.back(layer, size)
-                self.own_back(layer, size)
-                if size > 1:
-                    self.gather(layer, size)
-                    self.wave(layer, size)
-                    self.combine(layer, size)
+            for layer in self._layers:
+                self._make(layer, size)
             if self._is_whole:
                 self.whole(size)
+
+    def _make(self, layer: int, size: int) -> None:
+        held = self._held
+        if held.layers:
+            self.front(layer, size)
+        if not held.has_experts:
+            self.close(layer, size)
+            return
+        self.back(layer, size)
+        self.own_back(layer, size)
+        if size > 1:
+            self.gather(layer, size)
+            self.wave(layer, size)
+            self.combine(layer, size)
 
     @property
     def _is_whole(self) -> bool:
         """Whether a pass begins and ends on this device."""
-        whole = len(self._held.layers) == self._desk.spec.n_layers
-        return whole and self.head is not None and bool(self._one)
+        held = self._held
+        whole = len(held.layers) == self._desk.spec.n_layers
+        return whole and held.has_experts and self.head is not None and bool(self._one)
+
+    def launches(self) -> dict[int, int]:
+        """Return the kernels of a decode step by the device's own choice, by layer."""
+        return {
+            layer: self.front(layer, 1).n_launches + self.own_back(layer, 1).n_launches
+            for layer in self._layers
+        }
 
     def embed(self, tokens: int) -> Program:
         """The embedding of a pass's tokens; DeviceError where another device has it."""
@@ -163,16 +195,22 @@ class Passes:
         return self._program("embed", 0, min(tokens, 2), lambda: steps)
 
     def front(self, layer: int, tokens: int) -> Program:
-        """A layer up to its router's scores; one token's are copied to the host, too."""
+        """A layer up to its router's scores; one token's are copied to the host, too.
+
+        With them goes the experts' input where another process has the experts.
+        """
         size = self._size(tokens)
 
         def steps() -> list[Step]:
-            n_scores = 4 * self._desk.spec.moe.n_experts
-            fetch = Step("copy", lambda: self._mail.scores.fetch(0, n_scores))
-            front = self._front(layer, size)
+            front, handover = self._front(layer, size), self._held.handover
             if size > 1:
                 return front
-            return [*front, fetch, *self._ahead(layer)]
+            if handover is None:
+                n_scores = 4 * self._desk.spec.moe.n_experts
+                out = Step("copy", lambda: self._mail.scores.fetch(0, n_scores))
+            else:
+                out = handover.given(self._held.slots.layout(layer))
+            return [*front, out, *self._ahead(layer)]
 
         return self._program("front", layer, size, steps)
 
@@ -193,7 +231,8 @@ class Passes:
             bucket, held, ids = self._buckets_of(size), self._held, self._ids(layer)
             layout = held.slots.layout(layer)
             choose = prompt_choose(self._desk, bucket, ids)
-            return [choose, *prompt_gather(self._desk, bucket, held.layers[layer], layout, ids)]
+            weights = held.layers.get(layer)
+            return [choose, *prompt_gather(self._desk, bucket, weights, layout, ids)]
 
         return self._program("gather", layer, size, steps)
 
@@ -214,10 +253,27 @@ class Passes:
         size = self._size(tokens)
 
         def steps() -> list[Step]:
-            layout = self._held.slots.layout(layer)
-            return [prompt_combine(self._desk, self._buckets_of(size), layout)]
+            held, bucket = self._held, self._buckets_of(size)
+            has_shared = layer in held.layers
+            layout = held.slots.layout(layer)
+            return [prompt_combine(self._desk, bucket, layout, has_shared=has_shared)]
 
         return self._program("combine", layer, size, steps)
+
+    def close(self, layer: int, tokens: int) -> Program:
+        """The end of a layer whose routed experts another process has run."""
+        size = self._size(tokens)
+
+        def steps() -> list[Step]:
+            held = self._held
+            weights, handover = held.layers[layer], held.handover
+            if size > 1:
+                return prompt_close(self._desk, self._buckets_of(size), weights)
+            assert handover is not None
+            layout = held.slots.layout(layer)
+            return [handover.sums_step(), decode_close(self._desk, weights, layout)]
+
+        return self._program("close", layer, size, steps)
 
     def back(self, layer: int, tokens: int) -> Program:
         """A layer from routes that the host has written into the mail to its end."""
@@ -288,23 +344,24 @@ class Passes:
     def _decode_back(self, layer: int, *, choose: bool) -> list[Step]:
         picked = self._mail.picks
         address = picked.address + self._row(layer) * picked.host.itemsize
-        held = self._held
-        return decode_back(
-            self._desk, held.layers[layer], held.slots, layer, address, choose=choose
-        )
+        held, layout = self._held, self._held.slots.layout(layer)
+        own = held.layers.get(layer)
+        back = decode_back(self._desk, own, held.slots, layer, address, choose=choose)
+        if held.handover is None:
+            return back
+        return [held.handover.taken(layout), *back]
 
     def _prompt_back(self, layer: int, size: int) -> list[Step]:
         held, bucket = self._held, self._buckets_of(size)
-        return prompt_back(
-            self._desk, bucket, held.layers[layer], held.slots, layer, self._ids(layer)
-        )
+        weights = held.layers.get(layer)
+        return prompt_back(self._desk, bucket, weights, held.slots, layer, self._ids(layer))
 
     def _ids(self, layer: int) -> int:
         ids = self._mail.ids
         return ids.address + self._row(layer) * int(ids.host[0].nbytes)
 
     def _row(self, layer: int) -> int:
-        return list(self._held.layers).index(layer)
+        return self._layers.index(layer)
 
     def _size(self, tokens: int) -> int:
         """Return 1, or the size of the smallest bucket that holds so many tokens."""

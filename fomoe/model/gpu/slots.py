@@ -76,6 +76,11 @@ class ExpertSlots:
         self._counts = list(counts)
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers, in the table's order."""
+        return tuple(self._row)
+
+    @property
     def host_table(self) -> U64:
         """The host's twin of the table, uint64 [L, 3, E], L hosted layers in their order."""
         return self._table.host

@@ -52,7 +52,8 @@ _EXPERTS = {
     "FM_STAGE_BYTES": 3392,
     "FM_DOWN_BYTES": 4096 * 576,
 }
-_OUT = {**_EXPERTS, "FM_STAGES": 3, "FM_SHARED_WIDTH": 1024, "FM_TYPE_SHARED": 8, "FM_ROWS": 64}
+_SHARED = {"FM_SHARED_WIDTH": 1024, "FM_TYPE_SHARED": 8, "FM_PARTS": 3}
+_OUT = {**_EXPERTS, **_SHARED, "FM_STAGES": 3, "FM_ROWS": 64}
 _QUANTS = (6, 8, 12, 13, 14, 23)
 
 
@@ -83,7 +84,7 @@ CHECKS = (
     Check("swiglu", _tiled((8, 6), _TILE), tiles=True),
     Check("group_pairs", {"EXPERTS": 512, "TOP_K": 10, "TILE_TOKENS": 32, "THREADS": 512}),
     Check("rows", {"THREADS": 256, "COLS": 4096, "FLOAT_ROWS": 1, "INT8": 1}),
-    Check("rows", {"THREADS": 256, "HIDDEN": 4096, "TOP_K": 10}),
+    Check("rows", {"THREADS": 256, "HIDDEN": 4096, "TOP_K": 10, "PARTS": 3}),
     *(Check("project", _project((t,), 4096), dots=True) for t in _QUANTS),
     Check("project", {**_project((8, 12, 14), 8192), "FM_HELD": 48}, dots=True),
     Check("project", _project((0, 1), 4096)),

@@ -1,0 +1,107 @@
+"""What the two halves of a layer hand to each other where two processes have them on one device.
+
+The dense half leaves the experts' input and the router's scores in host memory that both devices'
+drivers have pinned, the experts' half the sum of its experts. One token's go by kernels, past
+copies of experts that are under way; a prompt's are copied.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fomoe.gguf.quants import GGMLType
+from fomoe.kernels.gpu.bring import bring
+from fomoe.kernels.gpu.gpu import GPU
+from fomoe.kernels.gpu.launch import Launch
+from fomoe.kernels.gpu.matrices import ExpertLayout
+from fomoe.model.buffers import F32
+from fomoe.model.gpu.places import Places
+from fomoe.model.gpu.program import Step
+from fomoe.model.gpu.work import Work
+
+
+class _Piece(NamedTuple):
+    """An array on its way: on the device, on the host, and the bytes of a token."""
+
+    device: int
+    host: int
+    nbytes: int
+
+
+class Handover:
+    """Copies between a device's work memory and `Places`, which are lent once, before any pass."""
+
+    def __init__(self, gpu: GPU, work: Work, *, int8: bool) -> None:
+        self._gpu = gpu
+        self._work = work
+        self._int8 = int8
+        self._places: Places | None = None
+        self._launches: dict[_Piece, Launch] = {}
+
+    def lend(self, places: Places) -> None:
+        """Use these from the first pass on: captured launches keep their addresses."""
+        self._places = places
+
+    @property
+    def scores(self) -> F32:
+        """Where the scores come to, float32 [T, E]."""
+        assert self._places is not None
+        return self._places.scores
+
+    def given(self, layout: ExpertLayout) -> Step:
+        """Return what brings one token's input and scores to the host."""
+        return Step("input", partial(self.give, layout, 1))
+
+    def taken(self, layout: ExpertLayout) -> Step:
+        """Return what brings them onto the device."""
+        return Step("input", partial(self.take, layout, 1))
+
+    def sums_step(self) -> Step:
+        """Return what brings one token's sum of experts to the device."""
+        return Step("sums", partial(self.take_sums, 1))
+
+    def give(self, layout: ExpertLayout, tokens: int) -> None:
+        """Queue the copies of T rows of input, as experts of the layout want it, and of scores."""
+        for device, host, nbytes in self._inputs(layout):
+            self._gpu.runtime.copy(host, device, tokens * nbytes, self._gpu.stream)
+
+    def take(self, layout: ExpertLayout, tokens: int) -> None:
+        """Queue their way onto the device."""
+        self._bring(self._inputs(layout), tokens)
+
+    def take_sums(self, tokens: int) -> None:
+        """Queue the way of T sums onto the device."""
+        assert self._places is not None
+        self._bring([_piece(self._work.sums, self._places.sums)], tokens)
+
+    def _inputs(self, layout: ExpertLayout) -> list[_Piece]:
+        """Return the forms that kernels of a token and of a prompt take, and the scores."""
+        places, h = self._places, self._work.moe.h
+        assert places is not None
+        floats = [GGMLType(qtype).is_float for qtype in layout.types]
+        pieces = [_piece(self._work.moe.scores, places.scores)]
+        if any(floats) or not self._int8:
+            pieces.append(_piece(h.x, places.x))
+        if self._int8 and not floats[0]:
+            pieces += [_piece(h.q, places.q), _piece(h.s, places.s)]
+        return pieces
+
+    def _bring(self, pieces: list[_Piece], tokens: int) -> None:
+        gpu, places = self._gpu, self._places
+        assert places is not None
+        for piece in pieces:
+            if tokens > 1:
+                gpu.runtime.copy(piece.device, piece.host, tokens * piece.nbytes, gpu.stream)
+                continue
+            if piece not in self._launches:
+                source = piece.host + places.shift
+                self._launches[piece] = bring(gpu, piece.device, source, piece.nbytes)
+            gpu.launch(self._launches[piece])
+
+
+def _piece(device: int, array: npt.NDArray[np.generic]) -> _Piece:
+    return _Piece(device, array.ctypes.data, array[0].nbytes)
