@@ -81,8 +81,7 @@ def shuffled(seed):
         (1, {"overlap": False, "ram_policy": "inclusive"}),
         (2, {"prefetch_budget": 1.0, "delay": shuffled(1)}),
         (2, {"prefetch": False, "ram_policy": "inclusive", "delay": shuffled(2)}),
-        (1, {"attention": "driver", "prefetch_budget": 1.0, "delay": shuffled(3)}),
-        (2, {"attention": "driver", "ram_policy": "inclusive", "delay": shuffled(4)}),
+        (2, {"attention": "driver", "prefetch_budget": 1.0, "delay": shuffled(3)}),
     ],
 )
 def test_tiers_change_no_bit(path, whole, n_devices, options):
