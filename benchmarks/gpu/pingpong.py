@@ -7,7 +7,9 @@ VRAM (compute alone) and with slots such that about `--hit` of its activations f
 the rest lies in RAM, all of it. Copy alone is the time of the bytes that crossed the link, at the
 rate of plain copies of experts out of the same memory. Then the same with a kernel added to each
 layer that makes compute as long as copies. Hidden is (compute + copy - wall) / copy. `one` is one
-actor with both budgets: it pays no turns. The last line is JSON.
+actor with both budgets: it pays no turns. With --attention driver or both the driver's process has
+all but the experts, with the same slots; there are no delays then, which are the fronts'. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -49,13 +51,21 @@ class Facts:
     layers: int
 
 
-def facts_of(model: Path, device: str, n_devices: int) -> Facts:
+@dataclass(frozen=True)
+class Setup:
+    """How many actors there are, and which process has all but the experts."""
+
+    n_devices: int
+    attention: str
+
+
+def facts_of(model: Path, device: str, setup: Setup) -> Facts:
     """Read what `budget` wants."""
-    file = open_gguf(model)
+    file, n_devices = open_gguf(model), setup.n_devices
     spec = read_spec(file)
     config = EngineConfig(
         model=model, devices=(device,) * n_devices, ctx_size=CTX, prefill_chunk=CHUNK,
-        routing=RoutingConfig(shadow_every=0),
+        routing=RoutingConfig(shadow_every=0), attention=setup.attention,
     )  # fmt: skip
     table = ExpertTable.from_gguf(file, spec.n_layers)
     whole = max(
@@ -66,17 +76,17 @@ def facts_of(model: Path, device: str, n_devices: int) -> Facts:
 
 
 @contextmanager
-def engine(args: argparse.Namespace, n_devices: int, share: float) -> Iterator[LLM]:
+def engine(args: argparse.Namespace, setup: Setup, share: float) -> Iterator[LLM]:
     """An engine whose devices hold a share of their experts."""
-    facts = facts_of(args.model, args.device, n_devices)
+    facts, n_devices = facts_of(args.model, args.device, setup), setup.n_devices
     start = time.perf_counter()
     with LLM(
         args.model, devices=[args.device] * n_devices, ctx_size=CTX, prefill_chunk=CHUNK,
         vram_budget=facts.dense + int(share * facts.experts) + (1 << 20),
         ram_budget=args.ram, ram_policy=args.ram_policy, prefetch_budget=args.prefetch_budget,
-        routing=RoutingConfig(shadow_every=0), launcher="processes",
+        routing=RoutingConfig(shadow_every=0), launcher="processes", attention=setup.attention,
     ) as llm:  # fmt: skip
-        print(f"{n_devices} actor(s), {share:.0%} in VRAM, up in "
+        print(f"{n_devices} actor(s), {setup.attention}, {share:.0%} in VRAM, up in "
               f"{time.perf_counter() - start:.1f} s", flush=True)  # fmt: skip
         yield llm
 
@@ -122,13 +132,13 @@ def text(llm: LLM, tokens: int, quality: str | None = None) -> Run:
     return Run(ms, receipt)
 
 
-def alone(args: argparse.Namespace, n_devices: int) -> dict[str, Any]:
+def alone(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     """Time the text where nothing has to be copied."""
-    with engine(args, n_devices, 1.0) as llm:
+    with engine(args, setup, 1.0) as llm:
         text(llm, 8, BY_LAYER)
         run = text(llm, args.tokens, BY_LAYER)
         found = {"ms": run.ms, "hash": run.receipt.decision_hash}
-        if n_devices == 1:
+        if setup == Setup(1, "device"):
             found["device ms"] = say(llm, "time_token", 100)[0]
             found["host us per layer"] = 1e3 * (run.ms - found["device ms"]) / llm.spec.n_layers
         return found
@@ -140,18 +150,18 @@ def hit_share(receipt: Receipt) -> float:
     return receipt.hits_device / max(1, total)
 
 
-def tiered(args: argparse.Namespace, n_devices: int, compute: float, share: float | None) -> Any:
+def tiered(args: argparse.Namespace, setup: Setup, compute: float, share: float | None) -> Any:
     """Time the text over tiers, plain and delayed; `share` None looks for the wanted hits."""
     guess, known = share or args.share, []
     for attempt in range(1 if share else TRIES):
-        with engine(args, n_devices, guess) as llm:
+        with engine(args, setup, guess) as llm:
             text(llm, 64)
             run = text(llm, args.tokens)
             hits = hit_share(run.receipt)
             known.append((guess, hits))
             print(f"  {hits:.1%} of activations in VRAM, {run.ms:.3f} ms a token", flush=True)
             if share or abs(hits - args.hit) < 0.05 or attempt == TRIES - 1:
-                return guess, measured(args, llm, compute, run)
+                return guess, measured(args, llm, compute, run, delays=setup.attention == "device")
         guess = next_guess(known, args.hit)
     raise AssertionError
 
@@ -163,21 +173,23 @@ def next_guess(known: list[tuple[float, float]], wanted: float) -> float:
     return min(0.95, max(0.05, x1 + (wanted - y1) / slope))
 
 
-def measured(args: argparse.Namespace, llm: LLM, compute: float, run: Run) -> dict[str, Any]:
+def measured(
+    args: argparse.Namespace, llm: LLM, compute: float, run: Run, *, delays: bool
+) -> dict[str, Any]:
     """Return the figures of a run, those with delays, and the link's own rate."""
-    layers, delays = llm.spec.n_layers, {"plain": (compute, run)}
+    layers, runs = llm.spec.n_layers, {"plain": (compute, run)}
     crossed = bytes_per_token(run.receipt, args.tokens)
     guess_ms = 1e3 * crossed / args.link
     extra_us = max(0.0, 1e3 * (guess_ms - compute) / layers)
-    if extra_us:
+    if extra_us and delays:
         say(llm, "delay", extra_us)
-        delays["delayed"] = (compute + extra_us * layers / 1e3, text(llm, args.tokens))
+        runs["delayed"] = (compute + extra_us * layers / 1e3, text(llm, args.tokens))
         say(llm, "delay", 0.0)
     rate = say(llm, "link_rate")[0]
     found: dict[str, Any] = {
         "hits in VRAM": round(hit_share(run.receipt), 4), "link GB/s": round(rate / 1e9, 2),
     }  # fmt: skip
-    for name, (alone_ms, timed) in delays.items():
+    for name, (alone_ms, timed) in runs.items():
         ms, receipt = timed.ms, timed.receipt
         copy = 1e3 * bytes_per_token(receipt, args.tokens) / rate
         found[name] = {
@@ -210,6 +222,7 @@ def main() -> None:
     parser.add_argument("--prefetch-budget", type=float, default=1.0)
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--one", action="store_true", help="leave the two actors out")
+    parser.add_argument("--attention", default="device", choices=("device", "driver", "both"))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.model, out = args.model.resolve(), args.out and args.out.resolve()
@@ -217,12 +230,13 @@ def main() -> None:
     processes.CLASSES["layers"] = "pingpong_actor:PingPongActor"
     result: dict[str, Any] = {"model": args.model.name, "tokens": args.tokens}
     share = None
-    for name, n_devices in (("two", 2), ("one", 1)):
-        if args.one and n_devices == 2:
-            continue
-        compute = alone(args, n_devices)
+    modes = ["device", "driver"] if args.attention == "both" else [args.attention]
+    for setup in (Setup(n, mode) for mode in modes for n in ([1] if args.one else [2, 1])):
+        compute = alone(args, setup)
         print(f"  alone: {compute}", flush=True)
-        share, found = tiered(args, n_devices, compute["ms"], share)
+        share, found = tiered(args, setup, compute["ms"], share)
+        name = {1: "one", 2: "two"}[setup.n_devices]
+        name += ", attention in the driver" if setup.attention == "driver" else ""
         result[name] = {"alone": compute, "slots": round(share, 4), **found}
     if out:
         out.write_text(json.dumps(result, indent=1) + "\n")
