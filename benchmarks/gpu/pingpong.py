@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pingpong_trace import Call, lines
+
 from fomoe.actors import processes
 from fomoe.config import EngineConfig, RoutingConfig
 from fomoe.engine.hosting import dense_bytes
@@ -57,6 +59,12 @@ class Setup:
 
     n_devices: int
     attention: str
+
+    @property
+    def name(self) -> str:
+        """A word for results."""
+        count = {1: "one", 2: "two"}[self.n_devices]
+        return count if self.attention == "device" else f"{count}-driver"
 
 
 def facts_of(model: Path, device: str, setup: Setup) -> Facts:
@@ -132,6 +140,19 @@ def text(llm: LLM, tokens: int, quality: str | None = None) -> Run:
     return Run(ms, receipt)
 
 
+def traced(args: argparse.Namespace, llm: LLM, name: str, quality: str | None = None) -> None:
+    """Write what actors did during two tokens of the text, where that is asked for."""
+    if args.trace is None:
+        return
+    handles = llm.engine.running.handles
+    actors = [h for key, h in sorted(handles.items()) if key == "driver" or key.startswith("gpu-")]
+    for handle in actors:
+        handle.call("trace").result(CALL_S)
+    text(llm, 16, quality)
+    calls = [Call(*c) for handle in actors for c in handle.call("trace").result(CALL_S)]
+    (args.trace / f"{name}.txt").write_text("\n".join(lines(calls, 2)) + "\n")
+
+
 def alone(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     """Time the text where nothing has to be copied."""
     with engine(args, setup, 1.0) as llm:
@@ -141,6 +162,7 @@ def alone(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         if setup == Setup(1, "device"):
             found["device ms"] = say(llm, "time_token", 100)[0]
             found["host us per layer"] = 1e3 * (run.ms - found["device ms"]) / llm.spec.n_layers
+        traced(args, llm, f"alone-{setup.name}", BY_LAYER)
         return found
 
 
@@ -161,7 +183,7 @@ def tiered(args: argparse.Namespace, setup: Setup, compute: float, share: float 
             known.append((guess, hits))
             print(f"  {hits:.1%} of activations in VRAM, {run.ms:.3f} ms a token", flush=True)
             if share or abs(hits - args.hit) < 0.05 or attempt == TRIES - 1:
-                return guess, measured(args, llm, compute, run, delays=setup.attention == "device")
+                return guess, measured(args, llm, compute, run)
         guess = next_guess(known, args.hit)
     raise AssertionError
 
@@ -173,17 +195,18 @@ def next_guess(known: list[tuple[float, float]], wanted: float) -> float:
     return min(0.95, max(0.05, x1 + (wanted - y1) / slope))
 
 
-def measured(
-    args: argparse.Namespace, llm: LLM, compute: float, run: Run, *, delays: bool
-) -> dict[str, Any]:
+def measured(args: argparse.Namespace, llm: LLM, compute: float, run: Run) -> dict[str, Any]:
     """Return the figures of a run, those with delays, and the link's own rate."""
     layers, runs = llm.spec.n_layers, {"plain": (compute, run)}
+    setup = Setup(len(llm.config.devices), llm.config.attention)
+    traced(args, llm, f"plain-{setup.name}")
     crossed = bytes_per_token(run.receipt, args.tokens)
     guess_ms = 1e3 * crossed / args.link
     extra_us = max(0.0, 1e3 * (guess_ms - compute) / layers)
-    if extra_us and delays:
+    if extra_us and setup.attention == "device":
         say(llm, "delay", extra_us)
         runs["delayed"] = (compute + extra_us * layers / 1e3, text(llm, args.tokens))
+        traced(args, llm, f"delayed-{setup.name}")
         say(llm, "delay", 0.0)
     rate = say(llm, "link_rate")[0]
     found: dict[str, Any] = {
@@ -198,6 +221,7 @@ def measured(
             "hidden": round((alone_ms + copy - ms) / copy, 4) if copy else None,
             "MB per token": round(bytes_per_token(receipt, args.tokens) / 1e6, 2),
             "hash": receipt.decision_hash,
+            "guesses": receipt.prefetched, "came true": receipt.prefetched_used,
             "stalled ms": round(receipt.stall_ms / (SKIP + args.tokens), 4),
         }  # fmt: skip
         print(f"  {name}: {found[name]}", flush=True)
@@ -223,11 +247,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--one", action="store_true", help="leave the two actors out")
     parser.add_argument("--attention", default="device", choices=("device", "driver", "both"))
+    parser.add_argument("--trace", type=Path, help="folder for what actors did, call by call")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.model, out = args.model.resolve(), args.out and args.out.resolve()
+    args.trace = args.trace and args.trace.resolve()
     os.chdir(Path(__file__).parent)  # where the actors' processes find their class
     processes.CLASSES["layers"] = "pingpong_actor:PingPongActor"
+    if args.trace:
+        processes.CLASSES["driver"] = "pingpong_trace:TracedDriver"
     result: dict[str, Any] = {"model": args.model.name, "tokens": args.tokens}
     share = None
     modes = ["device", "driver"] if args.attention == "both" else [args.attention]
@@ -235,9 +263,7 @@ def main() -> None:
         compute = alone(args, setup)
         print(f"  alone: {compute}", flush=True)
         share, found = tiered(args, setup, compute["ms"], share)
-        name = {1: "one", 2: "two"}[setup.n_devices]
-        name += ", attention in the driver" if setup.attention == "driver" else ""
-        result[name] = {"alone": compute, "slots": round(share, 4), **found}
+        result[setup.name] = {"alone": compute, "slots": round(share, 4), **found}
     if out:
         out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

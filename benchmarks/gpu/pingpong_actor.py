@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from device_time import ticks_launch, ticks_per_us
+from pingpong_trace import Notes, note_device
 
 from fomoe.actors.expert_copies import part_bytes
 from fomoe.actors.layers import LayerActor, LayerPlan
@@ -17,6 +18,10 @@ COPIES = 256
 
 class PingPongActor(LayerActor):
     """A layer actor whose fronts can take longer than they do."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._notes: Notes | None = None
 
     def open(self, plan: LayerPlan, segment: SegmentHandle) -> None:
         """As ever, with a kernel in front of each front."""
@@ -39,6 +44,12 @@ class PingPongActor(LayerActor):
         model.runtime.attach()
         ticks = round(microseconds * self._per_us)
         self._delay = ticks_launch(model.gpu, ticks) if ticks else None
+
+    def trace(self) -> list[tuple[str, str, int, int]]:
+        """Return the calls since the last time; the first time, begin to note them."""
+        if self._notes is None:
+            self._notes = note_device(self.name)
+        return [tuple(call) for call in self._notes.taken()]
 
     def time_token(self, position: int) -> float:
         """Return the milliseconds of a token on the device, where all of it is here."""

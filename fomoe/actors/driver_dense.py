@@ -20,6 +20,7 @@ from fomoe.config import EngineConfig
 from fomoe.devices import local_name
 from fomoe.engine.device_forward import Pass
 from fomoe.engine.hosting import driver_options
+from fomoe.engine.waterfall import Lap, Stopwatch
 from fomoe.errors import DeviceError, EngineError
 from fomoe.gguf.reader import GGUFFile
 from fomoe.model.buffers import F32
@@ -81,11 +82,17 @@ class OwnDevices:
 
 
 class DriverDense:
-    """See `Dense`; `home` is each layer's link, whose number is that of its device here."""
+    """See `Dense`; `home` is each layer's link, whose number is that of its device here.
+
+    Charges what is computed here to the `watch`.
+    """
 
     runs_whole = False
 
-    def __init__(self, calls: LayerCalls, home: list[LayerLink], own: OwnDevices) -> None:
+    def __init__(
+        self, calls: LayerCalls, home: list[LayerLink], own: OwnDevices, watch: Stopwatch
+    ) -> None:
+        self._watch = watch
         self._calls = calls
         self._home = home
         self._own = own
@@ -109,7 +116,9 @@ class DriverDense:
         if layer and self._layers[layer - 1] is not here:
             self._own.carry(self._home[layer - 1].number, here)
         self._own.use(here).front(layer)
-        return here.scores(layer)
+        scores = here.scores(layer)
+        self._watch.lap(Lap.DENSE)
+        return scores
 
     def ahead(self, layer: int) -> F32:
         """Return what the layer's front says of the next one's router, float32 [1, E]."""
@@ -127,6 +136,7 @@ class DriverDense:
         layer, self._under_way = self._under_way, None
         if layer is not None:
             self._calls.wait(self._home[layer])
+            self._watch.lap(Lap.AWAIT)
             self._own.use(self._layers[layer]).close_layer(layer)
 
     def finish(self) -> None:
@@ -139,11 +149,14 @@ class DriverDense:
 
     def logits(self, rows: npt.NDArray[np.intp]) -> F32:
         """Return the logits [n, V] of some rows of the last pass, until the next call."""
-        return self._own.use(self._layers[-1]).logits(rows.astype(np.int32))
+        logits = self._own.use(self._layers[-1]).logits(rows.astype(np.int32))
+        self._watch.lap(Lap.DENSE)
+        return logits
 
     def largest(self, row: int) -> tuple[int, float]:
         """Return id and value of the greatest logit of a row of the last pass."""
         best, logit, _ = self._own.use(self._layers[-1]).largest(row)
+        self._watch.lap(Lap.DENSE)
         return best, logit
 
     def copy_state(self, to: int, origin: int, length: int) -> None:

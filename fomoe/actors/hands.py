@@ -32,6 +32,7 @@ from fomoe.engine.loop import LayerLoop
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.placed import Placed
 from fomoe.engine.plan import EnginePlan
+from fomoe.engine.waterfall import Stopwatch
 from fomoe.engine.waves import Priorities
 from fomoe.errors import PeerStalledError
 from fomoe.model.layers import DenseModel
@@ -159,13 +160,14 @@ class LayerHands:
         calls = LayerCalls(fabric, links, placed, self._traffic)
         home = [links[d] for d in plan.topology.layer_device]
         dense: Dense = HostedDense(calls, home)
+        watch = Stopwatch()
         if own is not None:
             own.share(fabric, links)
-            dense = DriverDense(calls, home, own)
+            dense = DriverDense(calls, home, own, watch)
         self.host = DeviceLayers(
             calls, links, placed, self._traffic, dense, n_states=n_states(config)
         )
-        self.loop = DeviceForward(spec, self.host)
+        self.loop = DeviceForward(spec, self.host, watch)
 
     @property
     def counters(self) -> HostCounters:
