@@ -123,9 +123,30 @@ def experts_out(
     the routed sum alone, and `shared_out` does the rest.
     """
     top_k, picks_address = picked
-    parts = _ROUTED if shared_down is None else _ROUTED | _SHARED
-    plan = _OutPlan.of(gpu, layout, top_k, shared_down, parts, options)
-    return plan.launch(gpu, [picks_address, buffers.inner], buffers, x, options)
+    wave = gpu.runtime.wave
+    routed = RowShape(GGMLType(layout.types[2]), layout.width, options.int8)
+    shared = routed if shared_down is None else _row_shape(shared_down, options)
+    wanted = options.tuning or tuning_of(gpu.runtime, "experts_out", layout.types[2])
+    side = max(shape.rows(wave, wanted.tile) for shape in (routed, shared))
+    rows = -(-layout.hidden // (gpu.runtime.cores * wanted.per_core * side)) * side
+    inputs = _pick_bytes(top_k) + aligned(4 * ((top_k + 2) * rows + 1), 16)
+    inputs += top_k * routed.input_bytes + (shared.input_bytes if shared_down else 0)
+    plan = _plan(gpu, [routed, shared], inputs, wanted)
+    defines = _expert_defines(layout, top_k, plan, options)
+    defines |= {
+        "FM_ROWS": rows,
+        "FM_TYPE_DOWN": layout.types[2],
+        "FM_SHARED_WIDTH": shared.cols,
+        "FM_TYPE_SHARED": int(shared.qtype),
+        "FM_PARTS": _ROUTED | _SHARED if shared_down else _ROUTED,
+    }
+    kernel = gpu.kernel("experts_out", "experts_out", defines)
+    down = shared_down.address if shared_down else 0
+    second = pointers(buffers.gate, buffers.up, buffers.scale, down)
+    groups = -(-layout.hidden // rows)
+    threads, early = plan.tuning.waves * wave, plan.tuning.early
+    args = [picks_address, buffers.inner, second, x, options.ahead.argument(plan.tuning.ahead)]
+    return Launch(kernel, groups, threads, plan.shared_bytes, args, early)
 
 
 def shared_out(
@@ -134,10 +155,32 @@ def shared_out(
 ) -> Launch:  # fmt: skip
     """Return x = (sums + shared expert) + x, with the routed `sums` float32 [D] of `experts_out`.
 
-    The two together give the bits of the one launch; `layout` is that of the routed experts.
+    The two together have the bits of the one launch: `layout` is that of the routed experts, by
+    which all of it is tuned.
     """
-    plan = _OutPlan.of(gpu, layout, 1, shared_down, _SHARED, options)
-    return plan.launch(gpu, [0, sums], buffers, x, options)
+    wave, shape = gpu.runtime.wave, _row_shape(shared_down, options)
+    wanted = options.tuning or tuning_of(gpu.runtime, "experts_out", layout.types[2])
+    side = shape.rows(wave, wanted.tile)
+    rows = -(-layout.hidden // (gpu.runtime.cores * wanted.per_core * side)) * side
+    inputs = _pick_bytes(1) + aligned(4 * (3 * rows + 1), 16) + shape.input_bytes
+    plan = _plan(gpu, [shape], inputs, wanted)
+    of_routed = {"FM_WIDTH": shape.cols, "FM_TYPE_DOWN": int(shape.qtype)}  # of nothing
+    defines = _expert_defines(layout, 1, plan, options) | of_routed
+    defines |= {
+        "FM_ROWS": rows,
+        "FM_SHARED_WIDTH": shape.cols,
+        "FM_TYPE_SHARED": int(shape.qtype),
+        "FM_PARTS": _SHARED,
+    }
+    kernel = gpu.kernel("experts_out", "experts_out", defines)
+    second = pointers(buffers.gate, buffers.up, buffers.scale, shared_down.address)
+    args = [0, sums, second, x, options.ahead.argument(plan.tuning.ahead)]
+    threads, early = plan.tuning.waves * wave, plan.tuning.early
+    return Launch(kernel, -(-layout.hidden // rows), threads, plan.shared_bytes, args, early)
+
+
+def _row_shape(matrix: Matrix, options: Options) -> RowShape:
+    return RowShape(GGMLType(matrix.type), matrix.cols, options.int8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,58 +190,6 @@ class _Plan:
     tuning: Tuning
     stage_bytes: int
     shared_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _OutPlan:
-    """A kernel of `experts_out`, or of a part of it, and its groups."""
-
-    plan: _Plan
-    kernel: int
-    groups: int
-    shared_down: int
-
-    @classmethod
-    def of(
-        cls, gpu: GPU, layout: ExpertLayout, top_k: int, shared_down: Matrix | None, parts: int,
-        options: Options,
-    ) -> _OutPlan:  # fmt: skip
-        """Tuned by the routed experts in every part, for the tuning decides a row's order."""
-        wave, down = gpu.runtime.wave, layout.types[2]
-        wanted = options.tuning or tuning_of(gpu.runtime, "experts_out", down)
-        used = [(RowShape(GGMLType(down), layout.width, options.int8), top_k)]
-        if shared_down is not None:
-            shape = RowShape(GGMLType(shared_down.type), shared_down.cols, options.int8)
-            used.append((shape, 1))
-        if not parts & _ROUTED:
-            del used[0]
-        (routed, _), (shared, _) = used[0], used[-1]  # the kernel names both
-        side = max(shape.rows(wave, wanted.tile) for shape, _ in used)
-        rows = -(-layout.hidden // (gpu.runtime.cores * wanted.per_core * side)) * side
-        inputs = _pick_bytes(top_k) + aligned(4 * ((top_k + 2) * rows + 1), 16)
-        inputs += sum(count * shape.input_bytes for shape, count in used)
-        plan = _plan(gpu, [shape for shape, _ in used], inputs, wanted)
-        defines = _expert_defines(layout, top_k, plan, options) | {
-            "FM_ROWS": rows,
-            "FM_TYPE_DOWN": int(routed.qtype),
-            "FM_WIDTH": routed.cols,
-            "FM_SHARED_WIDTH": shared.cols,
-            "FM_TYPE_SHARED": int(shared.qtype),
-            "FM_PARTS": parts,
-        }
-        kernel = gpu.kernel("experts_out", "experts_out", defines)
-        return cls(plan, kernel, -(-layout.hidden // rows),
-                   0 if shared_down is None else shared_down.address)  # fmt: skip
-
-    def launch(
-        self, gpu: GPU, inputs: list[int], buffers: MoEBuffers, x: int, options: Options
-    ) -> Launch:
-        """Return the launch; `inputs` are the picks and what is added up."""
-        tuning = self.plan.tuning
-        second = pointers(buffers.gate, buffers.up, buffers.scale, self.shared_down)
-        args = [*inputs, second, x, options.ahead.argument(tuning.ahead)]
-        threads = tuning.waves * gpu.runtime.wave
-        return Launch(self.kernel, self.groups, threads, self.plan.shared_bytes, args, tuning.early)
 
 
 def _plan(gpu: GPU, shapes: Sequence[RowShape], input_bytes: int, wanted: Tuning) -> _Plan:
