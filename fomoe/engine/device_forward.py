@@ -1,4 +1,4 @@
-"""The layer loop where devices host whole layers: the driver decides, and nothing else.
+"""The layer loop where layers run on GPUs: it decides, and nothing else.
 
 The twin of `Forward`. A layer is two halves: its *front* ends with the router's scores, its *back*
 runs the chosen experts and closes the layer. `DeviceForward` waits in one place, for scores.
