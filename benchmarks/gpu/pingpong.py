@@ -41,6 +41,7 @@ SKIP = 16  # tokens that are not timed
 FIRST = 3  # id of the text's first token
 CHUNK, CTX = 32, 4096
 TRIES = 3
+COUNTS = {1: "one", 2: "two"}
 CALL_S = 60.0
 
 
@@ -63,7 +64,7 @@ class Setup:
     @property
     def name(self) -> str:
         """A word for results."""
-        count = {1: "one", 2: "two"}[self.n_devices]
+        count = COUNTS[self.n_devices]
         return count if self.attention == "device" else f"{count}-driver"
 
 
@@ -150,6 +151,8 @@ def traced(args: argparse.Namespace, llm: LLM, name: str, quality: str | None = 
         handle.call("trace").result(CALL_S)
     text(llm, 16, quality)
     calls = [Call(*c) for handle in actors for c in handle.call("trace").result(CALL_S)]
+    loads = [c.what.split()[-1] for c in calls if c.what.startswith("load")]
+    print(f"  loads of steps {loads.count('step')}, ahead {loads.count('ahead')}", flush=True)
     (args.trace / f"{name}.txt").write_text("\n".join(lines(calls, 2)) + "\n")
 
 
@@ -245,7 +248,7 @@ def main() -> None:
     parser.add_argument("--link", type=float, default=54e9, help="bytes a second, for the delay")
     parser.add_argument("--prefetch-budget", type=float, default=1.0)
     parser.add_argument("--tokens", type=int, default=150)
-    parser.add_argument("--one", action="store_true", help="leave the two actors out")
+    parser.add_argument("--only", choices=("one", "two"), help="actors; both if absent")
     parser.add_argument("--attention", default="device", choices=("device", "driver", "both"))
     parser.add_argument("--trace", type=Path, help="folder for what actors did, call by call")
     parser.add_argument("--out", type=Path)
@@ -259,7 +262,9 @@ def main() -> None:
     result: dict[str, Any] = {"model": args.model.name, "tokens": args.tokens}
     share = None
     modes = ["device", "driver"] if args.attention == "both" else [args.attention]
-    for setup in (Setup(n, mode) for mode in modes for n in ([1] if args.one else [2, 1])):
+    for setup in (Setup(n, mode) for mode in modes for n in (2, 1)):
+        if args.only not in (None, COUNTS[setup.n_devices]):
+            continue
         compute = alone(args, setup)
         print(f"  alone: {compute}", flush=True)
         share, found = tiered(args, setup, compute["ms"], share)

@@ -6,6 +6,7 @@ message asks the device's actor for the experts' sums, which close the layer her
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from fomoe.actors.channel import Fabric
 from fomoe.actors.layer_calls import LayerCalls, Records
+from fomoe.actors.layer_dense import Foresee
 from fomoe.actors.layer_link import LayerLink
 from fomoe.actors.layer_model import DenseHalf
 from fomoe.actors.messages import Do
@@ -28,6 +30,8 @@ from fomoe.model.gpu.options import HostOptions
 from fomoe.model.spec import ModelSpec
 
 I32 = npt.NDArray[np.int32]
+
+_BOUND_S = 30.0  # of a device's work between two answers
 
 
 class OwnDevices:
@@ -109,16 +113,29 @@ class DriverDense:
             model.begin(step.tokens, step.position, step.state)
         self._own.use(self._layers[0]).embed()
 
-    def scores(self, layer: int) -> F32:
+    def scores(self, layer: int, foresee: Foresee | None) -> F32:
         """Close the layer before, run the front; its scores [T, E] stand until the next call."""
         self._close()
         here = self._layers[layer]
-        if layer and self._layers[layer - 1] is not here:
+        before = self._layers[layer - 1] if layer else here
+        if before is not here:
             self._own.carry(self._home[layer - 1].number, here)
         self._own.use(here).front(layer)
+        if foresee is not None and len(self._calls.step.tokens) == 1:
+            self._hear(before, foresee)
+            self._own.use(here)
         scores = here.scores(layer)
         self._watch.lap(Lap.DENSE)
         return scores
+
+    def _hear(self, before: DenseHalf, foresee: Foresee) -> None:
+        """Tell what the device that closed the layer before says of the next; it comes first."""
+        self._own.use(before)
+        until = time.monotonic() + _BOUND_S
+        while (found := before.foreseen()) is None:
+            if time.monotonic() > until:
+                raise DeviceError(f"a router's scores have not come within {_BOUND_S:.0f} s")
+        foresee(*found)
 
     def ahead(self, layer: int) -> F32:
         """Return what the layer's front says of the next one's router, float32 [1, E]."""

@@ -7,6 +7,7 @@ once, and the second waits for the first one's residual stream, which lies in sh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from fomoe.engine.device_forward import Pass
 from fomoe.model.buffers import F32
 
 I32 = npt.NDArray[np.int32]
+Foresee = Callable[[int, F32], None]  # told a layer and its router's scores float32 [1, E]
 
 
 class Dense(Protocol):
@@ -31,8 +33,12 @@ class Dense(Protocol):
     def open(self, step: Pass) -> None:
         """Embed the tokens of a pass."""
 
-    def scores(self, layer: int) -> F32:
-        """Wait for the layer's front; its scores float32 [T, E] stand until the next call."""
+    def scores(self, layer: int, foresee: Foresee | None) -> F32:
+        """Wait for the layer's front; its scores float32 [T, E] stand until the next call.
+
+        `foresee` is told on the way, if it is known in time, what the layer's router says of a
+        token's stream that goes into the layer.
+        """
 
     def ahead(self, layer: int) -> F32:
         """Return what the layer's front says of the next one's router, float32 [1, E]."""
@@ -66,6 +72,7 @@ class HostedDense:
         self._home = home
         self._with_token = Do.LOGITS  # what a token's pass ends with: what the last one's was for
         self._has = 0  # of the pass's last row
+        self._awaited: tuple[int, Foresee | None] = 0, None  # layer, and who hears of it
 
     def open(self, step: Pass) -> None:
         """Embed the tokens and begin the front of the first layer."""
@@ -76,12 +83,20 @@ class HostedDense:
         self._has = 0
         self._home[0].views.tokens[: len(step.tokens)] = step.tokens
 
-    def scores(self, layer: int) -> F32:
+    def scores(self, layer: int, foresee: Foresee | None) -> F32:
         """Wait for the layer's front; its scores float32 [T, E] stand until the next call."""
-        link = self._home[layer]
-        self._calls.wait(link)
+        link, self._awaited = self._home[layer], (layer, foresee)
+        self._calls.wait(link, foresee=None if foresee is None else self._hear)
         scores: F32 = link.views.scores_of(layer)[: len(self._calls.step.tokens)]
         return scores
+
+    def _hear(self) -> None:
+        """Tell what a device has foreseen, if it is of the layer that is waited for."""
+        assert self._calls.foreseen is not None
+        (layer, link), self._calls.foreseen = self._calls.foreseen, None
+        awaited, foresee = self._awaited
+        if layer == awaited and foresee is not None:
+            foresee(layer, link.views.foreseen)
 
     def ahead(self, layer: int) -> F32:
         """Return what the layer's front says of the next one's router, float32 [1, E]."""

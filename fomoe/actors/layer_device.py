@@ -12,7 +12,7 @@ from fomoe.actors.channel import Fabric, Regions, Sender, load_acquire_u64, stor
 from fomoe.actors.expert_copies import ExpertCopies
 from fomoe.actors.layer_layout import LayerArena, LayerViews
 from fomoe.actors.layer_model import LayerModel
-from fomoe.actors.messages import DONE, LAYERS, Do, Tag
+from fomoe.actors.messages import DONE, FORESEEN, LAYERS, Do, Tag
 from fomoe.engine.copies import COPY
 from fomoe.engine.transfers import ENTRY
 from fomoe.errors import DeviceError
@@ -124,6 +124,7 @@ class LayerServer:
             store_release_u64(self._mine.word, 0, step)
             if self._devices[peer] is not self._own:  # else the answer tells the driver
                 self._fabric.ring(self._devices[peer].name)
+            self._foresee()
         if do & Do.LOGITS:
             np.copyto(self._mine.logits[:rows], model.logits(self._mine.rows[:rows]))
         if do & Do.LARGEST:
@@ -175,13 +176,14 @@ class LayerServer:
         started = time.perf_counter_ns()
         while True:
             bell = self._fabric.bell()
-            self._copies.advance()
             if ready():
                 break
+            self._copies.advance()
             self._listen()
+            self._foresee()
             if time.perf_counter_ns() - started > _BOUND_S * 1e9:
                 raise DeviceError(f"{what} has not come within {_BOUND_S:.0f} s")
-            if nap and not self._copies.under_way:
+            if nap and not self._copies.under_way and not ready():
                 self._fabric.wait(bell, _SPIN_US, _WAIT_MS)
         if nap:  # not for the device's own work
             self._waited += time.perf_counter_ns() - started
@@ -230,6 +232,18 @@ class LayerServer:
         np.copyto(mine.scores_of(layer)[: self._tokens], model.scores(layer))
         if (ahead := model.ahead()) is not None:
             np.copyto(mine.ahead_of(layer), ahead)
+
+    def _foresee(self) -> None:
+        """Tell the driver what the next layer's router says of the stream that goes into it."""
+        found = self._model.foreseen()
+        if found is None:
+            return
+        layer, scores = found
+        np.copyto(self._mine.foreseen, scores)
+        regions: Regions = ()
+        if self._remote:
+            regions = self._own.layout.regions(self._own.arena, foreseen=scores.size)
+        self._to_driver.send(Tag.FORESEEN, FORESEEN.pack(layer), regions, _SEND_BOUND_S)
 
     def _await_hidden(self, peer: int, awaited: int, step: int) -> bool:
         """Wait for another device's residual stream; False where it has died or been given up."""

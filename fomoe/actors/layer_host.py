@@ -12,7 +12,7 @@ from fomoe.actors.layer_calls import NO_COPIES, LayerCalls, Orders
 from fomoe.actors.layer_dense import Dense
 from fomoe.actors.layer_link import LayerLink, OpenStep
 from fomoe.actors.layer_sweeps import LayerSweeps
-from fomoe.actors.layer_traffic import LayerTraffic
+from fomoe.actors.layer_traffic import FROM_SCORES, FROM_STREAM, LayerTraffic
 from fomoe.actors.messages import Do
 from fomoe.engine.decisions import Decider
 from fomoe.engine.device_forward import Pass
@@ -73,7 +73,8 @@ class DeviceLayers:
 
     def scores(self, layer: int) -> F32:
         """Wait for the layer's front; its scores float32 [T, E] stand until the next call."""
-        return self._dense.scores(layer)
+        foresee = self._foresee if self.traffic.looks_ahead else None
+        return self._dense.scores(layer, foresee)
 
     def decide(self, layer: int, scores: F32, logical: LogicalCache) -> None:
         """Route one sequence's token exactly, tell its logical cache, and begin the back."""
@@ -145,7 +146,12 @@ class DeviceLayers:
     def _look_ahead(self, layer: int) -> None:
         """Bring what the next layer will want, by what its router says of this one's stream."""
         if self.traffic.looks_ahead and self._calls.step.overlap and layer + 1 < len(self._home):
-            self.traffic.look_ahead(layer + 1, self._dense.ahead(layer))
+            self.traffic.look_ahead(layer + 1, self._dense.ahead(layer), FROM_SCORES)
+
+    def _foresee(self, layer: int, scores: F32) -> None:
+        """Bring what the layer that is waited for will want, by the stream that goes into it."""
+        if self._calls.step.overlap:
+            self.traffic.look_ahead(layer, scores, FROM_STREAM)
 
     def _sweep(self, layer: int, route: Route, *, exact: bool) -> None:
         if not exact:

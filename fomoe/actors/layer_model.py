@@ -68,6 +68,12 @@ class DenseHalf(Half, Protocol):
         None where the device does not compute it.
         """
 
+    def foreseen(self) -> tuple[int, F32] | None:
+        """Return a layer and its router's scores float32 [1, E] of the stream that goes into it.
+
+        Once for each layer, when the device has them; None until then, and where it has none.
+        """
+
     def close_layer(self, layer: int) -> None:
         """Close a layer with the sums of experts that another process has run."""
 

@@ -129,6 +129,7 @@ class CpuLayers:
             SequenceState(spec, options.ctx_size, options.kv_dtype) for _ in range(options.n_states)
         ]
         self.closed = False
+        self._foreseen = None
         self.calls = []
 
     def lend(self, places):
@@ -146,6 +147,7 @@ class CpuLayers:
     def embed(self):
         assert self.options.embedding
         self._x = self._model.embed(self._batch)
+        self._foresee(0)
 
     def put_hidden(self, address):
         assert address - self._x.ctypes.data
@@ -186,6 +188,15 @@ class CpuLayers:
     def close_layer(self, layer):
         assert not self.options.has_experts
         self._end(layer, self._places.sums[: len(self._x)].copy())
+        self._foresee(layer + 1)
+
+    def foreseen(self):
+        found, self._foreseen = self._foreseen, None
+        return found
+
+    def _foresee(self, layer):
+        if self.options.ahead and len(self._x) == 1 and layer < self.spec.n_layers:
+            self._foreseen = layer, self._model.look_ahead(layer, self._x).copy()
 
     def gather(self, layer):
         self._take_input()
@@ -226,6 +237,7 @@ class CpuLayers:
         routed = np.zeros((tokens, self.spec.hidden), np.float32)
         self._device.reduce(pairs, groups.order, groups.arrange(weights), routed)
         self._end(layer, routed)
+        self._foresee(layer + 1)
 
     def prefill(self, tokens, position, state):
         self.begin(tokens, position, state)

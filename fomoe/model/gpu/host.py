@@ -29,6 +29,7 @@ from fomoe.model.gpu.planning import planned_bytes, resident_bytes, slots_bytes
 from fomoe.model.gpu.program import time_steps
 from fomoe.model.gpu.routes import Routes
 from fomoe.model.gpu.slots import ExpertSlots
+from fomoe.model.gpu.speech import Speech
 from fomoe.model.gpu.states import States
 from fomoe.model.gpu.transfer import Mirror, Signal
 from fomoe.model.gpu.weights import place_ends, place_layer, place_routers, place_turns
@@ -105,10 +106,11 @@ class GPUModel:
         self._routes = Routes(self._mail, self.slots, options.layers)
         self._passes = _rehearsed(desk, self._mail, held, graphs=options.graphs)
         self._head: Head | None = self._passes.head
-        self._begun, self._scored, self._ended = (Signal(gpu, options.wait_s) for _ in range(3))
+        self._begun, self._ended = (Signal(gpu, options.wait_s) for _ in range(2))
+        self._speech = Speech(gpu, spec, options, self._mail, self._handover)
         self._hidden_from: dict[int, Launch] = {}  # one for each device that hands over
         self._tokens = 1
-        self._has_logits = self._looks_ahead = False
+        self._has_logits = False
 
     @property
     def runtime(self) -> Runtime:
@@ -166,6 +168,7 @@ class GPUModel:
     def embed(self) -> None:
         """Take the tokens' embedding as the residual stream."""
         self._passes.embed(self._tokens).run()
+        self._speech.end_stream(0, self._tokens)
 
     def put_hidden(self, address: int) -> None:
         """Take float32 [T, D] of registered host memory, at the device's address of it."""
@@ -185,30 +188,26 @@ class GPUModel:
 
     def front(self, layer: int) -> None:
         """Run a layer up to the router's scores."""
-        self._looks_ahead = self.options.ahead and layer + 1 < self.spec.n_layers
         self._passes.front(layer, self._tokens).run()
-        if self._tokens > 1 and self._handover is not None:
-            self._handover.give(self.slots.layout(layer), self._tokens)
-        elif self._tokens > 1:
-            self._mail.scores.fetch(0, _F32_BYTES * self._tokens * self.spec.moe.n_experts)
-        self._scored.mark()
+        self._speech.end_front(layer, self.slots.layout(layer), self._tokens)
 
     def scores(self, layer: int) -> F32:
         """Return the scores float32 [T, E] of the layer whose front ran last; waits for them."""
-        self._scored.wait(f"the router's scores of layer {layer}")
-        handover = self._handover
-        scores: F32 = self._mail.scores.host if handover is None else handover.scores
-        return scores[: self._tokens]
+        return self._speech.scores(layer, self._tokens)
 
     def ahead(self) -> F32 | None:
         """Return the next layer's scores float32 [1, E] by a token's stream, with `scores`.
 
         None where the options do not ask for them, after the last layer, and for prompts.
         """
-        if self._tokens > 1 or not self._looks_ahead:
-            return None
-        scores: F32 = self._mail.ahead.host
-        return scores
+        return self._speech.ahead()
+
+    def foreseen(self) -> tuple[int, F32] | None:
+        """Return a layer and what its router says of a token's stream that goes into it.
+
+        float32 [1, E], once for each layer, as soon as the device has it; None until then.
+        """
+        return self._speech.foreseen()
 
     def gather(self, layer: int) -> None:
         """Begin the experts of a prompt's chunk by its own choice: sort the pairs by expert."""
@@ -220,12 +219,7 @@ class GPUModel:
 
         The next call waits for nothing: the work must have ended by then.
         """
-        table = self._mail.wave.host
-        table[:] = 0
-        size_class, offsets = self.slots.class_of(layer), self.slots.layout(layer).offsets
-        for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
-            base = self.slots.slot_address(size_class, slot)
-            table[:, expert] = [base + offset for offset in offsets]
+        self.slots.write_wave(self._mail.wave.host, layer, zip(experts, slots, strict=True))
         self._passes.wave(layer, self._tokens).run()
 
     def combine(self, layer: int) -> None:
@@ -244,6 +238,7 @@ class GPUModel:
             self._take_prompt(layer)
             self._routes.send_prompt(layer, ids, weights)
         self._passes.back(layer, self._tokens).run()
+        self._speech.end_stream(layer + 1, self._tokens)
 
     def own_back(self, layer: int) -> None:
         """Run the router's own choice, with the bits of a whole pass, and close the layer.
@@ -252,12 +247,14 @@ class GPUModel:
         """
         self._take_prompt(layer)
         self._passes.own_back(layer, self._tokens).run()
+        self._speech.end_stream(layer + 1, self._tokens)
 
     def close_layer(self, layer: int) -> None:
         """Close a layer whose routed experts another process has run, with their sums."""
         if self._tokens > 1 and self._handover is not None:
             self._handover.take_sums(self._tokens)
         self._passes.close(layer, self._tokens).run()
+        self._speech.end_stream(layer + 1, self._tokens)
 
     def _take_prompt(self, layer: int) -> None:
         """Bring a prompt's input from another process; a token's comes with the layer's program."""

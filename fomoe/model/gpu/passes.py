@@ -48,6 +48,7 @@ class Mail:
         weights: float32 [T, K], of a prompt's layer.
         wave: uint64 [3, E], where the experts of a prompt's wave lie; zeros for all others.
         ahead: float32 [1, E], scores of the next layer's router.
+        foreseen: the same, by the residual stream that goes into that layer.
     """
 
     step: Mirror
@@ -58,6 +59,7 @@ class Mail:
     weights: Mirror
     wave: Mirror
     ahead: Mirror
+    foreseen: Mirror
 
     @classmethod
     def of(cls, desk: Desk, step: Mirror, options: HostOptions) -> Mail:
@@ -74,6 +76,7 @@ class Mail:
             weights=Mirror(gpu, (max(1, prompt), moe.top_k), np.float32, desk.work.weights),
             wave=Mirror(gpu, (3, moe.n_experts), np.uint64),
             ahead=Mirror(gpu, (1, moe.n_experts), np.float32),
+            foreseen=Mirror(gpu, (1, moe.n_experts), np.float32),
         )
 
 
@@ -94,7 +97,8 @@ class Held:
 
     Attributes:
         layers: the dense part of each layer; empty where the device has experts alone.
-        ahead: next layers' routers.
+        ahead: next layers' routers, by the layer before; the first layer's own, where it is here,
+            stands at -1.
         handover: to the process with the other half of each layer; None where all is here.
     """
 
@@ -191,8 +195,9 @@ class Passes:
         """The embedding of a pass's tokens; DeviceError where another device has it."""
         if not self._one:
             raise DeviceError("this device hosts no embedding; ask the one with the first layer")
-        steps = self._one if tokens == 1 else self._many
-        return self._program("embed", 0, min(tokens, 2), lambda: steps)
+        if tokens == 1:
+            return self._program("embed", 0, 1, lambda: [*self._one, *self._foresee(-1)])
+        return self._program("embed", 0, 2, lambda: self._many)
 
     def front(self, layer: int, tokens: int) -> Program:
         """A layer up to its router's scores; one token's are copied to the host, too.
@@ -210,18 +215,21 @@ class Passes:
                 out = Step("copy", lambda: self._mail.scores.fetch(0, n_scores))
             else:
                 out = handover.given(self._held.slots.layout(layer))
-            return [*front, out, *self._ahead(layer)]
+            return [*front, out, *self._spoken(layer, self._mail.ahead)]
 
         return self._program("front", layer, size, steps)
 
-    def _ahead(self, layer: int) -> list[Step]:
+    def _spoken(self, layer: int, mail: Mirror) -> list[Step]:
         """Steps of the next layer's router on this one's stream; none where it is not wanted."""
         router = self._held.ahead.get(layer)
         if router is None:
             return []
-        mail = self._mail.ahead
         return [Step("ahead", look_ahead(self._desk, router, mail.address)),
                 Step("copy", mail.fetch)]  # fmt: skip
+
+    def _foresee(self, layer: int) -> list[Step]:
+        """The same of a stream that goes into the next layer."""
+        return self._spoken(layer, self._mail.foreseen)
 
     def gather(self, layer: int, tokens: int) -> Program:
         """A prompt's layer from its scores up to its pairs sorted by expert, by its own choice."""
@@ -271,7 +279,8 @@ class Passes:
                 return prompt_close(self._desk, self._buckets_of(size), weights)
             assert handover is not None
             layout = held.slots.layout(layer)
-            return [handover.sums_step(), decode_close(self._desk, weights, layout)]
+            close = decode_close(self._desk, weights, layout)
+            return [handover.sums_step(), close, *self._foresee(layer)]
 
         return self._program("close", layer, size, steps)
 
@@ -284,7 +293,7 @@ class Passes:
                 return self._prompt_back(layer, size)
             row, nbytes = self._row(layer), self._mail.picks.host.itemsize
             send = Step("picks", self._mail.picks.bring(self._desk.gpu, row * nbytes, nbytes))
-            return [send, *self._decode_back(layer, choose=False)]
+            return [send, *self._decode_back(layer, choose=False), *self._foresee(layer)]
 
         return self._program("back", layer, size, steps)
 
@@ -294,7 +303,7 @@ class Passes:
 
         def steps() -> list[Step]:
             if size == 1:
-                return self._decode_back(layer, choose=True)
+                return [*self._decode_back(layer, choose=True), *self._foresee(layer)]
             choose = prompt_choose(self._desk, self._buckets_of(size), self._ids(layer))
             return [choose, *self._prompt_back(layer, size)]
 

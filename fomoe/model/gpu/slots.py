@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -103,6 +103,13 @@ class ExpertSlots:
         if not 0 <= slot < count:
             raise DeviceError(f"slot {slot} of class {size_class}: there are {count}")
         return self._bases[size_class] + slot * self._stride[size_class]
+
+    def write_wave(self, table: U64, layer: int, places: Iterable[tuple[int, int]]) -> None:
+        """Write uint64 [3, E] that holds these experts of the layer, by their slots, and no other."""
+        table[:] = 0
+        for expert, slot in places:
+            base = self.slot_address(self._class[layer], int(slot))
+            table[:, expert] = [base + offset for offset in self._layouts[layer].offsets]
 
     def set(self, layer: int, expert: int, slot: int | None) -> None:
         """Note that the expert lies in a slot of its layer's class, or (None) nowhere.
