@@ -105,7 +105,7 @@ class ExpertSlots:
         return self._bases[size_class] + slot * self._stride[size_class]
 
     def write_wave(self, table: U64, layer: int, places: Iterable[tuple[int, int]]) -> None:
-        """Write uint64 [3, E] that holds these experts of the layer, by their slots, and no other."""
+        """Write uint64 [3, E] with these (expert, slot) of the layer, and zeros for all others."""
         table[:] = 0
         for expert, slot in places:
             base = self.slot_address(self._class[layer], int(slot))
