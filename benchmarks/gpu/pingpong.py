@@ -7,9 +7,9 @@ VRAM (compute alone) and with slots such that about `--hit` of its activations f
 the rest lies in RAM, all of it. Copy alone is the time of the bytes that crossed the link, at the
 rate of plain copies of experts out of the same memory. Then the same with a kernel added to each
 layer that makes compute as long as copies. Hidden is (compute + copy - wall) / copy. `one` is one
-actor with both budgets: it pays no turns. With --attention driver or both the driver's process has
-all but the experts, with the same slots; there are no delays then, which are the fronts'. The last
-line is JSON.
+actor with both budgets: it pays no turns. With --attention driver the driver's process has all but
+the experts, and no kernel is added; give the --share that the run without it found. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 from pingpong_trace import Call, lines
 
 from fomoe.actors import processes
-from fomoe.config import EngineConfig, RoutingConfig
+from fomoe.config import Attention, EngineConfig, RoutingConfig
 from fomoe.engine.hosting import dense_bytes
 from fomoe.engine.requests import GenerateRequest, Receipt, SamplingParams, TokenEvent
 from fomoe.gguf.extents import ExpertTable
@@ -41,7 +41,6 @@ SKIP = 16  # tokens that are not timed
 FIRST = 3  # id of the text's first token
 CHUNK, CTX = 32, 4096
 TRIES = 3
-COUNTS = {1: "one", 2: "two"}
 CALL_S = 60.0
 
 
@@ -54,29 +53,16 @@ class Facts:
     layers: int
 
 
-@dataclass(frozen=True)
-class Setup:
-    """How many actors there are, and which process has all but the experts."""
-
-    n_devices: int
-    attention: str
-
-    @property
-    def name(self) -> str:
-        """A word for results."""
-        count = COUNTS[self.n_devices]
-        return count if self.attention == "device" else f"{count}-driver"
-
-
-def facts_of(model: Path, device: str, setup: Setup) -> Facts:
+def facts_of(model: Path, devices: tuple[str, ...], attention: Attention) -> Facts:
     """Read what `budget` wants."""
-    file, n_devices = open_gguf(model), setup.n_devices
+    file = open_gguf(model)
     spec = read_spec(file)
     config = EngineConfig(
-        model=model, devices=(device,) * n_devices, ctx_size=CTX, prefill_chunk=CHUNK,
-        routing=RoutingConfig(shadow_every=0), attention=setup.attention,
+        model=model, devices=devices, ctx_size=CTX, prefill_chunk=CHUNK, attention=attention,
+        routing=RoutingConfig(shadow_every=0),
     )  # fmt: skip
     table = ExpertTable.from_gguf(file, spec.n_layers)
+    n_devices = len(devices)
     whole = max(
         sum(table.slot_bytes(i) for i in range(d, spec.n_layers, n_devices))
         for d in range(n_devices)
@@ -85,17 +71,19 @@ def facts_of(model: Path, device: str, setup: Setup) -> Facts:
 
 
 @contextmanager
-def engine(args: argparse.Namespace, setup: Setup, share: float) -> Iterator[LLM]:
+def engine(args: argparse.Namespace, n_devices: int, share: float) -> Iterator[LLM]:
     """An engine whose devices hold a share of their experts."""
-    facts, n_devices = facts_of(args.model, args.device, setup), setup.n_devices
+    given = args.device.split(",")
+    devices = tuple(given[i % len(given)] for i in range(n_devices))
+    facts = facts_of(args.model, devices, args.attention)
     start = time.perf_counter()
     with LLM(
-        args.model, devices=[args.device] * n_devices, ctx_size=CTX, prefill_chunk=CHUNK,
+        args.model, devices=list(devices), ctx_size=CTX, prefill_chunk=CHUNK,
         vram_budget=facts.dense + int(share * facts.experts) + (1 << 20),
         ram_budget=args.ram, ram_policy=args.ram_policy, prefetch_budget=args.prefetch_budget,
-        routing=RoutingConfig(shadow_every=0), launcher="processes", attention=setup.attention,
+        routing=RoutingConfig(shadow_every=0), launcher="processes", attention=args.attention,
     ) as llm:  # fmt: skip
-        print(f"{n_devices} actor(s), {setup.attention}, {share:.0%} in VRAM, up in "
+        print(f"{n_devices} actor(s), {share:.0%} in VRAM, up in "
               f"{time.perf_counter() - start:.1f} s", flush=True)  # fmt: skip
         yield llm
 
@@ -109,9 +97,10 @@ def say(llm: LLM, what: str, *args: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """Milliseconds a token, mean of all timed ones, and the receipt."""
+    """Milliseconds a token, mean and median of all timed ones, and the receipt."""
 
     ms: float
+    median_ms: float
     receipt: Receipt
 
 
@@ -137,8 +126,8 @@ def text(llm: LLM, tokens: int, quality: str | None = None) -> Run:
             if getattr(event, "error", None):
                 raise SystemExit(event.error)
     assert receipt is not None
-    ms = 1e3 * statistics.mean(b - a for a, b in zip(at[SKIP:], at[SKIP + 1 :], strict=False))
-    return Run(ms, receipt)
+    times = [1e3 * (b - a) for a, b in zip(at[SKIP:], at[SKIP + 1 :], strict=False)]
+    return Run(statistics.mean(times), statistics.median(times), receipt)
 
 
 def traced(args: argparse.Namespace, llm: LLM, name: str, quality: str | None = None) -> None:
@@ -156,16 +145,16 @@ def traced(args: argparse.Namespace, llm: LLM, name: str, quality: str | None = 
     (args.trace / f"{name}.txt").write_text("\n".join(lines(calls, 2)) + "\n")
 
 
-def alone(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
+def alone(args: argparse.Namespace, n_devices: int) -> dict[str, Any]:
     """Time the text where nothing has to be copied."""
-    with engine(args, setup, 1.0) as llm:
+    with engine(args, n_devices, 1.0) as llm:
         text(llm, 8, BY_LAYER)
         run = text(llm, args.tokens, BY_LAYER)
         found = {"ms": run.ms, "hash": run.receipt.decision_hash}
-        if setup == Setup(1, "device"):
+        if n_devices == 1 and args.attention == "device":
             found["device ms"] = say(llm, "time_token", 100)[0]
             found["host us per layer"] = 1e3 * (run.ms - found["device ms"]) / llm.spec.n_layers
-        traced(args, llm, f"alone-{setup.name}", BY_LAYER)
+        traced(args, llm, f"alone-{n_devices}", BY_LAYER)
         return found
 
 
@@ -175,11 +164,11 @@ def hit_share(receipt: Receipt) -> float:
     return receipt.hits_device / max(1, total)
 
 
-def tiered(args: argparse.Namespace, setup: Setup, compute: float, share: float | None) -> Any:
+def tiered(args: argparse.Namespace, n_devices: int, compute: float, share: float | None) -> Any:
     """Time the text over tiers, plain and delayed; `share` None looks for the wanted hits."""
     guess, known = share or args.share, []
     for attempt in range(1 if share else TRIES):
-        with engine(args, setup, guess) as llm:
+        with engine(args, n_devices, guess) as llm:
             text(llm, 64)
             run = text(llm, args.tokens)
             hits = hit_share(run.receipt)
@@ -200,26 +189,27 @@ def next_guess(known: list[tuple[float, float]], wanted: float) -> float:
 
 def measured(args: argparse.Namespace, llm: LLM, compute: float, run: Run) -> dict[str, Any]:
     """Return the figures of a run, those with delays, and the link's own rate."""
-    layers, runs = llm.spec.n_layers, {"plain": (compute, run)}
-    setup = Setup(len(llm.config.devices), llm.config.attention)
-    traced(args, llm, f"plain-{setup.name}")
+    layers, delays = llm.spec.n_layers, {"plain": (compute, run)}
+    n_devices = len(llm.config.devices)
+    traced(args, llm, f"plain-{n_devices}")
     crossed = bytes_per_token(run.receipt, args.tokens)
     guess_ms = 1e3 * crossed / args.link
     extra_us = max(0.0, 1e3 * (guess_ms - compute) / layers)
-    if extra_us and setup.attention == "device":
+    if extra_us and args.attention == "device":
         say(llm, "delay", extra_us)
-        runs["delayed"] = (compute + extra_us * layers / 1e3, text(llm, args.tokens))
-        traced(args, llm, f"delayed-{setup.name}")
+        delays["delayed"] = (compute + extra_us * layers / 1e3, text(llm, args.tokens))
+        traced(args, llm, f"delayed-{n_devices}")
         say(llm, "delay", 0.0)
     rate = say(llm, "link_rate")[0]
     found: dict[str, Any] = {
         "hits in VRAM": round(hit_share(run.receipt), 4), "link GB/s": round(rate / 1e9, 2),
     }  # fmt: skip
-    for name, (alone_ms, timed) in runs.items():
+    for name, (alone_ms, timed) in delays.items():
         ms, receipt = timed.ms, timed.receipt
         copy = 1e3 * bytes_per_token(receipt, args.tokens) / rate
         found[name] = {
-            "wall ms": round(ms, 4), "compute ms": round(alone_ms, 4), "copy ms": round(copy, 4),
+            "wall ms": round(ms, 4), "median ms": round(timed.median_ms, 4),
+            "compute ms": round(alone_ms, 4), "copy ms": round(copy, 4),
             "wall / max": round(ms / max(alone_ms, copy), 4),
             "hidden": round((alone_ms + copy - ms) / copy, 4) if copy else None,
             "MB per token": round(bytes_per_token(receipt, args.tokens) / 1e6, 2),
@@ -240,7 +230,7 @@ def main() -> None:
     """Time engines of two actors and of one; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--device", default="cuda:0", help="or one for each actor: cuda:0,cuda:1")
     parser.add_argument("--ram", default="40GiB", help="RAM budget; all experts are to fit")
     parser.add_argument("--ram-policy", default="inclusive", choices=("inclusive", "exclusive"))
     parser.add_argument("--hit", type=float, default=0.6)
@@ -249,7 +239,7 @@ def main() -> None:
     parser.add_argument("--prefetch-budget", type=float, default=1.0)
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--only", choices=("one", "two"), help="actors; both if absent")
-    parser.add_argument("--attention", default="device", choices=("device", "driver", "both"))
+    parser.add_argument("--attention", default="device", choices=("device", "driver"))
     parser.add_argument("--trace", type=Path, help="folder for what actors did, call by call")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -261,14 +251,13 @@ def main() -> None:
         processes.CLASSES["driver"] = "pingpong_trace:TracedDriver"
     result: dict[str, Any] = {"model": args.model.name, "tokens": args.tokens}
     share = None
-    modes = ["device", "driver"] if args.attention == "both" else [args.attention]
-    for setup in (Setup(n, mode) for mode in modes for n in (2, 1)):
-        if args.only not in (None, COUNTS[setup.n_devices]):
+    for name, n_devices in (("two", 2), ("one", 1)):
+        if args.only not in (None, name):
             continue
-        compute = alone(args, setup)
+        compute = alone(args, n_devices)
         print(f"  alone: {compute}", flush=True)
-        share, found = tiered(args, setup, compute["ms"], share)
-        result[setup.name] = {"alone": compute, "slots": round(share, 4), **found}
+        share, found = tiered(args, n_devices, compute["ms"], share)
+        result[name] = {"alone": compute, "slots": round(share, 4), **found}
     if out:
         out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
