@@ -197,9 +197,11 @@ def open_devices(
         for number, options in enumerate(driver_options(config, spec)):
             wanted = replace(options, ahead=options.ahead and not on_devices)
             models.append(open_dense(file, spec, config.devices[number], wanted))
-    except DeviceError as error:
+    except BaseException as error:
         OwnDevices(models).close()
-        raise DeviceError(f"driver: {error}") from None
+        if isinstance(error, DeviceError):
+            raise DeviceError(f"driver: {error}") from None
+        raise
     return OwnDevices(models)
 
 

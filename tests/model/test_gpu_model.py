@@ -289,7 +289,14 @@ def test_the_plan_holds_what_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"layers": (1, 0)}, {"layers": (0, 9)}, {"kv_dtype": "q8_0"}, {"n_states": 0}]
+    "wrong",
+    [
+        {"layers": (1, 0)},
+        {"layers": (0, 9)},
+        {"kv_dtype": "q8_0"},
+        {"n_states": 0},
+        {"part": "half"},
+    ],
 )
 def test_parts_that_no_model_has_are_refused(wrong: dict[str, object]) -> None:
     path, _, _ = golden("f32_tied")

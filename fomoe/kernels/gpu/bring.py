@@ -13,7 +13,7 @@ _WORD = 4
 
 
 def bring(gpu: GPU, to: int, source: int, nbytes: int) -> Launch:
-    """Return the launch that copies to `to`, out of pinned host memory as the device sees it.
+    """Return the launch that copies out of pinned host memory, as the device sees it, or into it.
 
     Raises:
         DeviceError: the addresses or the bytes are not in words of 4.

@@ -40,7 +40,7 @@ class Handover:
         self._work = work
         self._int8 = int8
         self._places: Places | None = None
-        self._launches: dict[_Piece, Launch] = {}
+        self._launches: dict[tuple[int, int], Launch] = {}  # of a token, by both ends
 
     def lend(self, places: Places) -> None:
         """Use these from the first pass on: captured launches keep their addresses."""
@@ -65,18 +65,19 @@ class Handover:
         return Step("sums", partial(self.take_sums, 1))
 
     def give(self, layout: ExpertLayout, tokens: int) -> None:
-        """Queue the copies of T rows of input, as experts of the layout want it, and of scores."""
-        for device, host, nbytes in self._inputs(layout):
-            self._gpu.runtime.copy(host, device, tokens * nbytes, self._gpu.stream)
+        """Queue the way of T rows of input, as experts of the layout want it, and of scores."""
+        for piece in self._inputs(layout):
+            self._move(piece, tokens, to_host=True)
 
     def take(self, layout: ExpertLayout, tokens: int) -> None:
         """Queue their way onto the device."""
-        self._bring(self._inputs(layout), tokens)
+        for piece in self._inputs(layout):
+            self._move(piece, tokens, to_host=False)
 
     def take_sums(self, tokens: int) -> None:
         """Queue the way of T sums onto the device."""
         assert self._places is not None
-        self._bring([_piece(self._work.sums, self._places.sums)], tokens)
+        self._move(_piece(self._work.sums, self._places.sums), tokens, to_host=False)
 
     def _inputs(self, layout: ExpertLayout) -> list[_Piece]:
         """Return the forms that kernels of a token and of a prompt take, and the scores."""
@@ -90,17 +91,19 @@ class Handover:
             pieces += [_piece(h.q, places.q), _piece(h.s, places.s)]
         return pieces
 
-    def _bring(self, pieces: list[_Piece], tokens: int) -> None:
+    def _move(self, piece: _Piece, tokens: int, *, to_host: bool) -> None:
         gpu, places = self._gpu, self._places
         assert places is not None
-        for piece in pieces:
-            if tokens > 1:
-                gpu.runtime.copy(piece.device, piece.host, tokens * piece.nbytes, gpu.stream)
-                continue
-            if piece not in self._launches:
-                source = piece.host + places.shift
-                self._launches[piece] = bring(gpu, piece.device, source, piece.nbytes)
-            gpu.launch(self._launches[piece])
+        shift = 0 if tokens > 1 else places.shift  # copies take the host's own addresses
+        to, source = piece.device, piece.host + shift
+        if to_host:
+            to, source = source, to
+        if tokens > 1:
+            gpu.runtime.copy(to, source, tokens * piece.nbytes, gpu.stream)
+            return
+        if (to, source) not in self._launches:
+            self._launches[to, source] = bring(gpu, to, source, piece.nbytes)
+        gpu.launch(self._launches[to, source])
 
 
 def _piece(device: int, array: npt.NDArray[np.generic]) -> _Piece:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from fomoe.errors import ConfigError
 from fomoe.model.spec import ModelSpec
@@ -67,6 +67,10 @@ class HostOptions:
         if self.kv_dtype not in KV_DTYPES:
             raise ConfigError(
                 f"keys and values as {self.kv_dtype!r}: a GPU keeps them as {', '.join(KV_DTYPES)}"
+            )
+        if self.part not in get_args(HostPart):
+            raise ConfigError(
+                f"part {self.part!r} of layers: one of {', '.join(get_args(HostPart))}"
             )
         for name in ("ctx_size", "max_tokens", "n_states"):
             if getattr(self, name) < 1:
