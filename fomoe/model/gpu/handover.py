@@ -49,8 +49,12 @@ class Handover:
     @property
     def scores(self) -> F32:
         """Where the scores come to, float32 [T, E]."""
+        return self._lent.scores
+
+    @property
+    def _lent(self) -> Places:
         assert self._places is not None
-        return self._places.scores
+        return self._places
 
     def given(self, layout: ExpertLayout) -> Step:
         """Return what brings one token's input and scores to the host."""
@@ -74,15 +78,18 @@ class Handover:
         for piece in self._inputs(layout):
             self._move(piece, tokens, to_host=False)
 
+    def give_stream(self, address: int, tokens: int) -> None:
+        """Queue the way of the stream, or of sums, to an address of the memory with the places."""
+        row = 4 * self._lent.sums.shape[1]
+        self._move(_Piece(self._work.x, address, row), tokens, to_host=True)
+
     def take_sums(self, tokens: int) -> None:
         """Queue the way of T sums onto the device."""
-        assert self._places is not None
-        self._move(_piece(self._work.sums, self._places.sums), tokens, to_host=False)
+        self._move(_piece(self._work.sums, self._lent.sums), tokens, to_host=False)
 
     def _inputs(self, layout: ExpertLayout) -> list[_Piece]:
         """Return the forms that kernels of a token and of a prompt take, and the scores."""
-        places, h = self._places, self._work.moe.h
-        assert places is not None
+        places, h = self._lent, self._work.moe.h
         floats = [GGMLType(qtype).is_float for qtype in layout.types]
         pieces = [_piece(self._work.moe.scores, places.scores)]
         if any(floats) or not self._int8:
@@ -92,9 +99,8 @@ class Handover:
         return pieces
 
     def _move(self, piece: _Piece, tokens: int, *, to_host: bool) -> None:
-        gpu, places = self._gpu, self._places
-        assert places is not None
-        shift = 0 if tokens > 1 else places.shift  # copies take the host's own addresses
+        gpu = self._gpu
+        shift = 0 if tokens > 1 else self._lent.shift  # copies take the host's own addresses
         to, source = piece.device, piece.host + shift
         if to_host:
             to, source = source, to

@@ -182,7 +182,10 @@ class GPUModel:
 
     def take_hidden(self, address: int) -> None:
         """Write the residual stream to an address of registered host memory; waits for it."""
-        self.runtime.copy(address, self._work.x, self._hidden_bytes, self.gpu.stream)
+        if self._handover is None:
+            self.runtime.copy(address, self._work.x, self._hidden_bytes, self.gpu.stream)
+        else:
+            self._handover.give_stream(address, self._tokens)
         self._ended.mark()
         self._ended.wait("a residual stream")
 
