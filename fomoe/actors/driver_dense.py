@@ -134,7 +134,8 @@ class DriverDense:
         until = time.monotonic() + _BOUND_S
         while (found := before.foreseen()) is None:
             if time.monotonic() > until:
-                raise DeviceError(f"a router's scores have not come within {_BOUND_S:.0f} s")
+                name = before.runtime.name
+                raise DeviceError(f"{name}: a router's scores are not there after {_BOUND_S:.0f} s")
         foresee(*found)
 
     def ahead(self, layer: int) -> F32:
