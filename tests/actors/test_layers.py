@@ -11,7 +11,7 @@ from support import local_engine as support
 from support.local_engine import local_engine
 from support.local_model import finished, greedy, tokens_of, told
 
-from fomoe.actors import layers
+from fomoe.actors import driver_dense, layers
 from fomoe.actors.processes import CLASSES, ProcessHandle
 from fomoe.config import RoutingConfig
 from fomoe.engine import plan
@@ -165,6 +165,22 @@ class TestRefusals:
     def test_a_gpu_that_does_not_hold_its_dense_part(self, model_paths):
         with pytest.raises(BudgetError, match="dense weights"):
             self.start(model_paths["mixed"], devices=("hip:0",), vram=1 << 20)
+
+    def test_a_gpu_that_the_driver_cannot_have(self, model_paths, monkeypatch, opened):
+        open_dense = driver_dense.open_dense
+
+        def refuse(file, spec, device, options):
+            if device == "hip:1":
+                raise DeviceError("hip:1: no 5 bytes in one piece")
+            return open_dense(file, spec, device, options)
+
+        monkeypatch.setattr(driver_dense, "open_dense", refuse)
+        with pytest.raises(DeviceError, match="driver: hip:1: no 5 bytes"):
+            self.start(
+                model_paths["small"], devices=("hip:0", "hip:1"), vram=VRAM, attention="driver"
+            )
+        assert len(opened) == 3  # two with experts, and the driver's first
+        assert all(device.closed for device in opened)
 
     def test_a_contract_that_needs_a_second_state(self, model_paths, prompt):
         with local_engine(
