@@ -155,6 +155,7 @@ def measure(args: argparse.Namespace, path: Path) -> dict[str, list[float]]:
         device = engine.handles["gpu-0"].actor
         driver._loop.stop()
         device._loop.stop()
+        device._loop._stopping.clear()
         turns = Turns(driver, device)
         count = SKIP + args.tokens
         request = GenerateRequest(

@@ -23,6 +23,7 @@ Orders = tuple[Records, Records]  # of `COPY` and of `ENTRY`, with a message
 
 NO_COPIES = np.empty(0, COPY)
 _NO_ORDERS: Orders = NO_COPIES, NO_COPIES
+_LAYERS = int(Tag.LAYERS)
 _SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take
 _WAIT_MS = 20.0
 _SEND_BOUND_S = 5.0
@@ -50,6 +51,7 @@ class LayerCalls:
         self._traffic = traffic
         self._buffer = bytearray(fabric.spec.slot_bytes)
         self._passes = 0
+        self._is_far = any(link.node for link in links)  # whether anything must travel
 
     def open(self, step: Pass) -> None:
         """Begin a pass, which the devices hear of with their next messages."""
@@ -62,8 +64,9 @@ class LayerCalls:
     def copy_state(self, to: int, origin: int, length: int) -> None:
         """Make state `to` what state `origin` is after `length` tokens, on every device."""
         for link in self._links:
-            payload = self._next(Do.COPY_STATE, 0, 0, (0, length, to, origin, 0, 0, 0))
-            link.sent = self.step_id
+            self.step_id = link.sent = self.step_id + 1
+            rest = 0, length, to, origin, 0, 0, 0
+            payload = LAYERS.pack(self.step_id, 0, Do.COPY_STATE, 0, *rest)
             link.sender.send(Tag.LAYERS, payload, (), _SEND_BOUND_S)
 
     def send(
@@ -75,21 +78,21 @@ class LayerCalls:
         if link.begun != self._passes:
             link.begun = self._passes
             flags |= Do.BEGIN
-        payload = self._next(
-            flags, layer, awaited,
-            (len(step.tokens), step.position, step.state, peer, rows, *map(len, orders)),
+        copies, entries = orders
+        n_copies, n_entries = len(copies), len(entries)
+        self.step_id = link.sent = self.step_id + 1
+        payload = LAYERS.pack(
+            self.step_id, awaited, flags, layer, len(step.tokens), step.position, step.state, peer,
+            rows, n_copies, n_entries,
         )  # fmt: skip
-        link.sent = self.step_id
-        if len(orders[0]) and link.node == 0:
-            announce(link.views.link, self.step_id)
-        for records in orders:
-            if len(records):
-                payload += records.tobytes()
-        link.sender.send(Tag.LAYERS, payload, self._regions(link, flags, peer), _SEND_BOUND_S)
-
-    def _next(self, flags: int, layer: int, awaited: int, rest: tuple[int, ...]) -> bytes:
-        self.step_id += 1
-        return LAYERS.pack(self.step_id, awaited, flags, layer, *rest)
+        if n_copies:
+            payload += copies.tobytes()
+            if link.node == 0:
+                announce(link.views.link, self.step_id)
+        if n_entries:
+            payload += entries.tobytes()
+        regions = self._regions(link, flags, peer) if self._is_far else ()
+        link.sender.send(_LAYERS, payload, regions, _SEND_BOUND_S)
 
     def _regions(self, link: LayerLink, flags: int, peer: int) -> Regions:
         """Return what a device on another box must see because of a message."""
