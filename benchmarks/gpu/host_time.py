@@ -1,14 +1,19 @@
-"""Microseconds of Python between a device's scores and its next launch, part by part, without a GPU.
+"""Microseconds of Python between scores and the next launch, part by part, without a GPU.
 
 Run: PYTHONPATH=.:tests python benchmarks/gpu/host_time.py [--share 0.2] [--quality price=0.000001]
 
 One real engine over the stand-in of the vendors' libraries, its driver and its device taken in turn
-by one thread; launches and copies do nothing and scores are drawn. Times are medians and the best
-of a steady layer; a driver's library has its own, which is not in them:
-  decide   scores have come -> the step is sent      after   what the driver still does before it waits
-  arrive   message -> first launch                   queue   first launch -> all is queued
-  answer   the device is done -> its answer is sent  rest    what it still does
-  order    a step's copies, each
+by one thread; launches and copies do nothing and scores are drawn. Times are of a steady
+layer; what the vendors' library takes for a call is not in them.
+
+| part   | from -> to                                                    |
+| decide | the scores have come -> the step is sent                      |
+| after  | -> the driver has nothing to do but wait                      |
+| order  | begins a step's copies, each                                  |
+| arrive | the step has come -> first launch                             |
+| queue  | -> all is queued                                              |
+| answer | the device is done -> its answer is sent                      |
+| rest   | -> it looks for the next message                              |
 """
 
 from __future__ import annotations
@@ -188,7 +193,8 @@ def main() -> None:
         )  # fmt: skip
         for part, times in measure(args, path).items():
             best = statistics.quantiles(times, n=20)[0]
-            print(f"{part:8} {len(times):6}  median {statistics.median(times):6.1f}  5% {best:6.1f}")
+            middle = statistics.median(times)
+            print(f"{part:8} {len(times):6}  median {middle:6.1f}  5% {best:6.1f}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MOST_AHEAD = 2  # loads of ahead lists on the link at a time: what a step's may have to wait for
 
 _Records = npt.NDArray[np.void]
+_LOAD, _CANCEL = int(CopyKind.LOAD), int(CopyKind.CANCEL)  # comparing enums takes longer
 _KIND, _LAYER, _EXPERT, _VRAM, _SLOT = 4, 5, 6, 7, 8  # where fields of `COPY` stand
 
 
@@ -70,20 +71,40 @@ Record = tuple[int, ...]  # the fields of `COPY`
 
 
 class _Job:
-    """A record at work; `step` is 0 in ahead lists, `before` the job on the same VRAM slot."""
+    """A record at work; `step` is 0 in ahead lists, `before` the job on the same VRAM slot `at`.
 
-    __slots__ = ("before", "begun", "ended", "event", "record", "same", "step", "turn")
+    `names` are slot and generation.
+    """
 
-    def __init__(self, record: Record, step: int, before: _Job | None) -> None:
-        self.record, self.step, self.before = record, step, before
+    __slots__ = (
+        "at", "before", "begun", "ended", "event", "names", "record", "same", "step", "turn",
+    )  # fmt: skip
+
+    def __init__(self, record: Record, at: tuple[int, int], step: int, before: _Job | None) -> None:
+        self.record, self.at, self.step, self.before = record, at, step, before
+        self.names = record[_SLOT], record[1]
         self.begun = self.ended = False
         self.event = self.turn = 0  # of its copies, which end in the order of their turns
         self.same: _Job | None = None  # the load that brings this one's bytes
 
-    @property
-    def names(self) -> tuple[int, int]:
-        """Slot and generation."""
-        return self.record[_SLOT], self.record[1]
+
+class _Parts:
+    """Where the parts of a layer's experts lie, made once: loads are on a layer's way.
+
+    Attributes:
+        size_class: of the layer.
+        in_slot: offsets in a VRAM slot.
+        in_segment: offsets in a slot of the segment, by expert.
+        sizes: bytes.
+    """
+
+    __slots__ = ("in_segment", "in_slot", "size_class", "sizes")
+
+    def __init__(self, slots: Slots, table: ExpertTable, layer: int) -> None:
+        self.size_class = slots.class_of(layer)
+        self.in_slot = slots.layout(layer).offsets
+        self.in_segment: list[list[int]] = table.part_offset_array(layer).tolist()
+        self.sizes = part_bytes(table, layer)
 
 
 class ExpertCopies:
@@ -107,8 +128,8 @@ class ExpertCopies:
         self._source = source
         self._up, self._down = runtime.stream(), runtime.stream()
         self._events: list[int] = []  # free ones
-        self._offsets = [table.part_offset_array(i) for i in range(table.n_layers)]
-        self._sizes = [part_bytes(table, i) for i in range(table.n_layers)]
+        self._table = table
+        self._parts: dict[int, _Parts] = {}  # of the layers that records have named
         self._steps: list[_Job] = []  # loads of steps that have not begun
         self._ahead: deque[_Job] = deque()  # those of ahead lists
         self._loads: deque[_Job] = deque()  # begun and not ended, in the order of their stream
@@ -139,7 +160,7 @@ class ExpertCopies:
         """Take the records of a step, or (0) those of an ahead list, and begin what can begin."""
         jobs = self._in_flight.setdefault(step, []) if step else []
         for record in records.tolist():
-            if record[_KIND] == CopyKind.CANCEL:
+            if record[_KIND] == _CANCEL:
                 self._cancel(record)
                 continue
             job = self._take(record, step)
@@ -151,7 +172,7 @@ class ExpertCopies:
 
     def advance(self) -> None:
         """Take note of what has ended and begin what has landed."""
-        self._collect()
+        self.collect()
         if self._steps:
             self._steps = [job for job in self._steps if not self._try(job)]
         self._held_back = False
@@ -180,7 +201,7 @@ class ExpertCopies:
     def hold(self, step: int, stream: int) -> None:
         """Let a stream wait for the loads of a step, all of which have begun."""
         at_work = [job.same or job for job in self._in_flight.get(step, ())]
-        loads = [job for job in at_work if not job.ended and job.record[_KIND] == CopyKind.LOAD]
+        loads = [job for job in at_work if not job.ended and job.record[_KIND] == _LOAD]
         if loads:
             self._runtime.wait(max(loads, key=lambda job: job.turn).event, stream)
 
@@ -203,16 +224,16 @@ class ExpertCopies:
             job.begun = job.ended = True
 
     def _take(self, record: Record, step: int) -> _Job:
-        at = self._at(record)
+        at = self._parts_of(record[_LAYER]).size_class, record[_VRAM]
         before = self._last.get(at)
         if before is not None and before.ended:
             before = None
-        is_load = record[_KIND] == CopyKind.LOAD
-        job = _Job(record, step, before)
+        is_load = record[_KIND] == _LOAD
+        job = _Job(record, at, step, before)
         if is_load and before is None and self._lies_there(job, at):
             self._close(job)  # an answer that the driver had not read yet
             return job
-        if is_load and before is not None and before.record[_KIND] == CopyKind.LOAD:
+        if is_load and before is not None and before.record[_KIND] == _LOAD:
             if before.begun and before.names == job.names:
                 job.same = before
             elif not before.begun:
@@ -243,15 +264,18 @@ class ExpertCopies:
         self.ended.append((*job.record[:-1], int(Outcome.DROPPED)))
 
     def _unlink(self, job: _Job) -> None:
-        at = self._at(job.record)
+        at = job.at
         if self._last.get(at) is job:
             if job.before is None:
                 del self._last[at]
             else:
                 self._last[at] = job.before
 
-    def _at(self, record: Record) -> tuple[int, int]:
-        return self._slots.class_of(record[_LAYER]), record[_VRAM]
+    def _parts_of(self, layer: int) -> _Parts:
+        parts = self._parts.get(layer)
+        if parts is None:
+            parts = self._parts[layer] = _Parts(self._slots, self._table, layer)
+        return parts
 
     def _may_begin(self, job: _Job) -> bool:
         if job.before is not None and not job.before.begun:
@@ -267,7 +291,9 @@ class ExpertCopies:
 
     def _load(self, job: _Job) -> None:
         record = job.record
-        layer, expert, at = record[_LAYER], record[_EXPERT], self._at(record)
+        layer, expert, at = record[_LAYER], record[_EXPERT], job.at
+        self._on_link(job)
+        self._copy(job, self._up)  # first of all: accounts can wait
         before = self._tenant.get(at)
         if before is not None and self._place.get(before) == at:
             self._slots.set(*before, None)
@@ -277,8 +303,6 @@ class ExpertCopies:
         self._brought[at] = job.names
         self._slots.set(layer, expert, record[_VRAM])
         self._stale.add(layer)
-        self._on_link(job)
-        self._copy(job, self._up)
         self._n_ahead += not job.step
 
     def _on_link(self, job: _Job) -> None:
@@ -304,20 +328,20 @@ class ExpertCopies:
 
     def _copy(self, job: _Job, stream: int) -> None:
         """Queue the parts of an expert behind the copy before it on the same VRAM slot."""
-        runtime, record = self._runtime, job.record
-        layer, before = record[_LAYER], job.before
+        runtime, record, before = self._runtime, job.record, job.before
+        parts = self._parts_of(record[_LAYER])
         if before is not None and not before.ended:
             runtime.wait((before.same or before).event, stream)
-        base = self._slots.slot_address(*self._at(record))
+        base = self._slots.slot_address(*job.at)
         start = self._source.address + record[0]
-        parts = zip(
-            self._slots.layout(layer).offsets, self._offsets[layer][record[_EXPERT]].tolist(),
-            self._sizes[layer], strict=True,
-        )  # fmt: skip
-        up = record[_KIND] == CopyKind.LOAD
-        for there, here, nbytes in parts:
-            to, source = (base + there, start + here) if up else (start + here, base + there)
-            runtime.copy(to, source, nbytes, stream)
+        up = record[_KIND] == _LOAD
+        for there, here, nbytes in zip(
+            parts.in_slot, parts.in_segment[record[_EXPERT]], parts.sizes, strict=True
+        ):
+            if up:
+                runtime.copy(base + there, start + here, nbytes, stream)
+            else:
+                runtime.copy(start + here, base + there, nbytes, stream)
             self.nbytes += nbytes
         job.event = self._events.pop() if self._events else runtime.event()
         runtime.record(job.event, stream)
@@ -325,7 +349,8 @@ class ExpertCopies:
         job.begun, job.turn = True, self._turn
         job.before = None  # the stream keeps the order from here on
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
+        """Take note of what has ended."""
         runtime = self._runtime
         while self._loads:
             job = self._loads[0]
@@ -347,11 +372,10 @@ class ExpertCopies:
         job.ended = True
         if job.same is None:
             self._events.append(job.event)
-        at = self._at(job.record)
-        if self._last.get(at) is job:
-            del self._last[at]
+        if self._last.get(job.at) is job:
+            del self._last[job.at]
         if not job.step:
-            self._n_ahead -= job.same is None and job.record[_KIND] == CopyKind.LOAD
+            self._n_ahead -= job.same is None and job.record[_KIND] == _LOAD
             self.ended.append((*job.record[:-1], int(Outcome.DONE)))
 
 

@@ -140,7 +140,9 @@ def host_pass(models: list[GPUModel], tokens: list[int], position: int) -> np.nd
             model.put_hidden(hidden.address)
         model.front(layer)
         route = route_exact(model.scores(layer), spec.moe.top_k)
-        model.back(layer, route.ids, route.weights)
+        order = np.argsort(route.ids, axis=1)
+        ids, weights = (np.take_along_axis(a, order, 1) for a in (route.ids, route.weights))
+        model.back(layer, ids, weights)
         if len(models) > 1:
             model.take_hidden(hidden.address)
     logits = model.logits(range(len(tokens))).copy()

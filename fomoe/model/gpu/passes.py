@@ -168,7 +168,7 @@ class Passes:
 
         def steps() -> list[Step]:
             n_scores = 4 * self._desk.spec.moe.n_experts
-            fetch = Step("copy", lambda: self._mail.scores.fetch(0, n_scores))
+            fetch = Step("copy", self._mail.scores.giving(self._desk.gpu, n_scores))
             front = self._front(layer, size)
             if size > 1:
                 return front
@@ -183,7 +183,7 @@ class Passes:
             return []
         mail = self._mail.ahead
         return [Step("ahead", look_ahead(self._desk, router, mail.address)),
-                Step("copy", mail.fetch)]  # fmt: skip
+                Step("copy", mail.giving(self._desk.gpu))]  # fmt: skip
 
     def gather(self, layer: int, tokens: int) -> Program:
         """A prompt's layer from its scores up to its pairs sorted by expert, by its own choice."""
