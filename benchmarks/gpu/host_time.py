@@ -8,6 +8,7 @@ layer; what the vendors' library takes for a call is not in them.
 
 | part   | from -> to                                                    |
 | decide | the scores have come -> the step is sent                      |
+| between | the last layer is done -> the next token's first step is sent |
 | after  | -> the driver has nothing to do but wait                      |
 | order  | begins a step's copies, each                                  |
 | arrive | the step has come -> first launch                             |
@@ -81,14 +82,14 @@ class Turns:
 
     def _wrap_driver(self) -> None:
         link, calls, host = self.host.links[0], self.host._calls, self.host
-        send, scores, wait = link.sender.send, host.scores, calls._fabric.wait
-        self.decides = False
+        send, scores, finish = link.sender.send, host.scores, host.finish
+        self.decides = self.is_between = False
 
         def sent(*args: Any) -> None:
             send(*args)
             if self.decides and args[0] == 12:
-                self._note("decide")
-                self.decides = False
+                self._note("between" if self.is_between else "decide")
+                self.decides = self.is_between = False
 
         def scored(layer: int) -> Any:
             if layer:
@@ -101,10 +102,15 @@ class Turns:
             self.turn()
             return True
 
+        def finished() -> None:
+            self._note("after")
+            finish()
+            self.decides = self.is_between = True
+            self.at = ns()
+
         link.sender.send = sent
-        host.scores = scored
+        host.scores, host.finish = scored, finished
         calls._fabric.wait = pump
-        self.wait = wait
 
     def _wrap_device(self) -> None:
         device = self.device
@@ -171,10 +177,11 @@ def measure(args: argparse.Namespace, path: Path) -> dict[str, list[float]]:
             request, driver._sequence, driver._forward, driver._meter, chunk=1,
             routing=driver._config.routing,
         )  # fmt: skip
+        driver._running, driver._client._sender.send = running, lambda *args: None
         for token in range(count):
             if token == SKIP:
                 turns.parts.clear()
-            running.step()
+            driver.poll()
         return turns.parts
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from device_time import ticks_launch, ticks_per_us
 from pingpong_trace import Notes, note_device
 
-from fomoe.actors.expert_copies import part_bytes
+from fomoe.actors.expert_parts import part_bytes
 from fomoe.actors.layers import LayerActor, LayerPlan
 from fomoe.actors.storage import landed_bytes
 from fomoe.storage.segment import SegmentHandle

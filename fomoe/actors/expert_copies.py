@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fomoe.actors.channel import load_acquire_u64, store_release_u64
+from fomoe.actors.expert_parts import ExpertParts, Slots
 from fomoe.actors.shared_link import SharedLink
 from fomoe.engine.copies import COPY, CopyKind, Outcome
 from fomoe.gguf.extents import ExpertTable
@@ -25,33 +26,6 @@ MOST_AHEAD = 2  # loads of ahead lists on the link at a time: what a step's may 
 _Records = npt.NDArray[np.void]
 _LOAD, _CANCEL = int(CopyKind.LOAD), int(CopyKind.CANCEL)  # comparing enums takes longer
 _KIND, _LAYER, _EXPERT, _VRAM, _SLOT = 4, 5, 6, 7, 8  # where fields of `COPY` stand
-
-
-class SlotLayout(Protocol):
-    """How an expert lies in its slot."""
-
-    @property
-    def offsets(self) -> tuple[int, int, int]:
-        """Where gate, up and down begin."""
-
-
-class Slots(Protocol):
-    """A device's places for experts."""
-
-    def class_of(self, layer: int) -> int:
-        """Return the class of the layer's slots."""
-
-    def layout(self, layer: int) -> SlotLayout:
-        """Return how an expert of the layer lies in its slot."""
-
-    def slot_address(self, size_class: int, slot: int) -> int:
-        """Return where a slot begins on the device."""
-
-    def set(self, layer: int, expert: int, slot: int | None) -> None:
-        """Note that the expert lies in a slot of its layer's class, or (None) nowhere."""
-
-    def publish(self, layer: int | None = None) -> None:
-        """Tell the device's own table of a layer (None: of all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,25 +62,6 @@ class _Job:
         self.same: _Job | None = None  # the load that brings this one's bytes
 
 
-class _Parts:
-    """Where the parts of a layer's experts lie, made once: loads are on a layer's way.
-
-    Attributes:
-        size_class: of the layer.
-        in_slot: offsets in a VRAM slot.
-        in_segment: offsets in a slot of the segment, by expert.
-        sizes: bytes.
-    """
-
-    __slots__ = ("in_segment", "in_slot", "size_class", "sizes")
-
-    def __init__(self, slots: Slots, table: ExpertTable, layer: int) -> None:
-        self.size_class = slots.class_of(layer)
-        self.in_slot = slots.layout(layer).offsets
-        self.in_segment: list[list[int]] = table.part_offset_array(layer).tolist()
-        self.sizes = part_bytes(table, layer)
-
-
 class ExpertCopies:
     """Carries out records, on two streams of their own; nothing here waits.
 
@@ -129,7 +84,7 @@ class ExpertCopies:
         self._up, self._down = runtime.stream(), runtime.stream()
         self._events: list[int] = []  # free ones
         self._table = table
-        self._parts: dict[int, _Parts] = {}  # of the layers that records have named
+        self._parts: dict[int, ExpertParts] = {}  # of the layers that records have named
         self._steps: list[_Job] = []  # loads of steps that have not begun
         self._ahead: deque[_Job] = deque()  # those of ahead lists
         self._loads: deque[_Job] = deque()  # begun and not ended, in the order of their stream
@@ -271,10 +226,10 @@ class ExpertCopies:
             else:
                 self._last[at] = job.before
 
-    def _parts_of(self, layer: int) -> _Parts:
+    def _parts_of(self, layer: int) -> ExpertParts:
         parts = self._parts.get(layer)
         if parts is None:
-            parts = self._parts[layer] = _Parts(self._slots, self._table, layer)
+            parts = self._parts[layer] = ExpertParts(self._slots, self._table, layer)
         return parts
 
     def _may_begin(self, job: _Job) -> bool:
@@ -382,11 +337,3 @@ class ExpertCopies:
 def as_records(records: list[Record]) -> _Records:
     """Return records of `COPY` as an array."""
     return np.array(records, COPY)
-
-
-def part_bytes(table: ExpertTable, layer: int) -> tuple[int, int, int]:
-    """Return the bytes of gate, up and down of an expert of the layer."""
-    sizes = table.stride[layer].tolist()
-    if len(sizes) == 2:  # fused: the gate's rows lie before the up projection's
-        return sizes[0] // 2, sizes[0] // 2, sizes[1]
-    return sizes[0], sizes[1], sizes[2]

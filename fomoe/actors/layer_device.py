@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.actors.channel import Fabric, Regions, Sender, load_acquire_u64, store_release_u64
-from fomoe.actors.expert_copies import ExpertCopies, Slots
+from fomoe.actors.expert_copies import ExpertCopies
+from fomoe.actors.expert_parts import Slots
 from fomoe.actors.layer_layout import LayerArena, LayerViews
 from fomoe.actors.messages import DONE, LAYERS, Do, Tag
 from fomoe.engine.copies import COPY

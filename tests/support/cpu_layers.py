@@ -9,7 +9,7 @@ import numpy as np
 
 from fomoe.actors import layers
 from fomoe.actors.driver import DriverActor
-from fomoe.actors.expert_copies import part_bytes
+from fomoe.actors.expert_parts import part_bytes
 from fomoe.actors.layers import LayerActor
 from fomoe.engine import hosting
 from fomoe.engine.experts import expert_shape
