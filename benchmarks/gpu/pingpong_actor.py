@@ -29,14 +29,21 @@ class PingPongActor(LayerActor):
         model: Any = self._model
         self._per_us = ticks_per_us(model.gpu)
         self._delay: Any = None
-        front = model.front
+        front, both = model.front, model.back_and_front
 
         def delayed(layer: int) -> None:
             if self._delay is not None:
                 model.gpu.launch(self._delay)
             front(layer)
 
-        model.front = delayed
+        def both_delayed(layer: int, *routes: Any) -> None:
+            if self._delay is None:
+                both(layer, *routes)
+                return
+            model.back(layer, *routes) if routes else model.own_back(layer)
+            delayed(layer + 1)
+
+        model.front, model.back_and_front = delayed, both_delayed
 
     def delay(self, microseconds: float) -> None:
         """Let each front take so much longer, from now on."""

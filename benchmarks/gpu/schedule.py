@@ -201,6 +201,10 @@ class CardLayers:
 
     own_back = back
 
+    def back_and_front(self, layer: int, *routes: Any) -> None:
+        self.back(layer)
+        self.front(layer + 1)
+
     def largest(self, row: int) -> tuple[int, float, float]:
         self._sync()
         return 5, 0.0, 0.0

@@ -29,6 +29,7 @@ _SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take els
 _WAIT_MS = 20.0
 _SEND_BOUND_S = 5.0
 _BOUND_S = 120.0
+_HALVES = Do.BACK | Do.FRONT
 _ENDS = Do.GIVE | Do.LOGITS | Do.LARGEST  # what waits for the device's work
 
 
@@ -80,6 +81,11 @@ class LayerModel(Protocol):
 
     def own_back(self, layer: int) -> None:
         """Run the router's own choice, with the bits of a whole pass, and close the layer."""
+
+    def back_and_front(
+        self, layer: int, ids: I32 | None = None, weights: F32 | None = None
+    ) -> None:
+        """Run `back` of a token, `own_back` without routes, and the next layer's front as one."""
 
     def gather(self, layer: int) -> None:
         """Begin the experts of a prompt's chunk: the router's own choice, sorted by expert."""
@@ -278,7 +284,7 @@ class LayerServer:
             model.begin(ids, position, state)
 
     def _run(self, do: int, layer: int, message: bytes | bytearray) -> None:
-        model, mine, tokens = self._model, self._mine, self._tokens
+        model = self._model
         if do & Do.GATHER:
             model.gather(layer)
         if do & Do.WAVE:
@@ -287,14 +293,23 @@ class LayerServer:
             model.combine(layer)
             layer += 1
         if do & Do.BACK:
-            if do & Do.CHOOSE:
-                self._copies.publish(layer)
-                model.own_back(layer)
-            else:
-                model.back(layer, mine.ids[:tokens], mine.weights[:tokens])
+            self._run_back(do, layer)
             layer += 1
         if do & Do.FRONT:
-            self._run_front(layer)
+            self._run_front(layer, is_begun=_is_one(do, self._tokens))
+
+    def _run_back(self, do: int, layer: int) -> None:
+        """Close a layer; a token's goes on to the scores of the next, where those are wanted."""
+        model, mine, tokens = self._model, self._mine, self._tokens
+        routes = () if do & Do.CHOOSE else (mine.ids[:tokens], mine.weights[:tokens])
+        if not routes:
+            self._copies.publish(layer)
+        if _is_one(do, tokens):
+            model.back_and_front(layer, *routes)
+        elif routes:
+            model.back(layer, *routes)
+        else:
+            model.own_back(layer)
 
     def _run_wave(self, layer: int, message: bytes | bytearray) -> None:
         *_, n_copies, n_entries = LAYERS.unpack_from(message)
@@ -303,9 +318,10 @@ class LayerServer:
         self._model.wave(layer, entries["expert"].copy(), entries["slot"].copy())
         self._finish_computing()
 
-    def _run_front(self, layer: int) -> None:
+    def _run_front(self, layer: int, *, is_begun: bool) -> None:
         model, mine = self._model, self._mine
-        model.front(layer)
+        if not is_begun:
+            model.front(layer)
         if self._moves:  # what comes for later steps is not to wait for this one
             self._finish_computing()
         np.copyto(mine.scores_of(layer)[: self._tokens], model.scores(layer))
@@ -355,3 +371,8 @@ class LayerServer:
         """Let go of what other processes map, too."""
         for arena in self._registered:
             self._model.runtime.unregister(arena)
+
+
+def _is_one(do: int, tokens: int) -> bool:
+    """Whether a layer's back and the next one's front are queued together."""
+    return tokens == 1 and do & _HALVES == _HALVES

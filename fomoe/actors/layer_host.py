@@ -68,6 +68,8 @@ class DeviceLayers:
         """Embed the tokens and begin the front of the first layer."""
         self._open(step)
         self._calls.send(self._home[0], Do.EMBED | Do.FRONT, 0)
+        if self.traffic.looks_ahead and len(step.tokens) == 1:
+            self.traffic.token()
 
     def scores(self, layer: int) -> F32:
         """Wait for the layer's front; its scores float32 [T, E] stand until the next call."""
@@ -220,8 +222,6 @@ class DeviceLayers:
 
     def _open(self, step: Pass) -> None:
         self._calls.open(step)
-        if self.traffic.looks_ahead and len(step.tokens) == 1:
-            self.traffic.token()
         self._has = 0
         first = self._home[0]
         first.views.tokens[: len(step.tokens)] = step.tokens

@@ -198,6 +198,13 @@ class CpuLayers:
         self._device.reduce(pairs, groups.order, groups.arrange(weights), routed)
         self._model.close(self._x, routed, self._model.shared(layer, self._h))
 
+    def back_and_front(self, layer, *routes):
+        if routes:
+            self.back(layer, *routes)
+        else:
+            self.own_back(layer)
+        self.front(layer + 1)
+
     def prefill(self, tokens, position, state):
         self.begin(tokens, position, state)
         self.calls.append("whole")

@@ -247,6 +247,16 @@ class GPUModel:
         """
         self._passes.own_back(layer, self._tokens).run()
 
+    def back_and_front(
+        self, layer: int, ids: I32 | None = None, weights: F32 | None = None
+    ) -> None:
+        """Run `back` of a token, `own_back` without routes, and the next layer's front as one."""
+        if ids is not None and weights is not None:
+            self._routes.write_token(layer, ids[0], weights[0])
+        self._looks_ahead = self.options.ahead and layer + 2 < self.spec.n_layers
+        self._passes.back_and_front(layer, choose=ids is None).run()
+        self._scored.mark()
+
     def decode(self, token: int, position: int, state: int = 0) -> None:
         """Run one token through all layers and the head, by the device's own choice."""
         self._write_step(1, token, position, state)

@@ -142,6 +142,9 @@ class Passes:
                 self.front(layer, size)
                 self.back(layer, size)
                 self.own_back(layer, size)
+                if size == 1 and layer + 1 in self._held.layers:
+                    self.back_and_front(layer, choose=False)
+                    self.back_and_front(layer, choose=True)
                 if size > 1:
                     self.gather(layer, size)
                     self.wave(layer, size)
@@ -243,6 +246,15 @@ class Passes:
             return [choose, *self._prompt_back(layer, size)]
 
         return self._program("own back", layer, size, steps)
+
+    def back_and_front(self, layer: int, *, choose: bool) -> Program:
+        """A token's `back`, or `own_back`, and the front of the next layer: one graph to launch."""
+
+        def steps() -> list[Step]:
+            back = self.own_back(layer, 1) if choose else self.back(layer, 1)
+            return [*back.steps, *self.front(layer + 1, 1).steps]
+
+        return self._program(f"back and front {choose}", layer, 1, steps)
 
     def whole(self, tokens: int) -> Program:
         """All layers by the device's own choice; one token's program begins with the step block.
