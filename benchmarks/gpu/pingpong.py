@@ -134,6 +134,8 @@ def traced(args: argparse.Namespace, llm: LLM, name: str, quality: str | None = 
         handle.call("trace").result(CALL_S)
     text(llm, 16, quality)
     calls = [Call(*c) for handle in actors for c in handle.call("trace").result(CALL_S)]
+    loads = [c.what.split()[-1] for c in calls if c.what.startswith("load")]
+    print(f"  loads of steps {loads.count('step')}, ahead {loads.count('ahead')}", flush=True)
     (args.trace / f"{name}.txt").write_text("\n".join(lines(calls, 2)) + "\n")
 
 
@@ -229,7 +231,7 @@ def main() -> None:
     parser.add_argument("--link", type=float, default=54e9, help="bytes a second, for the delay")
     parser.add_argument("--prefetch-budget", type=float, default=1.0)
     parser.add_argument("--tokens", type=int, default=150)
-    parser.add_argument("--one", action="store_true", help="leave the two actors out")
+    parser.add_argument("--only", choices=("one", "two"), help="actors; both if absent")
     parser.add_argument("--trace", type=Path, help="folder for what actors did, call by call")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -242,7 +244,7 @@ def main() -> None:
     result: dict[str, Any] = {"model": args.model.name, "tokens": args.tokens}
     share = None
     for name, n_devices in (("two", 2), ("one", 1)):
-        if args.one and n_devices == 2:
+        if args.only not in (None, name):
             continue
         compute = alone(args, n_devices)
         print(f"  alone: {compute}", flush=True)

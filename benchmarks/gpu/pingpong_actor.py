@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,39 +18,44 @@ COPIES = 256
 
 
 class PingPongActor(LayerActor):
-    """A layer actor whose fronts can take longer than they do."""
+    """A layer actor whose layers can take longer than they do, either half the same."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._notes: Notes | None = None
 
     def open(self, plan: LayerPlan, segment: SegmentHandle) -> None:
-        """As ever, with a kernel in front of each front."""
+        """As ever, with a kernel in front of each half."""
         super().open(plan, segment)
         model: Any = self._model
         self._per_us = ticks_per_us(model.gpu)
         self._delay: Any = None
-        front, both = model.front, model.back_and_front
+        for half in ("front", "back", "own_back"):
+            setattr(model, half, self._delayed(model, getattr(model, half)))
+        both = model.back_and_front
 
-        def delayed(layer: int) -> None:
+        def apart(layer: int, routes: Any) -> None:
+            if self._delay is None:
+                both(layer, routes)
+                return
+            model.own_back(layer) if routes is None else model.back(layer, *routes)
+            model.front(layer + 1)
+
+        model.back_and_front = apart
+
+    def _delayed(self, model: Any, half: Callable[..., None]) -> Callable[..., None]:
+        def delayed(*args: Any) -> None:
             if self._delay is not None:
                 model.gpu.launch(self._delay)
-            front(layer)
+            half(*args)
 
-        def both_delayed(layer: int, *routes: Any) -> None:
-            if self._delay is None:
-                both(layer, *routes)
-                return
-            model.back(layer, *routes) if routes else model.own_back(layer)
-            delayed(layer + 1)
-
-        model.front, model.back_and_front = delayed, both_delayed
+        return delayed
 
     def delay(self, microseconds: float) -> None:
-        """Let each front take so much longer, from now on."""
+        """Let each layer take so much longer, from now on."""
         model: Any = self._model
         model.runtime.attach()
-        ticks = round(microseconds * self._per_us)
+        ticks = round(microseconds / 2 * self._per_us)
         self._delay = ticks_launch(model.gpu, ticks) if ticks else None
 
     def trace(self) -> list[tuple[str, str, int, int]]:

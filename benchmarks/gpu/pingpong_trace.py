@@ -89,9 +89,11 @@ def note_driver() -> Notes:
     notes.wrap(host, "_go", lambda _, layer, *rest: f"  go {layer}")
     notes.wrap(host, "finish", lambda *_: "finish")
     notes.wrap(host, "largest", lambda *_: "largest")
-    notes.wrap(calls, "send", lambda _, link, flags, layer: f"    send {link.name} {layer}")
+    notes.wrap(calls, "send", lambda _, link, flags, layer, *rest: f"    send {link.name} {layer}")
     notes.wrap(
-        layer_traffic.LayerTraffic, "look_ahead", lambda _, layer, scores: f"  look ahead {layer}"
+        layer_traffic.LayerTraffic,
+        "look_ahead",
+        lambda _, layer, *rest: f"  look ahead {layer} {rest[1:]}",
     )
     for what in ("decide", "decide_by"):
         notes.wrap(host, what, lambda _, layer, *rest: f"decide {layer}")

@@ -14,7 +14,7 @@ from fomoe.actors.channel import Fabric, Regions, Sender, load_acquire_u64, stor
 from fomoe.actors.expert_copies import ExpertCopies
 from fomoe.actors.expert_parts import Slots
 from fomoe.actors.layer_layout import LayerArena, LayerViews
-from fomoe.actors.messages import DONE, LAYERS, Do, Tag
+from fomoe.actors.messages import DONE, FORESEEN, LAYERS, Do, Tag
 from fomoe.engine.copies import COPY
 from fomoe.engine.transfers import ENTRY
 from fomoe.errors import DeviceError
@@ -76,15 +76,19 @@ class LayerModel(Protocol):
         None where the device does not compute it.
         """
 
+    def foreseen(self) -> tuple[int, F32] | None:
+        """Return a layer and its router's scores float32 [1, E] of the stream that goes into it.
+
+        Once for each layer, when the device has them; None until then, and where it has none.
+        """
+
     def back(self, layer: int, ids: I32, weights: F32) -> None:
         """Run the experts int32 [T, k] and close the layer; one token's ids ascend."""
 
     def own_back(self, layer: int) -> None:
         """Run the router's own choice, with the bits of a whole pass, and close the layer."""
 
-    def back_and_front(
-        self, layer: int, ids: I32 | None = None, weights: F32 | None = None
-    ) -> None:
+    def back_and_front(self, layer: int, routes: tuple[I32, F32] | None) -> None:
         """Run `back` of a token, `own_back` without routes, and the next layer's front as one."""
 
     def gather(self, layer: int) -> None:
@@ -211,6 +215,7 @@ class LayerServer:
             model.take_hidden(self._mine.hidden.ctypes.data)
             store_release_u64(self._mine.word, 0, step)
             self._fabric.ring(self._devices[peer].name)
+            self._foresee()
         if do & Do.LOGITS:
             np.copyto(self._mine.logits[:rows], model.logits(self._mine.rows[:rows]))
         if do & Do.LARGEST:
@@ -262,13 +267,14 @@ class LayerServer:
         started = time.perf_counter_ns()
         while True:
             bell = self._fabric.bell()
-            self._copies.advance()
             if ready():
                 break
+            self._copies.advance()
             self._listen()
+            self._foresee()
             if time.perf_counter_ns() - started > _BOUND_S * 1e9:
                 raise DeviceError(f"{what} has not come within {_BOUND_S:.0f} s")
-            if nap and not self._copies.under_way:
+            if nap and not self._copies.under_way and not ready():
                 self._fabric.wait(bell, _SPIN_US, _WAIT_MS)
         if nap:  # not for the device's own work
             self._waited += time.perf_counter_ns() - started
@@ -301,15 +307,15 @@ class LayerServer:
     def _run_back(self, do: int, layer: int) -> None:
         """Close a layer; a token's goes on to the scores of the next, where those are wanted."""
         model, mine, tokens = self._model, self._mine, self._tokens
-        routes = () if do & Do.CHOOSE else (mine.ids[:tokens], mine.weights[:tokens])
-        if not routes:
+        routes = None if do & Do.CHOOSE else (mine.ids[:tokens], mine.weights[:tokens])
+        if routes is None:
             self._copies.publish(layer)
         if _is_one(do, tokens):
-            model.back_and_front(layer, *routes)
-        elif routes:
-            model.back(layer, *routes)
-        else:
+            model.back_and_front(layer, routes)
+        elif routes is None:
             model.own_back(layer)
+        else:
+            model.back(layer, *routes)
 
     def _run_wave(self, layer: int, message: bytes | bytearray) -> None:
         *_, n_copies, n_entries = LAYERS.unpack_from(message)
@@ -327,6 +333,18 @@ class LayerServer:
         np.copyto(mine.scores_of(layer)[: self._tokens], model.scores(layer))
         if (ahead := model.ahead()) is not None:
             np.copyto(mine.ahead_of(layer), ahead)
+
+    def _foresee(self) -> None:
+        """Tell the driver what the next layer's router says of the stream that goes into it."""
+        found = self._model.foreseen()
+        if found is None:
+            return
+        layer, scores = found
+        np.copyto(self._mine.foreseen, scores)
+        regions: Regions = ()
+        if self._remote:
+            regions = self._own.layout.regions(self._own.arena, foreseen=scores.size)
+        self._to_driver.send(Tag.FORESEEN, FORESEEN.pack(layer), regions, _SEND_BOUND_S)
 
     def _await_hidden(self, peer: int, awaited: int, step: int) -> bool:
         """Wait for another device's residual stream; False where it has died or been given up."""

@@ -24,7 +24,7 @@ from fomoe.model.gpu.loading import load_all, slot_counts
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.passes import Held, Mail, Passes, build
 from fomoe.model.gpu.planning import planned_bytes, resident_bytes, slots_bytes
-from fomoe.model.gpu.program import time_steps
+from fomoe.model.gpu.program import time_program, time_steps
 from fomoe.model.gpu.routes import Routes
 from fomoe.model.gpu.slots import U8, ExpertSlots
 from fomoe.model.gpu.states import States, StateSnapshot
@@ -39,7 +39,6 @@ __all__ = ["Decoded", "GPUModel", "planned_bytes", "resident_bytes", "slots_byte
 I32 = npt.NDArray[np.int32]
 
 _F32_BYTES = 4
-_AHEAD = 8  # decode steps that keep a device busy while the host queues launches to be timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,10 @@ class GPUModel:
         self._routes = Routes(self._mail, self.slots, options.layers)
         self._passes = _rehearsed(desk, self._mail, held, graphs=options.graphs)
         self._head: Head | None = self._passes.head
-        self._begun, self._scored, self._ended = (Signal(gpu, options.wait_s) for _ in range(3))
+        self._begun, self._scored, self._ended, self._spoken = (
+            Signal(gpu, options.wait_s) for _ in range(4)
+        )
+        self._foreseen = -1  # the layer whose router is to speak about the stream that goes into it
         self._hidden_from: dict[int, Launch] = {}  # one for each device that hands over
         self._tokens = 1
         self._has_logits = self._looks_ahead = False
@@ -166,6 +168,7 @@ class GPUModel:
     def embed(self) -> None:
         """Take the tokens' embedding as the residual stream."""
         self._passes.embed(self._tokens).run()
+        self._foresee(0)
 
     def put_hidden(self, address: int) -> None:
         """Take float32 [T, D] of registered host memory, at the device's address of it."""
@@ -207,6 +210,22 @@ class GPUModel:
         scores: F32 = self._mail.ahead.host
         return scores
 
+    def foreseen(self) -> tuple[int, F32] | None:
+        """Return a layer and what its router says of a token's stream that goes into it.
+
+        float32 [1, E], once for each layer, as soon as the device has it; None until then.
+        """
+        if self._foreseen < 0 or not self._spoken.passed:
+            return None
+        layer, self._foreseen = self._foreseen, -1
+        return layer, self._mail.foreseen.host
+
+    def _foresee(self, layer: int) -> None:
+        """Note what the program that was queued last ends with."""
+        if self._tokens == 1 and self.options.ahead and layer < self.spec.n_layers:
+            self._spoken.mark()
+            self._foreseen = layer
+
     def gather(self, layer: int) -> None:
         """Begin the experts of a prompt's chunk by its own choice: sort the pairs by expert."""
         self._passes.gather(layer, self._tokens).run()
@@ -239,6 +258,7 @@ class GPUModel:
         else:
             self._routes.send_prompt(layer, ids, weights)
         self._passes.back(layer, self._tokens).run()
+        self._foresee(layer + 1)
 
     def own_back(self, layer: int) -> None:
         """Run the router's own choice, with the bits of a whole pass, and close the layer.
@@ -246,15 +266,17 @@ class GPUModel:
         All that it chooses must be resident, and published.
         """
         self._passes.own_back(layer, self._tokens).run()
+        self._foresee(layer + 1)
 
-    def back_and_front(
-        self, layer: int, ids: I32 | None = None, weights: F32 | None = None
-    ) -> None:
+    def back_and_front(self, layer: int, routes: tuple[I32, F32] | None) -> None:
         """Run `back` of a token, `own_back` without routes, and the next layer's front as one."""
-        if ids is not None and weights is not None:
-            self._routes.write_token(layer, ids[0], weights[0])
-        self._looks_ahead = self.options.ahead and layer + 2 < self.spec.n_layers
-        self._passes.back_and_front(layer, choose=ids is None).run()
+        if self.options.ahead:  # what the back foresees is to be heard before the front ends
+            self.own_back(layer) if routes is None else self.back(layer, *routes)
+            self.front(layer + 1)
+            return
+        if routes is not None:
+            self._routes.write_token(layer, routes[0][0], routes[1][0])
+        self._passes.back_and_front(layer, choose=routes is None).run()
         self._scored.mark()
 
     def decode(self, token: int, position: int, state: int = 0) -> None:
@@ -330,36 +352,19 @@ class GPUModel:
 
     def launches(self) -> dict[int, int]:
         """Return the kernels of a decode step by the device's own choice, by layer."""
-        passes = self._passes
-        return {
-            layer: passes.front(layer, 1).n_launches + passes.own_back(layer, 1).n_launches
-            for layer in self.options.layers
-        }
+        return self._passes.launches()
 
     def time_launches(self, token: int, position: int, state: int = 0) -> list[tuple[str, float]]:
         """Return name and microseconds on the device of each step of a decode step, in order."""
         whole = self._passes.whole(1)
         self._write_step(1, token, position, state)
-
-        def ahead() -> None:
-            for _ in range(_AHEAD):
-                whole.run()
-
-        times = time_steps(self.gpu, whole.steps, ahead)
-        return [(step.name, time) for step, time in zip(whole.steps, times, strict=True)]
+        return time_steps(self.gpu, whole)
 
     def time_token(self, token: int, position: int, state: int = 0, *, count: int = 20) -> float:
         """Return the milliseconds of a decode step where the device never waits for the host."""
-        whole, runtime, stream = self._passes.whole(1), self.runtime, self.gpu.stream
+        whole = self._passes.whole(1)
         self._write_step(1, token, position, state)
-        first, last = runtime.event(timing=True), runtime.event(timing=True)
-        whole.run()
-        runtime.record(first, stream)
-        for _ in range(count):
-            whole.run()
-        runtime.record(last, stream)
-        runtime.synchronize(stream)
-        return runtime.elapsed_ms(first, last) / count
+        return time_program(self.gpu, whole, count)
 
     def close(self) -> None:
         """Wait for the work and give the device's memory back."""
