@@ -24,7 +24,7 @@ Orders = tuple[Records, Records]  # of `COPY` and of `ENTRY`, with a message
 
 NO_COPIES = np.empty(0, COPY)
 _NO_ORDERS: Orders = NO_COPIES, NO_COPIES
-_LAYERS = int(Tag.LAYERS)
+_LAYERS, _DONE = int(Tag.LAYERS), int(Tag.DONE)  # an enum's members take longer
 _SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take
 _WAIT_MS = 20.0
 _SEND_BOUND_S = 5.0
@@ -173,15 +173,8 @@ class LayerCalls:
             DeviceError: it cannot go on; names it and says why.
         """
         while (message := link.receiver.try_recv(self._buffer)) is not None:
-            tag, nbytes = message
-            if tag == Tag.FAULT:
-                text = self._buffer[:nbytes].decode(errors="replace")
-                raise DeviceError(f"{link.name}: {text}")
-            if tag == Tag.COPIED:
-                self._traffic.ended(self._buffer, nbytes)
-                continue
-            if tag == Tag.FORESEEN:
-                self.foreseen = FORESEEN.unpack_from(self._buffer)[0], link
+            if message[0] != _DONE:
+                self._hear(link, *message)
                 continue
             link.answered, aborted, _, computed_ns, waited_ns = DONE.unpack_from(self._buffer)
             if aborted:
@@ -189,6 +182,18 @@ class LayerCalls:
             self._answered(link, waited_ns, aborted=bool(aborted))
             self._placed.counters.compute_s += computed_ns / 1e9
             self._placed.counters.stall_s += waited_ns / 1e9
+            if link.answered == link.sent:
+                return  # whatever comes behind it can wait, a layer cannot
+
+    def _hear(self, link: LayerLink, tag: int, nbytes: int) -> None:
+        """Take what a device says beside its answers."""
+        if tag == Tag.FAULT:
+            text = self._buffer[:nbytes].decode(errors="replace")
+            raise DeviceError(f"{link.name}: {text}")
+        if tag == Tag.COPIED:
+            self._traffic.ended(self._buffer, nbytes)
+        elif tag == Tag.FORESEEN:
+            self.foreseen = FORESEEN.unpack_from(self._buffer)[0], link
 
     def _answered(self, link: LayerLink, waited_ns: int, *, aborted: bool) -> None:
         """Tell the planner of the step that a device has answered for."""

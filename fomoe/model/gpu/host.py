@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from fomoe.kernels.gpu.runtime import Runtime
 from fomoe.kernels.gpu.step import STEP
 from fomoe.model.buffers import F32
 from fomoe.model.gpu.decode import Desk
-from fomoe.model.gpu.head import Head, HeadMail
+from fomoe.model.gpu.head import Decoded, Head, HeadMail
 from fomoe.model.gpu.loading import load_all, slot_counts
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.passes import Held, Mail, Passes, build
@@ -39,25 +39,6 @@ __all__ = ["Decoded", "GPUModel", "planned_bytes", "resident_bytes", "slots_byte
 I32 = npt.NDArray[np.int32]
 
 _F32_BYTES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """What a decode step by the device's own choice came to.
-
-    Attributes:
-        token: the id of the largest logit (ties: the lower id).
-        logit: its logit.
-        log_sum: logarithm of the sum of all logits' exponentials.
-        ids: int32 [L, K], each layer's experts, ascending.
-        weights: float32 [L, K], in the order of `ids`.
-    """
-
-    token: int
-    logit: float
-    log_sum: float
-    ids: I32
-    weights: F32
 
 
 class GPUModel:
