@@ -206,7 +206,8 @@ class ExpertCopies:
             job.begun = True
             self._on_link(job)
         elif step:
-            self._steps.append(job)
+            if not self._try(job):  # at once: the link idles until the first one begins
+                self._steps.append(job)
         else:
             self._ahead.append(job)
             self._may_go_on = True
