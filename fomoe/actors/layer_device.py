@@ -236,7 +236,7 @@ class LayerServer:
         copies = self._copies
         if do & (Do.BACK | Do.COMBINE) and not do & (_ENDS | Do.FRONT):
             self._finish_computing()
-        copies.collect()  # what can begin now can do so behind the answer
+        copies.advance_steps()
         if not copies.has_ended(step):
             self._wait(lambda: copies.has_ended(step), "a copy")
 
