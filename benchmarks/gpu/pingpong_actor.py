@@ -32,7 +32,7 @@ class PingPongActor(LayerActor):
         self._delay: Any = None
         for half in ("front", "back", "own_back"):
             setattr(model, half, self._delayed(model, getattr(model, half)))
-        both = model.back_and_front
+        both, opening = model.back_and_front, model.begin_and_front
 
         def apart(layer: int, routes: Any) -> None:
             if self._delay is None:
@@ -41,7 +41,15 @@ class PingPongActor(LayerActor):
             model.own_back(layer) if routes is None else model.back(layer, *routes)
             model.front(layer + 1)
 
-        model.back_and_front = apart
+        def opening_apart(*begun: Any) -> None:
+            if self._delay is None:
+                opening(*begun)
+                return
+            model.begin(*begun)
+            model.embed()
+            model.front(0)
+
+        model.back_and_front, model.begin_and_front = apart, opening_apart
 
     def _delayed(self, model: Any, half: Callable[..., None]) -> Callable[..., None]:
         def delayed(*args: Any) -> None:

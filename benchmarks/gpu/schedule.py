@@ -218,6 +218,11 @@ class CardLayers:
 
     own_back = back
 
+    def begin_and_front(self, tokens: Any, position: int, state: int) -> None:
+        self.begin(tokens, position, state)
+        self.embed()
+        self.front(0)
+
     def back_and_front(self, layer: int, routes: Any) -> None:
         self.back(layer)
         self.front(layer + 1)

@@ -29,7 +29,7 @@ _SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take els
 _WAIT_MS = 20.0
 _SEND_BOUND_S = 5.0
 _BOUND_S = 120.0
-_HALVES = Do.BACK | Do.FRONT
+_HALVES, _OPENING = Do.BACK | Do.FRONT, Do.BEGIN | Do.EMBED | Do.FRONT
 _ENDS = Do.GIVE | Do.LOGITS | Do.LARGEST  # what waits for the device's work
 
 
@@ -87,6 +87,9 @@ class LayerModel(Protocol):
 
     def own_back(self, layer: int) -> None:
         """Run the router's own choice, with the bits of a whole pass, and close the layer."""
+
+    def begin_and_front(self, tokens: I32, position: int, state: int) -> None:
+        """Run `begin` of one token, `embed` and the first layer's front as one."""
 
     def back_and_front(self, layer: int, routes: tuple[I32, F32] | None) -> None:
         """Run `back` of a token, `own_back` without routes, and the next layer's front as one."""
@@ -190,7 +193,7 @@ class LayerServer:
             model.copy_state(state, peer, position)
         if do & Do.BEGIN:
             self._begin(do, tokens, position, state)
-        if do & Do.EMBED:
+        if do & Do.EMBED and not _as_one(do, tokens, _OPENING):
             model.embed()
         is_here = self._bring(step) if n_copies else True
         if is_here and do & Do.TAKE:
@@ -286,23 +289,24 @@ class LayerServer:
             model.reset(state)
         if do & Do.WHOLE:
             np.copyto(self._mine.chosen_of(tokens), model.prefill(ids, position, state))
+        elif _as_one(do, tokens, _OPENING):
+            model.begin_and_front(ids, position, state)
         else:
             model.begin(ids, position, state)
 
     def _run(self, do: int, layer: int, message: bytes | bytearray) -> None:
-        model = self._model
         if do & Do.GATHER:
-            model.gather(layer)
+            self._model.gather(layer)
         if do & Do.WAVE:
             self._run_wave(layer, message)
         if do & Do.COMBINE:
-            model.combine(layer)
+            self._model.combine(layer)
             layer += 1
         if do & Do.BACK:
             self._run_back(do, layer)
             layer += 1
         if do & Do.FRONT:
-            self._run_front(layer, is_begun=_is_one(do, self._tokens))
+            self._run_front(layer, do)
 
     def _run_back(self, do: int, layer: int) -> None:
         """Close a layer; a token's goes on to the scores of the next, where those are wanted."""
@@ -310,7 +314,7 @@ class LayerServer:
         routes = None if do & Do.CHOOSE else (mine.ids[:tokens], mine.weights[:tokens])
         if routes is None:
             self._copies.publish(layer)
-        if _is_one(do, tokens):
+        if _as_one(do, tokens, _HALVES):
             model.back_and_front(layer, routes)
         elif routes is None:
             model.own_back(layer)
@@ -324,13 +328,13 @@ class LayerServer:
         self._model.wave(layer, entries["expert"].copy(), entries["slot"].copy())
         self._finish_computing()
 
-    def _run_front(self, layer: int, *, is_begun: bool) -> None:
-        model, mine = self._model, self._mine
-        if not is_begun:
+    def _run_front(self, layer: int, do: int) -> None:
+        model, mine, tokens = self._model, self._mine, self._tokens
+        if not (_as_one(do, tokens, _HALVES) or _as_one(do, tokens, _OPENING)):
             model.front(layer)
         if self._moves:  # what comes for later steps is not to wait for this one
             self._finish_computing()
-        np.copyto(mine.scores_of(layer)[: self._tokens], model.scores(layer))
+        np.copyto(mine.scores_of(layer)[:tokens], model.scores(layer))
         if (ahead := model.ahead()) is not None:
             np.copyto(mine.ahead_of(layer), ahead)
 
@@ -391,6 +395,6 @@ class LayerServer:
             self._model.runtime.unregister(arena)
 
 
-def _is_one(do: int, tokens: int) -> bool:
-    """Whether a layer's back and the next one's front are queued together."""
-    return tokens == 1 and do & _HALVES == _HALVES
+def _as_one(do: int, tokens: int, parts: int) -> bool:
+    """Whether these parts of a token's pass are asked for, all of them, and queued as one."""
+    return tokens == 1 and do & parts == parts

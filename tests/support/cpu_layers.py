@@ -209,6 +209,11 @@ class CpuLayers:
         self._model.close(self._x, routed, self._model.shared(layer, self._h))
         self._foresee(layer + 1)
 
+    def begin_and_front(self, tokens, position, state):
+        self.begin(tokens, position, state)
+        self.embed()
+        self.front(0)
+
     def back_and_front(self, layer, routes):
         if routes:
             self.back(layer, *routes)

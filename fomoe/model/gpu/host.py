@@ -249,6 +249,18 @@ class GPUModel:
         self._passes.own_back(layer, self._tokens).run()
         self._foresee(layer + 1)
 
+    def begin_and_front(self, tokens: I32, position: int, state: int) -> None:
+        """Run `begin` of one token, `embed` and the first layer's front as one."""
+        if self.options.ahead:
+            self.begin(tokens, position, state)
+            self.embed()
+            self.front(0)
+            return
+        self._write_step(1, int(tokens[0]), position, state)
+        self._passes.begin_and_front().run()
+        self._begun.mark()
+        self._scored.mark()
+
     def back_and_front(self, layer: int, routes: tuple[I32, F32] | None) -> None:
         """Run `back` of a token, `own_back` without routes, and the next layer's front as one."""
         if self.options.ahead:  # what the back foresees is to be heard before the front ends

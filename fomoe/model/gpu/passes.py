@@ -157,6 +157,8 @@ class Passes:
                     self.combine(layer, size)
             if self._is_whole:
                 self.whole(size)
+        if self._one and 0 in self._held.layers and not self._held.ahead:
+            self.begin_and_front()
 
     @property
     def _is_whole(self) -> bool:
@@ -263,6 +265,15 @@ class Passes:
             return [choose, *self._prompt_back(layer, size)]
 
         return self._program("own back", layer, size, steps)
+
+    def begin_and_front(self) -> Program:
+        """A token's step block, its embedding and the first layer's front."""
+
+        def steps() -> list[Step]:
+            step = Step("copy", self._mail.step.bring(self._desk.gpu))
+            return [step, *self.embed(1).steps, *self.front(0, 1).steps]
+
+        return self._program("begin and front", 0, 1, steps)
 
     def back_and_front(self, layer: int, *, choose: bool) -> Program:
         """A token's `back`, or `own_back`, and the front of the next layer: one graph to launch."""
