@@ -135,13 +135,16 @@ def host_routes(model: GPUModel, layer: int) -> tuple[np.ndarray, np.ndarray]:
     return np.take_along_axis(route.ids, order, 1), np.take_along_axis(route.weights, order, 1)
 
 
-def joined_pass(model: GPUModel, token: int, position: int) -> np.ndarray:
-    """A token as `host_pass` runs it, halves that follow each other queued as one."""
+def joined_pass(model: GPUModel, token: int, position: int, *, own: bool = False) -> np.ndarray:
+    """A token with halves that follow each other queued as one; `own`: by the device's choice."""
     last = model.spec.n_layers - 1
     model.begin_and_front(np.array([token], np.int32), position, 0)
     for layer in range(last):
-        model.back_and_front(layer, host_routes(model, layer))
-    model.back(last, *host_routes(model, last))
+        model.back_and_front(layer, None if own else host_routes(model, layer))
+    if own:
+        model.own_back(last)
+    else:
+        model.back(last, *host_routes(model, last))
     return model.logits([0]).copy()
 
 
@@ -184,6 +187,11 @@ def test_the_hosts_routes_on_one_device_and_on_two() -> None:
                 host_pass(models, tokens[:7], 0)
                 joined = [joined_pass(models[0], t, 7 + i) for i, t in enumerate(tokens[7:])]
                 np.testing.assert_array_equal(joined, rows)
+                models[0].reset(0)
+                whole = decode_logits(models[0], tokens[:2])
+                models[0].reset(0)
+                chosen = [joined_pass(models[0], tokens[i], i, own=True)[0] for i in (0, 1)]
+                np.testing.assert_array_equal(chosen, whole)
     np.testing.assert_array_equal(*found)
     assert relative_l2(found[0], expected).max() <= BOUND["f32"]
 
