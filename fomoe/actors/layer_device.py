@@ -36,8 +36,7 @@ _ENDS = Do.GIVE | Do.LOGITS | Do.LARGEST  # what waits for the device's work
 class LayerModel(Protocol):
     """The layers of one device; calls queue work, those that return an array wait, with a bound.
 
-    Addresses are of registered host memory, the host's own where nothing else is said. Arrays stand
-    until the next call.
+    Addresses are of registered host memory as the device sees it; arrays stand until the next call.
     """
 
     @property
@@ -160,6 +159,7 @@ class LayerServer:
             model.runtime.register(arena) + views.hidden.ctypes.data - arena.ctypes.data
             for arena, views in zip(self._registered, self._views, strict=True)
         ]
+        self._own_hidden = self._hidden[number]
         self._to_driver: Sender = fabric.sender("driver")
         self._computed = model.runtime.event()
         self._tokens = 1
@@ -215,7 +215,7 @@ class LayerServer:
         """Hand over the residual stream, or what the head makes of it."""
         model = self._model
         if do & Do.GIVE:
-            model.take_hidden(self._mine.hidden.ctypes.data)
+            model.take_hidden(self._own_hidden)
             store_release_u64(self._mine.word, 0, step)
             self._fabric.ring(self._devices[peer].name)
             self._foresee()

@@ -158,11 +158,11 @@ def host_pass(models: list[GPUModel], tokens: list[int], position: int) -> np.nd
     for layer in range(spec.n_layers):
         model = models[layer % len(models)]
         if layer and len(models) > 1:
-            model.put_hidden(hidden.address)
+            model.put_hidden(hidden.device_address)
         model.front(layer)
         model.back(layer, *host_routes(model, layer))
         if len(models) > 1:
-            model.take_hidden(hidden.address)
+            model.take_hidden(hidden.device_address)
     logits = model.logits(range(len(tokens))).copy()
     models[0].runtime.unpin(hidden)
     return logits

@@ -82,7 +82,7 @@ class GPUModel:
             Signal(gpu, options.wait_s) for _ in range(4)
         )
         self._foreseen = -1  # the layer whose router is to speak about the stream that goes into it
-        self._hidden_from: dict[int, Launch] = {}  # one for each device that hands over
+        self._carriers: dict[tuple[int, int], Launch] = {}  # by where to and where from
         self._tokens = 1
         self._has_logits = self._looks_ahead = False
 
@@ -153,19 +153,22 @@ class GPUModel:
 
     def put_hidden(self, address: int) -> None:
         """Take float32 [T, D] of registered host memory, at the device's address of it."""
-        if self._tokens == 1:
-            if address not in self._hidden_from:
-                launch = bring(self.gpu, self._work.x, address, self._hidden_bytes)
-                self._hidden_from[address] = launch
-            self.gpu.launch(self._hidden_from[address])
-            return
-        self.runtime.copy(self._work.x, address, self._hidden_bytes, self.gpu.stream)
+        self._carry(self._work.x, address)
 
     def take_hidden(self, address: int) -> None:
-        """Write the residual stream to an address of registered host memory; waits for it."""
-        self.runtime.copy(address, self._work.x, self._hidden_bytes, self.gpu.stream)
+        """Write the residual stream to such an address; waits for it."""
+        self._carry(address, self._work.x)
         self._ended.mark()
         self._ended.wait("a residual stream")
+
+    def _carry(self, to: int, source: int) -> None:
+        """Queue a copy of the residual stream; a token's passes by the copies of experts."""
+        if self._tokens > 1:
+            self.runtime.copy(to, source, self._hidden_bytes, self.gpu.stream)
+            return
+        if (to, source) not in self._carriers:
+            self._carriers[to, source] = bring(self.gpu, to, source, self._hidden_bytes)
+        self.gpu.launch(self._carriers[to, source])
 
     def front(self, layer: int) -> None:
         """Run a layer up to the router's scores."""
