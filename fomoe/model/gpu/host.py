@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +13,15 @@ from fomoe.gguf.reader import GGUFFile
 from fomoe.kernels.gpu.bring import bring
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
-from fomoe.kernels.gpu.rehearsal import Rehearsal
 from fomoe.kernels.gpu.runtime import Runtime
 from fomoe.kernels.gpu.step import STEP
 from fomoe.model.buffers import F32
+from fomoe.model.gpu.building import rehearsed
 from fomoe.model.gpu.decode import Desk
-from fomoe.model.gpu.head import Decoded, Head, HeadMail
+from fomoe.model.gpu.head import Decoded, Head
 from fomoe.model.gpu.loading import load_all, slot_counts
 from fomoe.model.gpu.options import HostOptions
-from fomoe.model.gpu.passes import Held, Mail, Passes, build
+from fomoe.model.gpu.passes import Held, Mail
 from fomoe.model.gpu.planning import planned_bytes, resident_bytes, slots_bytes
 from fomoe.model.gpu.program import time_program, time_steps
 from fomoe.model.gpu.routes import Routes
@@ -76,12 +75,13 @@ class GPUModel:
         )  # fmt: skip
         self._mail = Mail.of(desk, step, options)
         self._routes = Routes(self._mail, self.slots, options.layers)
-        self._passes = _rehearsed(desk, self._mail, held, graphs=options.graphs)
+        self._passes = rehearsed(desk, self._mail, held, graphs=options.graphs)
         self._head: Head | None = self._passes.head
         self._begun, self._scored, self._ended, self._spoken = (
             Signal(gpu, options.wait_s) for _ in range(4)
         )
         self._foreseen = -1  # the layer whose router is to speak about the stream that goes into it
+        self._step_in = step.bring(gpu)  # a copy would stand behind those of experts
         self._carriers: dict[tuple[int, int], Launch] = {}  # by where to and where from
         self._tokens = 1
         self._has_logits = self._looks_ahead = False
@@ -140,8 +140,10 @@ class GPUModel:
             self._check_token(int(tokens.min()))
             self._check_token(int(tokens.max()))
         self._write_step(count, int(tokens[0]) if count else 0, position, state)
-        self._mail.step.send()
-        if count > 1:
+        if count == 1:
+            self.gpu.launch(self._step_in)
+        else:
+            self._mail.step.send()
             self._mail.tokens.host[:count] = tokens
             self._mail.tokens.send(0, tokens.itemsize * count)
         self._begun.mark()
@@ -388,12 +390,3 @@ class GPUModel:
         self._begun.wait("the pass before")
         self._tokens, self._has_logits = count, False
         self._mail.step.host[0] = (token, position, count, 0, self.states.base(state))
-
-
-def _rehearsed(desk: Desk, mail: Mail, held: Held, *, graphs: bool) -> Passes:
-    """Return all passes, built twice: the first time shows what to compile side by side."""
-    head = HeadMail.of(desk) if held.ends.head is not None else None
-    rehearsal = Rehearsal(desk.gpu)
-    build(replace(desk, gpu=rehearsal), mail, held, head, graphs=False)
-    desk.gpu.prepare(rehearsal.jobs)
-    return build(desk, mail, held, head, graphs=graphs)

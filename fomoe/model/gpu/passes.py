@@ -12,7 +12,7 @@ from fomoe.kernels.gpu.prompt import Chunk
 from fomoe.kernels.gpu.prompt_experts import Experts, pair_buffers
 from fomoe.kernels.gpu.step import picks
 from fomoe.model.gpu.decode import Desk, decode_back, decode_front, look_ahead
-from fomoe.model.gpu.head import Head, HeadMail, embed_steps
+from fomoe.model.gpu.head import Head, embed_steps
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.program import Program, Step
 from fomoe.model.gpu.prompt import (
@@ -100,16 +100,6 @@ class Held:
     states: States
     slots: ExpertSlots
     ahead: dict[int, RouterMatrices]
-
-
-def build(
-    desk: Desk, mail: Mail, held: Held, head_mail: HeadMail | None, *, graphs: bool
-) -> Passes:
-    """Return the passes of a device with every program made."""
-    head = None if head_mail is None else Head(desk, held.ends, head_mail)
-    passes = Passes(desk, mail, held, head, graphs=graphs)
-    passes.make_all()
-    return passes
 
 
 class Passes:
