@@ -51,15 +51,16 @@ class Facts:
     layers: int
 
 
-def facts_of(model: Path, device: str, n_devices: int) -> Facts:
+def facts_of(model: Path, devices: tuple[str, ...]) -> Facts:
     """Read what `budget` wants."""
     file = open_gguf(model)
     spec = read_spec(file)
     config = EngineConfig(
-        model=model, devices=(device,) * n_devices, ctx_size=CTX, prefill_chunk=CHUNK,
+        model=model, devices=devices, ctx_size=CTX, prefill_chunk=CHUNK,
         routing=RoutingConfig(shadow_every=0),
     )  # fmt: skip
     table = ExpertTable.from_gguf(file, spec.n_layers)
+    n_devices = len(devices)
     whole = max(
         sum(table.slot_bytes(i) for i in range(d, spec.n_layers, n_devices))
         for d in range(n_devices)
@@ -70,10 +71,12 @@ def facts_of(model: Path, device: str, n_devices: int) -> Facts:
 @contextmanager
 def engine(args: argparse.Namespace, n_devices: int, share: float) -> Iterator[LLM]:
     """An engine whose devices hold a share of their experts."""
-    facts = facts_of(args.model, args.device, n_devices)
+    given = args.device.split(",")
+    devices = tuple(given[i % len(given)] for i in range(n_devices))
+    facts = facts_of(args.model, devices)
     start = time.perf_counter()
     with LLM(
-        args.model, devices=[args.device] * n_devices, ctx_size=CTX, prefill_chunk=CHUNK,
+        args.model, devices=list(devices), ctx_size=CTX, prefill_chunk=CHUNK,
         vram_budget=facts.dense + int(share * facts.experts) + (1 << 20),
         ram_budget=args.ram, ram_policy=args.ram_policy, prefetch_budget=args.prefetch_budget,
         routing=RoutingConfig(shadow_every=0), launcher="processes",
@@ -92,9 +95,10 @@ def say(llm: LLM, what: str, *args: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """Milliseconds a token, mean of all timed ones, and the receipt."""
+    """Milliseconds a token, mean and median of all timed ones, and the receipt."""
 
     ms: float
+    median_ms: float
     receipt: Receipt
 
 
@@ -120,8 +124,8 @@ def text(llm: LLM, tokens: int, quality: str | None = None) -> Run:
             if getattr(event, "error", None):
                 raise SystemExit(event.error)
     assert receipt is not None
-    ms = 1e3 * statistics.mean(b - a for a, b in zip(at[SKIP:], at[SKIP + 1 :], strict=False))
-    return Run(ms, receipt)
+    times = [1e3 * (b - a) for a, b in zip(at[SKIP:], at[SKIP + 1 :], strict=False)]
+    return Run(statistics.mean(times), statistics.median(times), receipt)
 
 
 def traced(args: argparse.Namespace, llm: LLM, name: str, quality: str | None = None) -> None:
@@ -202,7 +206,8 @@ def measured(args: argparse.Namespace, llm: LLM, compute: float, run: Run) -> di
         ms, receipt = timed.ms, timed.receipt
         copy = 1e3 * bytes_per_token(receipt, args.tokens) / rate
         found[name] = {
-            "wall ms": round(ms, 4), "compute ms": round(alone_ms, 4), "copy ms": round(copy, 4),
+            "wall ms": round(ms, 4), "median ms": round(timed.median_ms, 4),
+            "compute ms": round(alone_ms, 4), "copy ms": round(copy, 4),
             "wall / max": round(ms / max(alone_ms, copy), 4),
             "hidden": round((alone_ms + copy - ms) / copy, 4) if copy else None,
             "MB per token": round(bytes_per_token(receipt, args.tokens) / 1e6, 2),
@@ -223,7 +228,7 @@ def main() -> None:
     """Time engines of two actors and of one; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--device", default="cuda:0", help="or one for each actor: cuda:0,cuda:1")
     parser.add_argument("--ram", default="40GiB", help="RAM budget; all experts are to fit")
     parser.add_argument("--ram-policy", default="inclusive", choices=("inclusive", "exclusive"))
     parser.add_argument("--hit", type=float, default=0.6)

@@ -145,7 +145,7 @@ class ExpertCopies:
             job = self._take(record, step)
             if step:
                 jobs.append(job)
-        self._begin_steps()
+        self.advance_steps()
         if step:
             self._link.take(step)
 
@@ -154,7 +154,7 @@ class ExpertCopies:
 
         To begin one takes the host some tens of microseconds, in which a step may have come.
         """
-        self._begin_steps()
+        self.advance_steps()
         self._may_go_on = bool(self._ahead)
         if not self._ahead or self._n_ahead >= MOST_AHEAD or not self._link.is_free:
             return
@@ -165,7 +165,8 @@ class ExpertCopies:
             self._ahead.remove(found)
             self._load(found)
 
-    def _begin_steps(self) -> None:
+    def advance_steps(self) -> None:
+        """The same, and leave ahead lists alone."""
         self._collect()
         if self._steps:
             self._steps = [job for job in self._steps if not self._try(job)]

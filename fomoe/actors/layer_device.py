@@ -231,7 +231,7 @@ class LayerServer:
         copies = self._copies
         if do & (Do.BACK | Do.COMBINE) and not do & (_ENDS | Do.FRONT):
             self._finish_computing()
-        copies.advance()
+        copies.advance_steps()
         if not copies.has_ended(step):
             self._wait(lambda: copies.has_ended(step), "a copy")
 
