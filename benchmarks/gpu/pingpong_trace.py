@@ -66,7 +66,7 @@ def note_device(who: str) -> Notes:
     notes.wrap(server, "_bring", lambda *_: "  bring")
     notes.wrap(server, "_await_hidden", lambda *_: "  await hidden")
     notes.wrap(server, "_run", lambda *_: "  run")
-    notes.wrap(server, "_run_front", lambda _, layer: f"    front {layer}")
+    notes.wrap(server, "_run_front", lambda _, layer, do: f"    front {layer}")
     notes.wrap(server, "_finish_computing", lambda *_: "      finish computing")
     notes.wrap(server, "_watch_loads", lambda *_: "  watch loads")
     notes.wrap(server, "_give", lambda *_: "  give")

@@ -43,7 +43,7 @@ class OwnDevices:
 
     def __init__(self, models: list[DenseHalf]) -> None:
         self.models = models
-        self._hidden: list[tuple[int, int]] = []  # in each arena, for the host and the device
+        self._hidden: list[int] = []  # in each arena, as its device sees it
         self._arenas: list[npt.NDArray[np.uint8]] = []
         self._current: DenseHalf | None = None
 
@@ -54,7 +54,7 @@ class OwnDevices:
             model.runtime.attach()
             shift = model.runtime.register(arena) - arena.ctypes.data
             self._arenas.append(arena)
-            self._hidden.append((hidden, hidden + shift))
+            self._hidden.append(hidden + shift)
             places = link.views.places(shift)
             assert places is not None
             model.lend(places)
@@ -71,9 +71,8 @@ class OwnDevices:
 
         Its experts' sums, which lay there, have been read.
         """
-        for_host, for_device = self._hidden[number]
-        self.use(self.models[number]).take_hidden(for_host)
-        self.use(to).put_hidden(for_device)
+        self.use(self.models[number]).take_hidden(self._hidden[number])
+        self.use(to).put_hidden(self._hidden[number])
 
     def close(self) -> None:
         """Give the devices back."""

@@ -21,6 +21,7 @@ _SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take els
 _WAIT_MS = 20.0
 _SEND_BOUND_S = 5.0
 _BOUND_S = 120.0
+_HALVES, _OPENING = Do.BACK | Do.FRONT, Do.BEGIN | Do.EMBED | Do.FRONT
 _ENDS = Do.GIVE | Do.LOGITS | Do.LARGEST  # what waits for the device's work
 
 
@@ -62,8 +63,9 @@ class LayerServer:
             model.runtime.register(arena) + views.hidden.ctypes.data - arena.ctypes.data
             for arena, views in zip(self._registered, self._views, strict=True)
         ]
-        shift = self._hidden[number] - self._mine.hidden.ctypes.data
-        if (places := self._mine.places(shift)) is not None:
+        self._own_hidden = self._hidden[number]
+        places = self._mine.places(self._own_hidden - self._mine.hidden.ctypes.data)
+        if places is not None:
             model.lend(places)
         self._to_driver: Sender = fabric.sender("driver")
         self._computed = model.runtime.event()
@@ -98,7 +100,7 @@ class LayerServer:
             model.copy_state(state, peer, position)
         if do & Do.BEGIN:
             self._begin(do, tokens, position, state)
-        if do & Do.EMBED:
+        if do & Do.EMBED and not _as_one(do, tokens, _OPENING):
             model.embed()
         is_here = self._bring(step) if n_copies else True
         if is_here and do & Do.TAKE:
@@ -120,7 +122,7 @@ class LayerServer:
         """Hand over the residual stream, or what the head makes of it."""
         model = self._model
         if do & Do.GIVE:
-            model.take_hidden(self._mine.hidden.ctypes.data)
+            model.take_hidden(self._own_hidden)
             store_release_u64(self._mine.word, 0, step)
             if self._devices[peer] is not self._own:  # else the answer tells the driver
                 self._fabric.ring(self._devices[peer].name)
@@ -195,27 +197,37 @@ class LayerServer:
             model.reset(state)
         if do & Do.WHOLE:
             np.copyto(self._mine.chosen_of(tokens), model.prefill(ids, position, state))
+        elif _as_one(do, tokens, _OPENING):
+            model.begin_and_front(ids, position, state)
         else:
             model.begin(ids, position, state)
 
     def _run(self, do: int, layer: int, message: bytes | bytearray) -> None:
-        model, mine, tokens = self._model, self._mine, self._tokens
         if do & Do.GATHER:
-            model.gather(layer)
+            self._model.gather(layer)
         if do & Do.WAVE:
             self._run_wave(layer, message)
         if do & Do.COMBINE:
-            model.combine(layer)
+            self._model.combine(layer)
             layer += 1
         if do & Do.BACK:
-            if do & Do.CHOOSE:
-                self._copies.publish(layer)
-                model.own_back(layer)
-            else:
-                model.back(layer, mine.ids[:tokens], mine.weights[:tokens])
+            self._run_back(do, layer)
             layer += 1
         if do & Do.FRONT:
-            self._run_front(layer)
+            self._run_front(layer, do)
+
+    def _run_back(self, do: int, layer: int) -> None:
+        """Close a layer; a token's goes on to the scores of the next, where those are wanted."""
+        model, mine, tokens = self._model, self._mine, self._tokens
+        routes = None if do & Do.CHOOSE else (mine.ids[:tokens], mine.weights[:tokens])
+        if routes is None:
+            self._copies.publish(layer)
+        if _as_one(do, tokens, _HALVES):
+            model.back_and_front(layer, routes)
+        elif routes is None:
+            model.own_back(layer)
+        else:
+            model.back(layer, *routes)
 
     def _run_wave(self, layer: int, message: bytes | bytearray) -> None:
         *_, n_copies, n_entries = LAYERS.unpack_from(message)
@@ -224,12 +236,13 @@ class LayerServer:
         self._model.wave(layer, entries["expert"].copy(), entries["slot"].copy())
         self._finish_computing()
 
-    def _run_front(self, layer: int) -> None:
-        model, mine = self._model, self._mine
-        model.front(layer)
+    def _run_front(self, layer: int, do: int) -> None:
+        model, mine, tokens = self._model, self._mine, self._tokens
+        if not (_as_one(do, tokens, _HALVES) or _as_one(do, tokens, _OPENING)):
+            model.front(layer)
         if self._moves:  # what comes for later steps is not to wait for this one
             self._finish_computing()
-        np.copyto(mine.scores_of(layer)[: self._tokens], model.scores(layer))
+        np.copyto(mine.scores_of(layer)[:tokens], model.scores(layer))
         if (ahead := model.ahead()) is not None:
             np.copyto(mine.ahead_of(layer), ahead)
 
@@ -288,3 +301,8 @@ class LayerServer:
         """Let go of what other processes map, too."""
         for arena in self._registered:
             self._model.runtime.unregister(arena)
+
+
+def _as_one(do: int, tokens: int, parts: int) -> bool:
+    """Whether these parts of a token's pass are asked for, all of them, and queued as one."""
+    return tokens == 1 and do & parts == parts

@@ -63,11 +63,8 @@ class DeviceLayers:
 
     def open(self, step: Pass) -> None:
         """Embed the tokens and begin the front of the first layer."""
-        self._open(step)
-        self._dense.open(step)
-
-    def _open(self, step: Pass) -> None:
         self._calls.open(step)
+        self._dense.open(step)
         if self.traffic.looks_ahead and len(step.tokens) == 1:
             self.traffic.token()
 
@@ -95,7 +92,7 @@ class DeviceLayers:
         link, tokens = self._home[layer], len(route.ids)
         if tokens == 1:
             self._settle(layer)
-            reads = self.placed.place(layer, route, decoding=decoding)
+            reads = self.placed.place(layer, route)
             back = Do.BACK | Do.CHOOSE if exact else Do.BACK
             self._go(layer, reads, back, decoding=decoding)
         elif self.traffic.moves:
@@ -118,16 +115,18 @@ class DeviceLayers:
             return
         self._calls.close(self._home[layer])
         for link in self.links:
-            if self.placed.planner.is_tight(layer):
-                self._calls.close(link)
+            if not self.placed.planner.is_tight(layer):
+                break
+            self._calls.close(link)
         self.traffic.settle()
 
     def _go(self, layer: int, reads: int, back: int, *, decoding: bool = True) -> None:
-        """Send the step that was planned last, and the back of its layer."""
+        """Send the step that was planned last, and the back of its layer; count it afterwards."""
         placed, link = self.placed, self._home[layer]
         planner = placed.planner
         self._calls.wanted = layer, planner.arrays.experts[: planner.n_experts]
-        self.traffic.read(layer, reads)
+        if reads:
+            self.traffic.read(layer, reads)
         if self.traffic.looks_ahead and decoding:
             self.traffic.asked(layer, reads)
         while not placed.is_last:  # the slots that experts pass through do not hold all of them
@@ -136,12 +135,13 @@ class DeviceLayers:
             link.open = OpenStep(self._calls.step_id, layer, is_last=False)
             self._calls.close(link)
             self.traffic.read(layer, placed.more(decoding=decoding))
-        placed.picks((link.views.ids[0], link.views.weights[0]))
+        placed.picks(link.picks)
         if self.traffic.moves:
             self._dense.carry_on(layer, back, planner.step_copies)
         else:
-            placed.close(link.number, layer)
             self._dense.carry_on(layer, back, NO_COPIES)
+            placed.close(link.number, layer)
+        placed.charge(decoding=decoding)
 
     def _look_ahead(self, layer: int) -> None:
         """Bring what the next layer will want, by what its router says of this one's stream."""
@@ -178,7 +178,7 @@ class DeviceLayers:
 
     def run_whole(self, step: Pass, *, decoding: bool) -> I32:
         """Run all layers with the router's own choice; returns it, int32 [L, T, k]."""
-        self._open(step)
+        self._calls.open(step)
         chosen = self._dense.run_whole(step)
         self.placed.count_hits(chosen.size, decoding=decoding)
         return chosen

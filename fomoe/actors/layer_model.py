@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fomoe.actors.expert_copies import Slots
+from fomoe.actors.expert_parts import Slots
 from fomoe.model.buffers import F32
 from fomoe.model.gpu.places import Places
 
@@ -20,8 +20,8 @@ I32 = npt.NDArray[np.int32]
 class Half(Protocol):
     """A device's layers, or a half of them; calls queue work, those that return an array wait.
 
-    Every wait has a bound. Addresses are of registered host memory, the host's own where nothing
-    else is said. Arrays stand until the next call.
+    Every wait has a bound. Addresses are of registered host memory as the device sees it; arrays
+    stand until the next call.
     """
 
     @property
@@ -54,7 +54,7 @@ class DenseHalf(Half, Protocol):
         """Take the tokens' embedding as the residual stream."""
 
     def put_hidden(self, address: int) -> None:
-        """Take float32 [T, D], at the device's address of it, as the residual stream."""
+        """Take float32 [T, D] as the residual stream."""
 
     def front(self, layer: int) -> None:
         """Run a layer up to the router's scores."""
@@ -103,6 +103,12 @@ class LayerModel(DenseHalf, Protocol):
 
     def own_back(self, layer: int) -> None:
         """Run the router's own choice, with the bits of a whole pass, and close the layer."""
+
+    def begin_and_front(self, tokens: I32, position: int, state: int) -> None:
+        """Run `begin` of one token, `embed` and the first layer's front as one."""
+
+    def back_and_front(self, layer: int, routes: tuple[I32, F32] | None) -> None:
+        """Run `back` of a token, `own_back` without routes, and the next layer's front as one."""
 
     def gather(self, layer: int) -> None:
         """Begin the experts of a prompt's chunk: the router's own choice, sorted by expert."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from fomoe.actors import driver_dense, layers
 from fomoe.actors.driver import DriverActor
-from fomoe.actors.expert_copies import part_bytes
+from fomoe.actors.expert_parts import part_bytes
 from fomoe.actors.layers import LayerActor
 from fomoe.engine import hosting
 from fomoe.engine.experts import expert_shape
@@ -238,6 +238,18 @@ class CpuLayers:
         self._device.reduce(pairs, groups.order, groups.arrange(weights), routed)
         self._end(layer, routed)
         self._foresee(layer + 1)
+
+    def begin_and_front(self, tokens, position, state):
+        self.begin(tokens, position, state)
+        self.embed()
+        self.front(0)
+
+    def back_and_front(self, layer, routes):
+        if routes:
+            self.back(layer, *routes)
+        else:
+            self.own_back(layer)
+        self.front(layer + 1)
 
     def prefill(self, tokens, position, state):
         self.begin(tokens, position, state)

@@ -78,11 +78,6 @@ class Handover:
         for piece in self._inputs(layout):
             self._move(piece, tokens, to_host=False)
 
-    def give_stream(self, address: int, tokens: int) -> None:
-        """Queue the way of the stream, or of sums, to an address of the memory with the places."""
-        row = 4 * self._lent.sums.shape[1]
-        self._move(_Piece(self._work.x, address, row), tokens, to_host=True)
-
     def take_sums(self, tokens: int) -> None:
         """Queue the way of T sums onto the device."""
         self._move(_piece(self._work.sums, self._lent.sums), tokens, to_host=False)
@@ -100,8 +95,7 @@ class Handover:
 
     def _move(self, piece: _Piece, tokens: int, *, to_host: bool) -> None:
         gpu = self._gpu
-        shift = 0 if tokens > 1 else self._lent.shift  # copies take the host's own addresses
-        to, source = piece.device, piece.host + shift
+        to, source = piece.device, piece.host + self._lent.shift
         if to_host:
             to, source = source, to
         if tokens > 1:

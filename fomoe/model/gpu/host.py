@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,19 +13,20 @@ from fomoe.gguf.reader import GGUFFile
 from fomoe.kernels.gpu.bring import bring
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
-from fomoe.kernels.gpu.rehearsal import Rehearsal
 from fomoe.kernels.gpu.runtime import Runtime
 from fomoe.kernels.gpu.step import STEP
 from fomoe.model.buffers import F32
+from fomoe.model.gpu.building import rehearsed
 from fomoe.model.gpu.decode import Desk
 from fomoe.model.gpu.handover import Handover
-from fomoe.model.gpu.head import Head, HeadMail
+from fomoe.model.gpu.head import Decoded, Head
+from fomoe.model.gpu.held import Held
 from fomoe.model.gpu.loading import load_all, slot_counts
 from fomoe.model.gpu.options import HostOptions
-from fomoe.model.gpu.passes import Held, Mail, Passes, build
+from fomoe.model.gpu.passes import Mail
 from fomoe.model.gpu.places import Places
 from fomoe.model.gpu.planning import planned_bytes, resident_bytes, slots_bytes
-from fomoe.model.gpu.program import time_steps
+from fomoe.model.gpu.program import time_program, time_steps
 from fomoe.model.gpu.routes import Routes
 from fomoe.model.gpu.slots import ExpertSlots
 from fomoe.model.gpu.speech import Speech
@@ -42,26 +42,6 @@ __all__ = ["Decoded", "GPUModel", "planned_bytes", "resident_bytes", "slots_byte
 I32 = npt.NDArray[np.int32]
 
 _F32_BYTES = 4
-_AHEAD = 8  # decode steps that keep a device busy while the host queues launches to be timed
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """What a decode step by the device's own choice came to.
-
-    Attributes:
-        token: the id of the largest logit (ties: the lower id).
-        logit: its logit.
-        log_sum: logarithm of the sum of all logits' exponentials.
-        ids: int32 [L, K], each layer's experts, ascending.
-        weights: float32 [L, K], in the order of `ids`.
-    """
-
-    token: int
-    logit: float
-    log_sum: float
-    ids: I32
-    weights: F32
 
 
 class GPUModel:
@@ -104,11 +84,12 @@ class GPUModel:
         )  # fmt: skip
         self._mail = Mail.of(desk, step, options)
         self._routes = Routes(self._mail, self.slots, options.layers)
-        self._passes = _rehearsed(desk, self._mail, held, graphs=options.graphs)
+        self._passes = rehearsed(desk, self._mail, held, graphs=options.graphs)
         self._head: Head | None = self._passes.head
         self._begun, self._ended = (Signal(gpu, options.wait_s) for _ in range(2))
         self._speech = Speech(gpu, spec, options, self._mail, self._handover)
-        self._hidden_from: dict[int, Launch] = {}  # one for each device that hands over
+        self._step_in = step.bring(gpu)  # a copy would stand behind those of experts
+        self._carriers: dict[tuple[int, int], Launch] = {}  # by where to and where from
         self._tokens = 1
         self._has_logits = False
 
@@ -159,8 +140,10 @@ class GPUModel:
             self._check_token(int(tokens.min()))
             self._check_token(int(tokens.max()))
         self._write_step(count, int(tokens[0]) if count else 0, position, state)
-        self._mail.step.send()
-        if count > 1:
+        if count == 1:
+            self.gpu.launch(self._step_in)
+        else:
+            self._mail.step.send()
             self._mail.tokens.host[:count] = tokens
             self._mail.tokens.send(0, tokens.itemsize * count)
         self._begun.mark()
@@ -172,22 +155,22 @@ class GPUModel:
 
     def put_hidden(self, address: int) -> None:
         """Take float32 [T, D] of registered host memory, at the device's address of it."""
-        if self._tokens == 1:
-            if address not in self._hidden_from:
-                launch = bring(self.gpu, self._work.x, address, self._hidden_bytes)
-                self._hidden_from[address] = launch
-            self.gpu.launch(self._hidden_from[address])
-            return
-        self.runtime.copy(self._work.x, address, self._hidden_bytes, self.gpu.stream)
+        self._carry(self._work.x, address)
 
     def take_hidden(self, address: int) -> None:
-        """Write the residual stream to an address of registered host memory; waits for it."""
-        if self._handover is None:
-            self.runtime.copy(address, self._work.x, self._hidden_bytes, self.gpu.stream)
-        else:
-            self._handover.give_stream(address, self._tokens)
+        """Write the residual stream to such an address; waits for it."""
+        self._carry(address, self._work.x)
         self._ended.mark()
         self._ended.wait("a residual stream")
+
+    def _carry(self, to: int, source: int) -> None:
+        """Queue a copy of the residual stream; a token's passes by the copies of experts."""
+        if self._tokens > 1:
+            self.runtime.copy(to, source, self._hidden_bytes, self.gpu.stream)
+            return
+        if (to, source) not in self._carriers:
+            self._carriers[to, source] = bring(self.gpu, to, source, self._hidden_bytes)
+        self.gpu.launch(self._carriers[to, source])
 
     def front(self, layer: int) -> None:
         """Run a layer up to the router's scores."""
@@ -263,6 +246,29 @@ class GPUModel:
         """Bring a prompt's input from another process; a token's comes with the layer's program."""
         if self._tokens > 1 and self._handover is not None:
             self._handover.take(self.slots.layout(layer), self._tokens)
+
+    def begin_and_front(self, tokens: I32, position: int, state: int) -> None:
+        """Run `begin` of one token, `embed` and the first layer's front as one."""
+        if self.options.ahead:
+            self.begin(tokens, position, state)
+            self.embed()
+            self.front(0)
+            return
+        self._write_step(1, int(tokens[0]), position, state)
+        self._passes.begin_and_front().run()
+        self._begun.mark()
+        self._speech.end_front(0, self.slots.layout(0), 1)
+
+    def back_and_front(self, layer: int, routes: tuple[I32, F32] | None) -> None:
+        """Run `back` of a token, `own_back` without routes, and the next layer's front as one."""
+        if self.options.ahead:  # what the back foresees is to be heard before the front ends
+            self.own_back(layer) if routes is None else self.back(layer, *routes)
+            self.front(layer + 1)
+            return
+        if routes is not None:
+            self._routes.write_token(layer, routes[0][0], routes[1][0])
+        self._passes.back_and_front(layer, choose=routes is None).run()
+        self._speech.end_front(layer + 1, self.slots.layout(layer + 1), 1)
 
     def decode(self, token: int, position: int, state: int = 0) -> None:
         """Run one token through all layers and the head, by the device's own choice."""
@@ -341,26 +347,13 @@ class GPUModel:
         """Return name and microseconds on the device of each step of a decode step, in order."""
         whole = self._passes.whole(1)
         self._write_step(1, token, position, state)
-
-        def ahead() -> None:
-            for _ in range(_AHEAD):
-                whole.run()
-
-        times = time_steps(self.gpu, whole.steps, ahead)
-        return [(step.name, time) for step, time in zip(whole.steps, times, strict=True)]
+        return time_steps(self.gpu, whole)
 
     def time_token(self, token: int, position: int, state: int = 0, *, count: int = 20) -> float:
         """Return the milliseconds of a decode step where the device never waits for the host."""
-        whole, runtime, stream = self._passes.whole(1), self.runtime, self.gpu.stream
+        whole = self._passes.whole(1)
         self._write_step(1, token, position, state)
-        first, last = runtime.event(timing=True), runtime.event(timing=True)
-        whole.run()
-        runtime.record(first, stream)
-        for _ in range(count):
-            whole.run()
-        runtime.record(last, stream)
-        runtime.synchronize(stream)
-        return runtime.elapsed_ms(first, last) / count
+        return time_program(self.gpu, whole, count)
 
     def close(self) -> None:
         """Wait for the work and give the device's memory back."""
@@ -389,12 +382,3 @@ class GPUModel:
         self._tokens, self._has_logits = count, False
         base = self.states.base(state) if options.is_dense else 0
         self._mail.step.host[0] = (token, position, count, 0, base)
-
-
-def _rehearsed(desk: Desk, mail: Mail, held: Held, *, graphs: bool) -> Passes:
-    """Return all passes, built twice: the first time shows what to compile side by side."""
-    head = HeadMail.of(desk) if held.ends.head is not None else None
-    rehearsal = Rehearsal(desk.gpu)
-    build(replace(desk, gpu=rehearsal), mail, held, head, graphs=False)
-    desk.gpu.prepare(rehearsal.jobs)
-    return build(desk, mail, held, head, graphs=graphs)

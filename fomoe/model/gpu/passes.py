@@ -12,8 +12,8 @@ from fomoe.kernels.gpu.prompt import Chunk
 from fomoe.kernels.gpu.prompt_experts import Experts, pair_buffers
 from fomoe.kernels.gpu.step import picks
 from fomoe.model.gpu.decode import Desk, decode_back, decode_close, decode_front, look_ahead
-from fomoe.model.gpu.handover import Handover
-from fomoe.model.gpu.head import Head, HeadMail, embed_steps
+from fomoe.model.gpu.head import Head, embed_steps
+from fomoe.model.gpu.held import Held
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.program import Program, Step
 from fomoe.model.gpu.prompt import (
@@ -26,10 +26,7 @@ from fomoe.model.gpu.prompt import (
     prompt_gather,
     prompt_wave,
 )
-from fomoe.model.gpu.slots import ExpertSlots
-from fomoe.model.gpu.states import States
 from fomoe.model.gpu.transfer import Mirror
-from fomoe.model.gpu.weights import EndMatrices, LayerMatrices, RouterMatrices
 
 _LEAST_BUCKET = 32
 _BUCKET_STEP = 4
@@ -91,40 +88,6 @@ def bucket_sizes(max_tokens: int) -> list[int]:
     return found[::-1]
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What a device holds, as the builders of passes want it.
-
-    Attributes:
-        layers: the dense part of each layer; empty where the device has experts alone.
-        ahead: next layers' routers, by the layer before; the first layer's own, where it is here,
-            stands at -1.
-        handover: to the process with the other half of each layer; None where all is here.
-    """
-
-    layers: dict[int, LayerMatrices]
-    ends: EndMatrices
-    states: States
-    slots: ExpertSlots
-    ahead: dict[int, RouterMatrices]
-    handover: Handover | None
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether the routed experts are here."""
-        return self.handover is None or not self.layers
-
-
-def build(
-    desk: Desk, mail: Mail, held: Held, head_mail: HeadMail | None, *, graphs: bool
-) -> Passes:
-    """Return the passes of a device with every program made."""
-    head = None if head_mail is None else Head(desk, held.ends, head_mail)
-    passes = Passes(desk, mail, held, head, graphs=graphs)
-    passes.make_all()
-    return passes
-
-
 class Passes:
     """Programs by layer and number of tokens; made when they are first asked for."""
 
@@ -162,6 +125,8 @@ class Passes:
                 self._make(layer, size)
             if self._is_whole:
                 self.whole(size)
+        if self._one and self._held.has_experts and not self._held.ahead:
+            self.begin_and_front()
 
     def _make(self, layer: int, size: int) -> None:
         held = self._held
@@ -172,6 +137,9 @@ class Passes:
             return
         self.back(layer, size)
         self.own_back(layer, size)
+        if size == 1 and layer + 1 in held.layers and not held.ahead:
+            self.back_and_front(layer, choose=False)
+            self.back_and_front(layer, choose=True)
         if size > 1:
             self.gather(layer, size)
             self.wave(layer, size)
@@ -212,7 +180,7 @@ class Passes:
                 return front
             if handover is None:
                 n_scores = 4 * self._desk.spec.moe.n_experts
-                out = Step("copy", lambda: self._mail.scores.fetch(0, n_scores))
+                out = Step("copy", self._mail.scores.giving(self._desk.gpu, n_scores))
             else:
                 out = handover.given(self._held.slots.layout(layer))
             return [*front, out, *self._spoken(layer, self._mail.ahead)]
@@ -225,7 +193,7 @@ class Passes:
         if router is None:
             return []
         return [Step("ahead", look_ahead(self._desk, router, mail.address)),
-                Step("copy", mail.fetch)]  # fmt: skip
+                Step("copy", mail.giving(self._desk.gpu))]  # fmt: skip
 
     def _foresee(self, layer: int) -> list[Step]:
         """The same of a stream that goes into the next layer."""
@@ -308,6 +276,24 @@ class Passes:
             return [choose, *self._prompt_back(layer, size)]
 
         return self._program("own back", layer, size, steps)
+
+    def begin_and_front(self) -> Program:
+        """A token's step block, its embedding and the first layer's front."""
+
+        def steps() -> list[Step]:
+            step = Step("copy", self._mail.step.bring(self._desk.gpu))
+            return [step, *self.embed(1).steps, *self.front(0, 1).steps]
+
+        return self._program("begin and front", 0, 1, steps)
+
+    def back_and_front(self, layer: int, *, choose: bool) -> Program:
+        """A token's `back`, or `own_back`, and the front of the next layer: one graph to launch."""
+
+        def steps() -> list[Step]:
+            back = self.own_back(layer, 1) if choose else self.back(layer, 1)
+            return [*back.steps, *self.front(layer + 1, 1).steps]
+
+        return self._program(f"back and front {choose}", layer, 1, steps)
 
     def whole(self, tokens: int) -> Program:
         """All layers by the device's own choice; one token's program begins with the step block.

@@ -12,6 +12,8 @@ from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.runtime import Graph
 
+_AHEAD = 8  # runs that keep a device busy while the host queues launches to be timed
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -65,18 +67,33 @@ class Program:
         return sum(isinstance(step.work, Launch) for step in self.steps)
 
 
-def time_steps(gpu: GPU, steps: Sequence[Step], ahead: Callable[[], None]) -> list[float]:
-    """Return the microseconds that each step took on the device, one after the other.
+def time_steps(gpu: GPU, program: Program) -> list[tuple[str, float]]:
+    """Return name and microseconds on the device of each step of a program, one after the other.
 
-    `ahead` queues work that keeps the device busy while the host queues the steps: without it the
+    Whole runs come first and keep the device busy while the host queues the steps: without them the
     time of a short launch would be the host's.
     """
-    runtime, stream = gpu.runtime, gpu.stream
+    runtime, stream, steps = gpu.runtime, gpu.stream, program.steps
     events = [runtime.event(timing=True) for _ in range(len(steps) + 1)]
-    ahead()
+    for _ in range(_AHEAD):
+        program.run()
     runtime.record(events[0], stream)
     for step, event in zip(steps, events[1:], strict=True):
         step.queue(gpu)
         runtime.record(event, stream)
     runtime.synchronize(stream)
-    return [1e3 * runtime.elapsed_ms(first, second) for first, second in pairwise(events)]
+    times = [1e3 * runtime.elapsed_ms(first, second) for first, second in pairwise(events)]
+    return [(step.name, time) for step, time in zip(steps, times, strict=True)]
+
+
+def time_program(gpu: GPU, program: Program, count: int) -> float:
+    """Return the milliseconds of a run where the device never waits for the host."""
+    runtime, stream = gpu.runtime, gpu.stream
+    first, last = runtime.event(timing=True), runtime.event(timing=True)
+    program.run()
+    runtime.record(first, stream)
+    for _ in range(count):
+        program.run()
+    runtime.record(last, stream)
+    runtime.synchronize(stream)
+    return runtime.elapsed_ms(first, last) / count

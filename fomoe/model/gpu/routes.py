@@ -30,23 +30,21 @@ class Routes:
         self._mail = mail
         self._row = {layer: row for row, layer in enumerate(layers)}
         self._tables = list(slots.host_table)
-        self._addresses = list(mail.picks.host["address"])
+        self._tokens = list(zip(mail.picks.host["address"], self.ids, self.weights, strict=True))
         self._row_bytes = int(mail.ids.host[0].nbytes)
 
     def write_token(self, layer: int, ids: I32, weights: F32) -> None:
-        """Write a token's int32 [K] and float32 [K], with where the experts lie.
+        """Write a token's int32 [K], ascending, and float32 [K], with where the experts lie.
 
         Raises:
             DeviceError: one of them is not resident.
         """
         row = self._row[layer]
-        if (ids[1:] < ids[:-1]).any():
-            order = np.argsort(ids)
-            ids, weights = ids[order], weights[order]
-        found = np.take(self._tables[row], ids, axis=1, out=self._addresses[row])
-        if not found.all():
+        found = self._tables[row].take(ids, 1)
+        if np.count_nonzero(found) < found.size:
             _refuse(layer, ids[found[0] == 0])
-        self.ids[row], self.weights[row] = ids, weights
+        addresses, own_ids, own_weights = self._tokens[row]
+        addresses[:], own_ids[:], own_weights[:] = found, ids, weights
 
     def send_prompt(self, layer: int, ids: I32, weights: F32) -> None:
         """Queue the copy of int32 and float32 [T, K].

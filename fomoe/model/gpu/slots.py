@@ -55,6 +55,9 @@ class ExpertSlots:
         self._counts: list[int] = []
         self._layer_bytes = _PARTS * spec.moe.n_experts * _ADDRESS_BYTES
         self._table = Mirror(gpu, (len(layers), _PARTS, spec.moe.n_experts), np.uint64)
+        self._words: memoryview = self._table.host.reshape(-1).data  # an array's stores take longer
+        self._n_experts = spec.moe.n_experts
+        self._offsets = {layer: layout.offsets for layer, layout in self._layouts.items()}
         self._table.send()
         self._bring = {
             layer: self._table.bring(gpu, row * self._layer_bytes, self._layer_bytes)
@@ -116,12 +119,13 @@ class ExpertSlots:
 
         The device learns of it by `publish`.
         """
-        entry = self._table.host[self._row[layer], :, expert]
+        words, n = self._words, self._n_experts
+        at = _PARTS * n * self._row[layer] + expert
         if slot is None:
-            entry[:] = 0
-        else:
-            base = self.slot_address(self._class[layer], slot)
-            entry[:] = [base + offset for offset in self._layouts[layer].offsets]
+            words[at] = words[at + n] = words[at + 2 * n] = 0
+            return
+        base, (gate, up, down) = self.slot_address(self._class[layer], slot), self._offsets[layer]
+        words[at], words[at + n], words[at + 2 * n] = base + gate, base + up, base + down
 
     def publish(self, layer: int | None = None) -> None:
         """Queue a copy of a layer's part (None: of the whole table) to the device."""
