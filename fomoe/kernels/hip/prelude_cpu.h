@@ -39,7 +39,6 @@ unsigned sizes(void (*)(A...), unsigned* out) {
 
 // ---- declarations
 #define FM_KERNEL(max_threads) extern "C" __attribute__((annotate("fm_kernel")))
-#define FM_KERNEL_OF_TWO(max_threads) FM_KERNEL(max_threads)
 #define FM_DEV inline
 #define FM_SHARED alignas(16) __attribute__((section("fm_shared"))) static
 #define FM_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(fm_engine->dynamic)

@@ -45,7 +45,7 @@ _WAVES = {
     "FM_HELD": 96,
     "FM_INT8": 1,
 }
-_PROJECT = {**_WAVES, "FM_ADD": 0, "FM_OF_TWO": 0, "FM_PARTS": 4}
+_PROJECT = {**_WAVES, "FM_ADD": 0, "FM_PARTS": 4}
 _EXPERTS = {
     **_WAVES,
     "FM_HIDDEN": 4096,
@@ -89,13 +89,18 @@ CHECKS = (
     Check("project", {**_project((8, 12, 14), 8192), "FM_HELD": 48}, dots=True),
     Check("project", _project((0, 1), 4096)),
     Check("project", _project((30,), 4096)),
-    Check("project", {**_project((0, 12, 14), 4096), "FM_WAVES": 16, "FM_OF_TWO": 1}, only="sm_"),
+    Check("project", {**_project((0, 13), 4096), "FM_WAVES": 24, "FM_HELD": 40}, only="sm_"),
     Check("project", {**_project(_QUANTS, 2048), "FM_INT8": 0}),
     *(
         Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True)
         for t in (12, 14)
     ),
     *(Check("experts_out", {**_OUT, "FM_TYPE_DOWN": t}, dots=True) for t in (12, 13, 14)),
+    Check(
+        "experts_out",
+        {**_OUT, "FM_TYPE_DOWN": 14, "FM_WAVES": 24, "FM_STAGES": 2, "FM_HELD": 40},
+        only="sm_",
+    ),
     Check("delay"),
     Check("bring", {"THREADS": 256}),
     Check("names", dots=True, tiles=True, folder=OWN),
