@@ -1,11 +1,10 @@
-"""The products of decode layers, one layer after the other over more weights than a cache holds."""
+"""DeltaNet decode layers one after the other, over more weights than a cache holds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from math import lcm
 
 import numpy as np
@@ -26,33 +25,45 @@ from fomoe.kernels.gpu.moe import (
     experts_out,
     scores,
 )
-from fomoe.kernels.gpu.products import Options, Span, project, project_rows
-from fomoe.kernels.gpu.step import picks
+from fomoe.kernels.gpu.products import Options, project, project_rows
+from fomoe.kernels.gpu.sequence import DeltaCall, DeltaInputs, DeltaWeights, delta
+from fomoe.kernels.gpu.state import StateLayout, channels
+from fomoe.kernels.gpu.step import STEP, picks
 from fomoe.kernels.gpu.tuning import Kernel, Tuning
+from fomoe.model.spec import AttentionSpec, DeltaSpec
 
 Key = tuple[Kernel, GGMLType]
-Part = str  # "mixer in", "mixer out", "scores", "experts in", "experts out"
+Part = str  # one of PARTS, or "delta", whose launch is not tuned
 PARTS = ("mixer in", "mixer out", "scores", "experts in", "experts out")
-EPS, POOL_ROWS = 1e-6, 64
+EPS, POOL_ROWS, STATES = 1e-6, 64, 16
+_NO_ATTENTION = AttentionSpec(n_heads=1, n_kv_heads=1, head_dim=8, rope_dims=8, rope_base=1e4)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Sizes of a layer; `mixer`: rows of what multiplies its input, `inner`: of its output."""
+    """Sizes of a layer."""
 
     name: str
     hidden: int
-    mixer: tuple[int, ...]
-    inner: int
+    delta: DeltaSpec
     experts: int
     width: int
     shared: int
     top_k: int
 
+    @property
+    def mixer(self) -> tuple[int, ...]:
+        """Rows of what multiplies the mixer's input: qkv, z, alpha, beta."""
+        return channels(self.delta), self.delta.inner, self.delta.n_v_heads, self.delta.n_v_heads
+
+
+def _delta_of(heads: int) -> DeltaSpec:
+    return DeltaSpec(n_k_heads=16, n_v_heads=heads, key_dim=128, value_dim=128, conv_width=4)
+
 
 MODELS = (
-    Model("397B", 4096, (12288, 8192, 64, 64), 8192, 512, 1024, 1024, 10),
-    Model("35B", 2048, (8192, 4096, 32, 32), 4096, 256, 512, 512, 8),
+    Model("397B", 4096, _delta_of(64), 512, 1024, 1024, 10),
+    Model("35B", 2048, _delta_of(32), 256, 512, 512, 8),
 )
 
 
@@ -67,26 +78,17 @@ class Types:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A launch to be made: its dense matrices, other bytes that it reads, what it asks ahead."""
+    """A launch to be made: its dense matrices and other bytes that it moves."""
 
     part: Part
     matrices: Sequence[Matrix]
     launch: Callable[[Options], Launch]
     more_bytes: int = 0
-    ahead: Span | None = None  # None: the largest matrix of the launch after it
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights that it reads."""
+        """Bytes of weights and state that it moves."""
         return sum(m.nbytes for m in self.matrices) + self.more_bytes
-
-    @property
-    def span(self) -> Span:
-        """Its largest matrix."""
-        if not self.matrices:
-            return Span(0, 0)
-        largest = max(self.matrices, key=lambda m: m.nbytes)
-        return Span(largest.address, largest.nbytes)
 
 
 class Weights:
@@ -130,11 +132,28 @@ class DecodeLayers:
 
         self._x, self._norm, self._sum = (vector(model.hidden) for _ in range(3))
         self._y = [vector(rows) for rows in model.mixer]
-        self._mixed = upload_rows(gpu, rng.standard_normal(model.inner, dtype=np.float32))
+        self._mixed = upload_rows(gpu, rng.standard_normal(model.delta.inner, dtype=np.float32))
+        self._deltas = self._make_deltas(vector)
         rows = upload_rows(gpu, rng.standard_normal(model.hidden, dtype=np.float32))
         self._scores = vector(model.experts)
         sizes = model.experts, model.shared, model.shared, 1, model.top_k * model.width
         self._buffers = MoEBuffers(rows, *(vector(n) for n in sizes))
+
+    def _make_deltas(self, vector: Callable[[int], int]) -> list[Launch]:
+        """The mixer's launch for one state after the other, whose memories fade."""
+        gpu, spec = self._gpu, self.model.delta
+        layout = StateLayout.of(("delta",), spec, _NO_ATTENTION, 32, "f16")
+        n, taps = spec.n_v_heads, channels(spec) * spec.conv_width
+        fading = upload(gpu, np.full(n, -1, np.float32))
+        weights = DeltaWeights(vector(taps), fading, vector(n), vector(spec.value_dim), EPS)
+        out = self._mixed._replace(x=0)
+        call = DeltaCall(weights, DeltaInputs(*self._y), layout.layers[0], out)
+        made = []
+        for _ in range(STATES):
+            state = upload(gpu, np.zeros(layout.nbytes, np.uint8))
+            step = upload(gpu, np.array((0, 9, 1, 0, state), STEP))
+            made.append(delta(gpu, step, spec, call))
+        return made
 
     @cached_property
     def _places(self) -> list[tuple[int, int]]:
@@ -179,28 +198,30 @@ class DecodeLayers:
         """Return launches over `nbytes` of weights at least, and the bytes that they read."""
         made: list[Launch] = []
         total = 0
-        work = (w for w in self._work() if only in (None, w.part))
-        for now, after in pairwise(work):
-            options = Options(tuning=tuning[now.part], ahead=now.ahead or after.span)
-            made.append(now.launch(options))
-            total += now.nbytes
-            if total >= self.nbytes and (only or after.part == PARTS[0]):
+        for work in self._work():
+            if total >= self.nbytes and (only or work.part == PARTS[0]):
                 break
+            if only in (None, work.part):
+                made.append(work.launch(Options(tuning=tuning.get(work.part))))
+                total += work.nbytes
         return made, total
 
     def _work(self) -> Iterator[Work]:
         layer = 0
         while True:
-            yield from self._layer(self._places[layer % len(self._places)])
+            mixer = self._deltas[layer % STATES]
+            yield from self._layer(self._places[layer % len(self._places)], mixer)
             layer += 1
 
-    def _layer(self, place: tuple[int, int]) -> Iterator[Work]:
+    def _layer(self, place: tuple[int, int], mixer: Launch) -> Iterator[Work]:
         gpu, m, t, take = self._gpu, self.model, self.types, self._weights.matrix
         inputs = [take(t.mixer, rows, m.hidden) for rows in m.mixer]
         parts = list(zip(inputs, self._y, strict=True))
         x, norm = self._x, self._norm
         yield Work("mixer in", inputs, lambda o: project(gpu, x, norm, EPS, parts, options=o))
-        out = take(t.mixer, m.hidden, m.inner)
+        state = 2 * 4 * m.delta.n_v_heads * m.delta.key_dim * m.delta.value_dim
+        yield Work("delta", [], lambda o: mixer, state)
+        out = take(t.mixer, m.hidden, m.delta.inner)
         rows = self._mixed
         yield Work("mixer out", [out], lambda o: project_rows(gpu, rows, out, self._sum, options=o))
         router = take(GGMLType.F32, m.experts, m.hidden)
@@ -224,7 +245,7 @@ class DecodeLayers:
         yield Work(
             "experts in", [],
             lambda o: experts_in(gpu, layout, m.top_k, at, b, choose=choose, options=o),
-            gate_up, Span(down.address, down.nbytes),
+            gate_up,
         )  # fmt: skip
         yield Work(
             "experts out", [down],

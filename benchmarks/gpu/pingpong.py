@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pingpong_trace import Call, lines
+
 from fomoe.actors import processes
 from fomoe.config import EngineConfig, RoutingConfig
 from fomoe.engine.hosting import dense_bytes
@@ -49,15 +51,16 @@ class Facts:
     layers: int
 
 
-def facts_of(model: Path, device: str, n_devices: int) -> Facts:
+def facts_of(model: Path, devices: tuple[str, ...]) -> Facts:
     """Read what `budget` wants."""
     file = open_gguf(model)
     spec = read_spec(file)
     config = EngineConfig(
-        model=model, devices=(device,) * n_devices, ctx_size=CTX, prefill_chunk=CHUNK,
+        model=model, devices=devices, ctx_size=CTX, prefill_chunk=CHUNK,
         routing=RoutingConfig(shadow_every=0),
     )  # fmt: skip
     table = ExpertTable.from_gguf(file, spec.n_layers)
+    n_devices = len(devices)
     whole = max(
         sum(table.slot_bytes(i) for i in range(d, spec.n_layers, n_devices))
         for d in range(n_devices)
@@ -68,10 +71,12 @@ def facts_of(model: Path, device: str, n_devices: int) -> Facts:
 @contextmanager
 def engine(args: argparse.Namespace, n_devices: int, share: float) -> Iterator[LLM]:
     """An engine whose devices hold a share of their experts."""
-    facts = facts_of(args.model, args.device, n_devices)
+    given = args.device.split(",")
+    devices = tuple(given[i % len(given)] for i in range(n_devices))
+    facts = facts_of(args.model, devices)
     start = time.perf_counter()
     with LLM(
-        args.model, devices=[args.device] * n_devices, ctx_size=CTX, prefill_chunk=CHUNK,
+        args.model, devices=list(devices), ctx_size=CTX, prefill_chunk=CHUNK,
         vram_budget=facts.dense + int(share * facts.experts) + (1 << 20),
         ram_budget=args.ram, ram_policy=args.ram_policy, prefetch_budget=args.prefetch_budget,
         routing=RoutingConfig(shadow_every=0), launcher="processes",
@@ -90,9 +95,10 @@ def say(llm: LLM, what: str, *args: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """Milliseconds a token, mean of all timed ones, and the receipt."""
+    """Milliseconds a token, mean and median of all timed ones, and the receipt."""
 
     ms: float
+    median_ms: float
     receipt: Receipt
 
 
@@ -118,8 +124,23 @@ def text(llm: LLM, tokens: int, quality: str | None = None) -> Run:
             if getattr(event, "error", None):
                 raise SystemExit(event.error)
     assert receipt is not None
-    ms = 1e3 * statistics.mean(b - a for a, b in zip(at[SKIP:], at[SKIP + 1 :], strict=False))
-    return Run(ms, receipt)
+    times = [1e3 * (b - a) for a, b in zip(at[SKIP:], at[SKIP + 1 :], strict=False)]
+    return Run(statistics.mean(times), statistics.median(times), receipt)
+
+
+def traced(args: argparse.Namespace, llm: LLM, name: str, quality: str | None = None) -> None:
+    """Write what actors did during two tokens of the text, where that is asked for."""
+    if args.trace is None:
+        return
+    handles = llm.engine.running.handles
+    actors = [h for key, h in sorted(handles.items()) if key == "driver" or key.startswith("gpu-")]
+    for handle in actors:
+        handle.call("trace").result(CALL_S)
+    text(llm, 16, quality)
+    calls = [Call(*c) for handle in actors for c in handle.call("trace").result(CALL_S)]
+    loads = [c.what.split()[-1] for c in calls if c.what.startswith("load")]
+    print(f"  loads of steps {loads.count('step')}, ahead {loads.count('ahead')}", flush=True)
+    (args.trace / f"{name}.txt").write_text("\n".join(lines(calls, 2)) + "\n")
 
 
 def alone(args: argparse.Namespace, n_devices: int) -> dict[str, Any]:
@@ -131,6 +152,7 @@ def alone(args: argparse.Namespace, n_devices: int) -> dict[str, Any]:
         if n_devices == 1:
             found["device ms"] = say(llm, "time_token", 100)[0]
             found["host us per layer"] = 1e3 * (run.ms - found["device ms"]) / llm.spec.n_layers
+        traced(args, llm, f"alone-{n_devices}", BY_LAYER)
         return found
 
 
@@ -166,12 +188,15 @@ def next_guess(known: list[tuple[float, float]], wanted: float) -> float:
 def measured(args: argparse.Namespace, llm: LLM, compute: float, run: Run) -> dict[str, Any]:
     """Return the figures of a run, those with delays, and the link's own rate."""
     layers, delays = llm.spec.n_layers, {"plain": (compute, run)}
+    n_devices = len(llm.config.devices)
+    traced(args, llm, f"plain-{n_devices}")
     crossed = bytes_per_token(run.receipt, args.tokens)
     guess_ms = 1e3 * crossed / args.link
     extra_us = max(0.0, 1e3 * (guess_ms - compute) / layers)
     if extra_us:
         say(llm, "delay", extra_us)
         delays["delayed"] = (compute + extra_us * layers / 1e3, text(llm, args.tokens))
+        traced(args, llm, f"delayed-{n_devices}")
         say(llm, "delay", 0.0)
     rate = say(llm, "link_rate")[0]
     found: dict[str, Any] = {
@@ -181,11 +206,13 @@ def measured(args: argparse.Namespace, llm: LLM, compute: float, run: Run) -> di
         ms, receipt = timed.ms, timed.receipt
         copy = 1e3 * bytes_per_token(receipt, args.tokens) / rate
         found[name] = {
-            "wall ms": round(ms, 4), "compute ms": round(alone_ms, 4), "copy ms": round(copy, 4),
+            "wall ms": round(ms, 4), "median ms": round(timed.median_ms, 4),
+            "compute ms": round(alone_ms, 4), "copy ms": round(copy, 4),
             "wall / max": round(ms / max(alone_ms, copy), 4),
             "hidden": round((alone_ms + copy - ms) / copy, 4) if copy else None,
             "MB per token": round(bytes_per_token(receipt, args.tokens) / 1e6, 2),
             "hash": receipt.decision_hash,
+            "guesses": receipt.prefetched, "came true": receipt.prefetched_used,
             "stalled ms": round(receipt.stall_ms / (SKIP + args.tokens), 4),
         }  # fmt: skip
         print(f"  {name}: {found[name]}", flush=True)
@@ -201,7 +228,7 @@ def main() -> None:
     """Time engines of two actors and of one; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--device", default="cuda:0", help="or one for each actor: cuda:0,cuda:1")
     parser.add_argument("--ram", default="40GiB", help="RAM budget; all experts are to fit")
     parser.add_argument("--ram-policy", default="inclusive", choices=("inclusive", "exclusive"))
     parser.add_argument("--hit", type=float, default=0.6)
@@ -209,16 +236,20 @@ def main() -> None:
     parser.add_argument("--link", type=float, default=54e9, help="bytes a second, for the delay")
     parser.add_argument("--prefetch-budget", type=float, default=1.0)
     parser.add_argument("--tokens", type=int, default=150)
-    parser.add_argument("--one", action="store_true", help="leave the two actors out")
+    parser.add_argument("--only", choices=("one", "two"), help="actors; both if absent")
+    parser.add_argument("--trace", type=Path, help="folder for what actors did, call by call")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.model, out = args.model.resolve(), args.out and args.out.resolve()
+    args.trace = args.trace and args.trace.resolve()
     os.chdir(Path(__file__).parent)  # where the actors' processes find their class
     processes.CLASSES["layers"] = "pingpong_actor:PingPongActor"
+    if args.trace:
+        processes.CLASSES["driver"] = "pingpong_trace:TracedDriver"
     result: dict[str, Any] = {"model": args.model.name, "tokens": args.tokens}
     share = None
     for name, n_devices in (("two", 2), ("one", 1)):
-        if args.one and n_devices == 2:
+        if args.only not in (None, name):
             continue
         compute = alone(args, n_devices)
         print(f"  alone: {compute}", flush=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from device_time import ticks_launch, ticks_per_us
+from pingpong_trace import Notes, note_device
 
 from fomoe.actors.expert_copies import part_bytes
 from fomoe.actors.layers import LayerActor, LayerPlan
@@ -16,29 +18,41 @@ COPIES = 256
 
 
 class PingPongActor(LayerActor):
-    """A layer actor whose fronts can take longer than they do."""
+    """A layer actor whose layers can take longer than they do, either half the same."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._notes: Notes | None = None
 
     def open(self, plan: LayerPlan, segment: SegmentHandle) -> None:
-        """As ever, with a kernel in front of each front."""
+        """As ever, with a kernel in front of each half."""
         super().open(plan, segment)
         model: Any = self._model
         self._per_us = ticks_per_us(model.gpu)
         self._delay: Any = None
-        front = model.front
+        for half in ("front", "back", "own_back"):
+            setattr(model, half, self._delayed(model, getattr(model, half)))
 
-        def delayed(layer: int) -> None:
+    def _delayed(self, model: Any, half: Callable[..., None]) -> Callable[..., None]:
+        def delayed(*args: Any) -> None:
             if self._delay is not None:
                 model.gpu.launch(self._delay)
-            front(layer)
+            half(*args)
 
-        model.front = delayed
+        return delayed
 
     def delay(self, microseconds: float) -> None:
-        """Let each front take so much longer, from now on."""
+        """Let each layer take so much longer, from now on."""
         model: Any = self._model
         model.runtime.attach()
-        ticks = round(microseconds * self._per_us)
+        ticks = round(microseconds / 2 * self._per_us)
         self._delay = ticks_launch(model.gpu, ticks) if ticks else None
+
+    def trace(self) -> list[tuple[str, str, int, int]]:
+        """Return the calls since the last time; the first time, begin to note them."""
+        if self._notes is None:
+            self._notes = note_device(self.name)
+        return [tuple(call) for call in self._notes.taken()]
 
     def time_token(self, position: int) -> float:
         """Return the milliseconds of a token on the device, where all of it is here."""

@@ -14,8 +14,9 @@ from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import ExpertLayout, Matrix
 from fomoe.kernels.gpu.moe import MoEBuffers, experts_in, experts_out
-from fomoe.kernels.gpu.products import project_rows
+from fomoe.kernels.gpu.products import Options, project_rows
 from fomoe.kernels.gpu.step import Rows, picks
+from fomoe.kernels.gpu.tuning import Tuning
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -72,7 +73,11 @@ def difference(found: npt.NDArray[np.floating], expected: F64) -> float:
 
 
 class MatrixCase:
-    """y = W h for one matrix of about `nbytes`."""
+    """y = W h for one matrix of about `nbytes`.
+
+    Attributes:
+        tuning: of the product; None is the device's own.
+    """
 
     def __init__(self, gpu: GPU, kind: GGMLType, cols: int, nbytes: int) -> None:
         rng = np.random.default_rng(int(kind))
@@ -81,6 +86,7 @@ class MatrixCase:
         x = rng.standard_normal(cols, dtype=np.float32)
         self.name = f"{kind.name} {rows} x {cols}"
         self.nbytes = rows * row_bytes(kind, cols)
+        self.tuning: Tuning | None = None
         self._gpu, self._rows = gpu, rows
         self._expected = values_of(kind, pool) @ seen_by(kind, x)
         self._matrix = Matrix(repeated(gpu, pool, self.nbytes), int(kind), rows, cols)
@@ -89,7 +95,8 @@ class MatrixCase:
 
     def launches(self) -> list[Launch]:
         """What is timed: four products."""
-        one = project_rows(self._gpu, self._h, self._matrix, self._y, add=False)
+        options = Options(tuning=self.tuning)
+        one = project_rows(self._gpu, self._h, self._matrix, self._y, add=False, options=options)
         return [one] * 4
 
     def check(self) -> float:
@@ -114,6 +121,7 @@ class ExpertsCase:
 
     Attributes:
         part: what is timed: "in", "out" or "both".
+        tunings: of experts in and experts out; None is the device's own.
     """
 
     def __init__(
@@ -121,6 +129,7 @@ class ExpertsCase:
     ) -> None:
         inner, down = types
         self.part = "both"
+        self.tunings: tuple[Tuning | None, Tuning | None] = (None, None)
         self._last: list[Launch] = []
         self._gpu, self._sizes, self._types = gpu, sizes, types
         self._layout = ExpertLayout((inner, inner, down), sizes.hidden, sizes.width)
@@ -192,13 +201,15 @@ class ExpertsCase:
     def launches(self) -> list[Launch]:
         """What is timed: all layers."""
         made = []
+        first, second = (Options(tuning=tuning) for tuning in self.tunings)
         for picked, shared in zip(self._picks, self._shared_downs, strict=True):
             k, out = self._sizes.top_k, self._buffers
             if self.part != "out":
-                made.append(experts_in(self._gpu, self._layout, k, picked, out))
+                args = (self._layout, k, picked, out)
+                made.append(experts_in(self._gpu, *args, options=first))
             if self.part != "in":
                 args = (self._layout, (k, picked), shared, out, self._x)
-                made.append(experts_out(self._gpu, *args))
+                made.append(experts_out(self._gpu, *args, options=second))
         self._last = made
         return made
 

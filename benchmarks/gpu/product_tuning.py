@@ -1,185 +1,191 @@
-"""Which tuning of the products is the fastest on a device, over decode layers of real sizes."""
+"""Which tuning of the products is the fastest on a device.
+
+Three questions, each with a table: the routed experts of a layer by the type of their down,
+launches included; whole DeltaNet layers, where each launch begins beside the one before it;
+matrices alone. Times are microseconds, shares those of the copy bandwidth.
+"""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
-from decode_layer import MODELS, PARTS, DecodeLayers, Key, Model, Part, Types
+from decode_layer import MODELS, PARTS, DecodeLayers, Model, Part, Types
 from device_time import graph_ms
+from product_cases import ExpertsCase, LayerSizes, MatrixCase
+from side_by_side import Job, rehearse
 
 from fomoe.errors import DeviceError
 from fomoe.gguf.quants import GGMLType
 from fomoe.kernels.gpu.gpu import GPU, open_gpu
 from fomoe.kernels.gpu.launch import Launch
-from fomoe.kernels.gpu.tuning import Tuning
+from fomoe.kernels.gpu.tuning import Kernel, Tuning, tuning_of
 
 Q4_K, Q5_K, Q6_K, Q8_0, IQ4_XS = (
     GGMLType[name] for name in ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_XS")
 )
 # waves, groups a core, stages, bytes of a tile
 SHAPES = (
-    (16, 1, 3, 2304), (16, 1, 4, 2304), (16, 1, 2, 4608), (8, 1, 4, 2304), (8, 1, 6, 2304),
-    (8, 1, 3, 4608), (8, 2, 3, 2304), (8, 2, 2, 4608), (4, 4, 3, 2304), (4, 2, 6, 2304),
+    (16, 1, 3, 2304), (16, 1, 4, 2304), (16, 1, 2, 4608), (16, 1, 4, 1280), (20, 1, 3, 2304),
+    (22, 1, 3, 2304), (22, 1, 4, 1280), (24, 1, 2, 2304), (32, 1, 2, 2304), (32, 1, 3, 1280),
+    (32, 1, 3, 2304), (16, 2, 2, 2304),
 )  # fmt: skip
-AHEADS = (0, 1024, 2048, 4096, 8192)
-ROUNDS = 9
-WITHIN_S = 55.0  # no case is begun later
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """Layers of a model with these types, and the parts that are measured alone.
-
-    `whole`: then all parts one after the other as well, with and without early starts.
-    """
-
-    model: Model
-    types: Types
-    parts: Sequence[Part]
-    whole: bool = False
-
-
+HELD = (96, 40)  # words of activations in a lane's registers
+MATRICES = (Q4_K, Q5_K, Q6_K, Q8_0, IQ4_XS)
+LAYER = LayerSizes(hidden=4096, width=1024, shared=1024, top_k=10)
+EXPERTS = ((Q4_K, Q4_K), (Q4_K, Q5_K), (Q4_K, Q6_K))  # of gate and up, of down
 LARGE, SMALL = MODELS
-CASES = (
-    Case(LARGE, Types(Q4_K, Q4_K, Q4_K), PARTS, whole=True),
-    Case(SMALL, Types(Q4_K, Q4_K, Q4_K), PARTS, whole=True),
-    Case(LARGE, Types(Q5_K, Q4_K, Q5_K), ("mixer in", "experts out")),
-    Case(LARGE, Types(Q8_0, Q4_K, Q6_K), ("mixer in", "experts out")),
-    Case(SMALL, Types(Q8_0, Q4_K, Q6_K), ("mixer in", "experts out")),
-    Case(LARGE, Types(IQ4_XS, IQ4_XS, Q4_K), ("mixer in", "experts in")),
-)
+LAYERS = ((LARGE, Types(Q4_K, Q4_K, Q4_K)), (SMALL, Types(Q4_K, Q4_K, Q6_K)))
+ROUNDS = 9
+LAUNCHES = len(PARTS) + 1  # of a layer
+WITHIN_S = 80.0  # no table is begun later
+
+Key = tuple[Kernel, GGMLType]
+Variant = tuple[str, Tuning]  # of a part
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """Microseconds of a part of a case for each tuning."""
+class Best:
+    """The fastest tuning of a kernel for a type, and where it was found."""
 
     key: Key
-    us: dict[Tuning, float]
-
-    def excess(self, tuning: Tuning) -> float:
-        """Logarithm of the time over the best one."""
-        return math.log(self.us[tuning] / min(self.us.values())) if tuning in self.us else math.inf
+    tuning: Tuning
+    us: float
+    where: str
 
 
 def tune(device: str, nbytes: int, copy: float) -> None:
-    """Measure all cases and print their best variants, then the table of tuning.py."""
-    found: list[Found] = []
-    best = replace(_tuning(SHAPES[0]), early=True)
+    """Measure, print a line for each variant, and in the end the lines of tuning.py."""
     begin = time.perf_counter()
-    for case in CASES:
+    found: list[Best] = []
+    tables: list[Callable[[], list[Best]]] = []
+    tables += [lambda t=types: _experts(device, t, nbytes, copy) for types in EXPERTS]  # type: ignore[misc]
+    tables += [lambda m=m, t=t: _layers(device, m, t, nbytes, copy) for m, t in LAYERS]  # type: ignore[misc]
+    tables += [lambda k=kind: _matrices(device, k, nbytes, copy) for kind in MATRICES]  # type: ignore[misc]
+    for table in tables:
         if time.perf_counter() - begin > WITHIN_S:
-            print(f"not measured, it is late: {case.model.name} {case.types}", flush=True)
-            continue
-        gpu = open_gpu(device, 5 * nbytes + (64 << 20))
-        layers = DecodeLayers(gpu, case.model, case.types, nbytes)
-        of_parts = _parts(gpu, layers, case, copy)
-        found += of_parts.values()
-        if case.whole:
-            best = _whole(gpu, layers, of_parts, copy)
-        gpu.close()
-    _print_table(found, best)
+            print("it is late: the other tables are not measured", flush=True)
+            break
+        found += table()
+    print("best of each kernel, type and table:")
+    for best in found:
+        kernel, kind = best.key
+        print(f'    ("{kernel}", GGMLType.{kind.name}): {best.tuning!r},  # {best.where}')
 
 
-def _tuning(shape: tuple[int, int, int, int]) -> Tuning:
+def _tuning(shape: tuple[int, int, int, int], held: int = HELD[0]) -> Tuning:
     waves, per_core, stages, tile = shape
-    return Tuning(waves, per_core, stages, tile, held=96, early=True)
+    return Tuning(waves, per_core, stages, tile, held=held, early=True)
 
 
-def _parts(gpu: GPU, layers: DecodeLayers, case: Case, copy: float) -> dict[Part, Found]:
-    wanted = [(part, _tuning(shape)) for part, shape in product(case.parts, SHAPES)]
-    runs = _compiled(gpu, layers, wanted)
-    found = {part: Found(layers.keys()[part], {}) for part in case.parts}
-    for part, tuning in runs:
-        launches, nbytes = layers.launches({part: tuning}, part)
-        us = graph_ms(gpu, launches, ROUNDS) * 1e3
-        found[part].us[tuning] = us / len(launches)
-        share, each = nbytes / (us * 1e-6) / copy, us / len(launches)
-        what = f"{_name(layers)} {part:11} {_words(tuning)}"
-        print(f"{what}: {each:7.2f} us, {share:.3f}", flush=True)
-    return found
+def _words(t: Tuning) -> str:
+    return f"{t.waves:2} x {t.per_core} waves {t.stages} x {t.tile} held {t.held}{' lean' * t.lean}"
 
 
-def _compiled(
-    gpu: GPU, layers: DecodeLayers, wanted: Sequence[tuple[Part, Tuning]]
-) -> list[tuple[Part, Tuning]]:
-    """The variants that fit the device, all compiled."""
-    jobs: list[tuple[str, dict[str, int]]] = []
-    kernel, kept = gpu.kernel, []
+def _matrices(device: str, kind: GGMLType, nbytes: int, copy: float) -> list[Best]:
+    gpu = open_gpu(device, int(nbytes * 1.3) + (64 << 20))
+    case = MatrixCase(gpu, kind, LAYER.hidden, nbytes)
 
-    def note(unit: str, name: str, defines: dict[str, int]) -> int:
-        jobs.append((unit, defines))
-        return 0
+    def launches(_: str, tuning: Tuning) -> list[Launch]:
+        case.tuning = tuning
+        return case.launches()
 
-    gpu.kernel = note  # type: ignore[method-assign, assignment]
-    try:
-        for part, tuning in wanted:
-            before = len(jobs)
-            try:
-                launches, _ = layers.launches({part: tuning}, part)
-            except DeviceError:
-                launches = []
-            if launches and _fits(gpu, launches[0], tuning):
-                kept.append((part, tuning))
-            else:
-                del jobs[before:]
-    finally:
-        gpu.kernel = kernel  # type: ignore[method-assign]
+    tunings = [_tuning(shape, held) for held in HELD for shape in SHAPES]
+    ready = _ready(gpu, launches, [("", t) for t in tunings])
+    us = {t: graph_ms(gpu, launches("", t), ROUNDS) * 1e3 / 4 for _, t in ready}
+    _print_shares(case.name, us, case.nbytes, copy)
+    gpu.close()
+    return [_best(("project", kind), us, case.name)]
+
+
+def _experts(device: str, types: tuple[GGMLType, GGMLType], nbytes: int, copy: float) -> list[Best]:
+    """Routed experts, launches included: first the shapes of down, then those of gate and up."""
+    gpu = open_gpu(device, int(nbytes * 1.3) + (64 << 20))
+    case, best = ExpertsCase(gpu, LAYER, types, nbytes), []
+    keys: dict[str, Key] = {"out": ("experts_out", types[1]), "in": ("experts_in", types[0])}
+    table = {part: tuning_of(gpu.runtime, *key) for part, key in keys.items()}
+
+    def launches(part: str, tuning: Tuning) -> list[Launch]:
+        now = {**table, part: tuning}
+        case.tunings = now["in"], now["out"]
+        return case.launches()
+
+    for part, key in keys.items():
+        variants = [(part, t) for t in (table[part], *map(_tuning, SHAPES))]
+        of_part = slice(part == "out", None, 2)
+        ready = _ready(gpu, lambda p, t, s=of_part: launches(p, t)[s], variants)  # type: ignore[misc]
+        us = {t: graph_ms(gpu, launches(part, t), ROUNDS) * 1e3 for _, t in ready}
+        name = f"{case.name}, tuned {key[0]}"
+        _print_shares(name, us, case.nbytes, copy)
+        best.append(_best(key, us, name))
+        table[part] = best[-1].tuning
+    launches("in", table["in"])
+    print(f"error {case.check():.1e}", flush=True)
+    gpu.close()
+    return best
+
+
+def _layers(device: str, model: Model, types: Types, nbytes: int, copy: float) -> list[Best]:
+    """Whole layers: part by part the shape that makes all of them fastest."""
+    gpu = open_gpu(device, 5 * nbytes + (64 << 20))
+    layers, best = DecodeLayers(gpu, model, types, nbytes), []
+    keys = layers.keys()
+    table = {part: tuning_of(gpu.runtime, *keys[part]) for part in PARTS}
+    variants = [(part, t) for part in PARTS for t in (table[part], *map(_tuning, SHAPES))]
+    lean = [(p, replace(t, lean=True)) for p, t in variants if p == PARTS[0] and t.waves <= 16]
+    ready = _ready(gpu, lambda p, t: layers.launches({**table, p: t}, p)[0], variants + lean)
+    whose = f"{model.name} {types.mixer.name}/{types.inner.name}/{types.down.name} layer"
+    for part in PARTS:
+        us = {t: _layer_us(gpu, layers, {**table, part: t}) for p, t in ready if p == part}
+        name = f"{whose}, tuned {part}"
+        launches, moved = layers.launches(table)
+        _print_shares(name, us, moved / len(launches) * LAUNCHES, copy)
+        best.append(_best(keys[part], us, name))
+        table[part] = best[-1].tuning
+    late = {part: replace(t, early=False) for part, t in table.items()}
+    print(f"{whose}, late: {_layer_us(gpu, layers, late):.2f} us", flush=True)
+    gpu.close()
+    return best
+
+
+def _layer_us(gpu: GPU, layers: DecodeLayers, table: Mapping[Part, Tuning]) -> float:
+    launches, _ = layers.launches(table)
+    return graph_ms(gpu, launches, ROUNDS) * 1e3 / len(launches) * LAUNCHES
+
+
+def _print_shares(name: str, us: Mapping[Tuning, float], nbytes: float, copy: float) -> None:
+    print(name)
+    for tuning, each in sorted(us.items(), key=lambda item: item[1]):
+        share = nbytes / (each * 1e-6) / copy
+        print(f"    {_words(tuning):36} {each:8.2f} us, {share:.3f}", flush=True)
+
+
+def _best(key: Key, us: Mapping[Tuning, float], where: str) -> Best:
+    tuning = min(us, key=lambda t: us[t])
+    return Best(key, tuning, us[tuning], where)
+
+
+def _ready(
+    gpu: GPU, launches: Callable[[str, Tuning], Sequence[Launch]], variants: Sequence[Variant]
+) -> list[Variant]:
+    """The variants that fit the device, each once, all compiled."""
+    jobs: list[Job] = []
+    kept = []
+    for part, tuning in dict.fromkeys(variants):
+        try:
+            wanted, made = rehearse(gpu, lambda p=part, t=tuning: launches(p, t))  # type: ignore[misc]
+        except DeviceError:  # not one wave has room
+            continue
+        if _fits(gpu, made[0], tuning):
+            kept.append((part, tuning))
+            jobs += wanted
     gpu.prepare(jobs)
     return kept
 
 
 def _fits(gpu: GPU, launch: Launch, tuning: Tuning) -> bool:
-    """Whether as many groups as the tuning wants find room on a core."""
+    """Whether as many waves and groups as the tuning wants find room on a core."""
     waves = launch.group[0] // gpu.runtime.wave
     room = gpu.runtime.shared_bytes + 1024
     return waves == tuning.waves and tuning.per_core * (launch.shared + 1024) <= room
-
-
-def _whole(gpu: GPU, layers: DecodeLayers, found: dict[Part, Found], copy: float) -> Tuning:
-    """Time whole layers with the best shape of each part, and with one shape for all.
-
-    Returns early starts and bytes ahead of the fastest.
-    """
-    mixed = {part: min(f.us, key=lambda t: f.us[t]) for part, f in found.items()}
-    same = [t for t in map(_tuning, SHAPES) if all(t in f.us for f in found.values())]
-    rows = []
-    for name, table in [
-        ("best of each", mixed),
-        *((_words(t), dict.fromkeys(PARTS, t)) for t in same),
-    ]:
-        for early, ahead in product((False, True), AHEADS):
-            made = {p: replace(t, early=early, ahead=ahead) for p, t in table.items()}
-            launches, nbytes = layers.launches(made)
-            us = graph_ms(gpu, launches, ROUNDS) * 1e3
-            rows.append((us, nbytes, len(launches), name, early, ahead))
-    rows.sort()
-    for us, nbytes, count, name, early, ahead in rows:
-        each, share = us / count * len(PARTS), nbytes / (us * 1e-6) / copy
-        how = f"{name}, {'early' if early else 'late '}, ahead {ahead}"
-        print(f"{_name(layers)} whole layer {how:44}: {each:7.2f} us, {share:.3f}", flush=True)
-    return replace(_tuning(SHAPES[0]), early=rows[0][4], ahead=rows[0][5])
-
-
-def _print_table(found: Sequence[Found], best: Tuning) -> None:
-    print(
-        "best shapes of each kernel and type; early starts and bytes ahead of the last whole layer:"
-    )
-    for key in dict.fromkeys(f.key for f in found):
-        mine = [f for f in found if f.key == key]
-        tuning = min(mine[0].us, key=lambda t: sum(f.excess(t) for f in mine))
-        t = replace(tuning, early=best.early, ahead=best.ahead)
-        print(f'    ("{key[0]}", GGMLType.{key[1].name}): {t!r},')
-
-
-def _name(layers: DecodeLayers) -> str:
-    t = layers.types
-    return f"{layers.model.name:4} {t.mixer.name}/{t.inner.name}/{t.down.name}"
-
-
-def _words(t: Tuning) -> str:
-    return f"{t.waves:2} x {t.per_core} waves {t.stages} x {t.tile}"

@@ -139,12 +139,13 @@ class Walk:
     def __init__(self, n_layers: int, keeps: float, sure: float) -> None:
         rng = np.random.default_rng(7)
         at = rng.normal(size=(n_layers, EXPERTS))
-        self.scores, self.ahead = [], []
+        self.scores, self.ahead, self.foreseen = [], [], []
         for _ in range(600):
             at = keeps * at + (1 - keeps**2) ** 0.5 * rng.normal(size=at.shape)
-            off = sure * at + (1 - sure**2) ** 0.5 * rng.normal(size=at.shape)
             self.scores.append((2 * at).astype(np.float32))
-            self.ahead.append((2 * off).astype(np.float32))
+            for known, off in ((sure, self.ahead), ((1 + sure) / 2, self.foreseen)):
+                near = known * at + (1 - known**2) ** 0.5 * rng.normal(size=at.shape)
+                off.append((2 * near).astype(np.float32))
 
 
 class CardLayers:
@@ -157,7 +158,8 @@ class CardLayers:
     ) -> None:  # fmt: skip
         self.runtime, self.slots, self.stream = runtime, slots, runtime.computes
         self.spec, self.options, self._walk, self._half = spec, options, walk, layer_s / 2
-        self._event = runtime.event()
+        self._event, self._spoken = runtime.event(), runtime.event()
+        self._foreseen = -1
 
     def begin(self, tokens: Any, position: int, state: int) -> None:
         self._position, self._count = position, len(tokens)
@@ -183,6 +185,20 @@ class CardLayers:
             return None
         return self._walk.ahead[self._position][self._layer + 1][None]
 
+    def embed(self) -> None:
+        self._foresee(0)
+
+    def _foresee(self, layer: int) -> None:
+        if self.options.ahead and layer < self.spec.n_layers:
+            self.runtime.record(self._spoken, self.stream)
+            self._foreseen = layer
+
+    def foreseen(self) -> Any:
+        if self._foreseen < 0 or not self.runtime.done(self._spoken):
+            return None
+        layer, self._foreseen = self._foreseen, -1
+        return layer, self._walk.foreseen[self._position][layer][None]
+
     def put_hidden(self, address: int) -> None:
         self._behind()
 
@@ -198,6 +214,7 @@ class CardLayers:
     def back(self, layer: int, *rest: Any) -> None:
         self._behind()
         self.runtime.kernel(self._half, f"back {layer}")
+        self._foresee(layer + 1)
 
     own_back = back
 
@@ -210,7 +227,7 @@ class CardLayers:
         return np.zeros((len(rows), 288), np.float32)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("embed", "reset", "close"):
+        if name in ("reset", "close"):
             return lambda *args: None
         raise AttributeError(name)
 

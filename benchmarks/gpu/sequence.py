@@ -1,8 +1,8 @@
 """Sequence kernels on a GPU at the shapes of the 397B and the 35B model.
 
 Run: python benchmarks/gpu/sequence.py [--device cuda:0] [--only delta,attend,...] [--shapes 35b]
-[--late]. Calls of a graph start early, as those of a model do: a call's time is less than its
-length by what it does beside the one before; with --late it is not.
+[--contexts 64,512] [--late]. Calls of a graph start early, as those of a model do: a call's time is
+less than its length by what it does beside the one before; with --late it is not.
 Prints a JSON object per line: microseconds of the device per call, medians, from graphs of many
 calls whose states rotate over more memory than caches hold; `share` is bytes read + written per
 second over the copy bandwidth of the same run. An empty node of a graph is in `node_us`.
@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from bandwidth import copy_bandwidth
 from device_time import device_ms, ticks_launch
+from side_by_side import rehearse
 
 from fomoe.kernels.gpu import sequence
 from fomoe.kernels.gpu.attention import attend_plan
@@ -35,7 +36,7 @@ ROTATE_BYTES = 600 << 20
 EPS = 1e-6
 VOCAB = 248_320
 PROMPTS = (512, 2048)
-CONTEXTS = (64, 512, 4096, 32_768, 131_072)
+CONTEXTS = (64, 512, 1024, 4096, 32_768, 131_072)
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class Table(NamedTuple):
 class Bench:
     """Random tensors in the memory of a GPU, and the time of launches."""
 
-    def __init__(self, gpu: GPU, *, early: bool) -> None:
-        self.gpu = gpu
+    def __init__(self, gpu: GPU, contexts: Sequence[int], *, early: bool) -> None:
+        self.gpu, self.contexts = gpu, contexts
         self._early = early
         self.bandwidth = copy_bandwidth(gpu)
         self._noise = np.random.default_rng(1).standard_normal(1 << 20, dtype=np.float32)
@@ -174,25 +175,37 @@ def delta(bench: Bench, shape: Shape) -> None:
 
 def attend(bench: Bench, shape: Shape) -> None:
     spec = shape.attention
-    for length in CONTEXTS:
+    for length in bench.contexts:
         with_room = length + 64
         layout = StateLayout.of(("attention",), shape.delta, spec, with_room, "f16")
         call = bench.attend_call(spec, 1, layout.layers[0])
         steps = [bench.step(s, position=length - 1) for s in states(bench, layout.nbytes)]
         moved = 2 * 2 * spec.n_kv_heads * spec.head_dim * length
-        usual = attend_plan(spec, layout.layers[0], bench.gpu.runtime.cores)
-        cores, heads = bench.gpu.runtime.cores, spec.n_heads
-        shared = heads // spec.n_kv_heads
-        others = [
-            (n, min(128, max(1, fill * cores * n // heads)))
-            for n in (1, 2, 4, 8)
-            for fill in (1, 2)
-            if shared % n == 0
-        ]
-        for plan in dict.fromkeys([usual, *(sequence.AttendPlan(*p) for p in others)]):
-            calls = [[sequence.attend(bench.gpu, step, spec, call, plan)] for step in steps]
+        usual = attend_plan(spec, layout.layers[0], bench.gpu.runtime)
+        plans = dict.fromkeys([usual, *other_plans(spec, bench.gpu.runtime.cores)])
+
+        def made(steps=steps, call=call, plans=plans) -> list[list[list[Launch]]]:
+            return [
+                [[sequence.attend(bench.gpu, step, spec, call, plan)] for step in steps]
+                for plan in plans
+            ]
+
+        bench.gpu.prepare(rehearse(bench.gpu, made)[0])
+        for plan, calls in zip(plans, made(), strict=True):
             us = bench.per_call_us(calls)
             bench.show(f"{shape.name} attend {length}", us, moved, plan=plan, usual=plan == usual)
+
+
+def other_plans(spec: AttentionSpec, cores: int) -> list[sequence.AttendPlan]:
+    """Plans with more and fewer heads and tiles of a group; half, one and two groups a core."""
+    shared = spec.n_heads // spec.n_kv_heads
+    sizes = [
+        (n, min(128, max(1, round(fill * cores * n / spec.n_heads))), ahead)
+        for n, ahead in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (8, 1))
+        for fill in (0.5, 1, 2)
+        if shared % n == 0
+    ]
+    return [sequence.AttendPlan(*size) for size in sizes]
 
 
 def delta_chunk(bench: Bench, shape: Shape) -> None:
@@ -264,11 +277,13 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--late", action="store_true", help="no launch starts before its turn")
+    parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
     args = parser.parse_args()
+    contexts = [int(length) for length in args.contexts.split(",")]
     for part in args.only.split(","):
         for name in args.shapes.split(","):
             gpu = open_gpu(args.device, ARENA_BYTES)
-            bench = Bench(gpu, early=not args.late)
+            bench = Bench(gpu, contexts, early=not args.late)
             rates = {"copy_GBs": round(bench.bandwidth / 1e9), "node_us": round(bench.node_us, 2)}
             print(json.dumps({"part": part, "cores": gpu.runtime.cores, **rates}), flush=True)
             PARTS[part](bench, SHAPES[name])

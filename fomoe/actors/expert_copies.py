@@ -120,15 +120,15 @@ class ExpertCopies:
         self._stale: set[int] = set()  # layers whose table the device has not seen
         self._in_flight: dict[int, list[_Job]] = {}  # by step
         self._n_ahead = self._n_demand = 0  # of `_loads`
-        self._held_back = False  # whether an ahead list waits for another device's step
+        self._may_go_on = False  # whether something of an ahead list may begin unannounced
         self._turn = 0
         self.ended: list[Record] = []
         self.nbytes = 0
 
     @property
     def under_way(self) -> bool:
-        """Whether a copy has begun and not ended, or waits for another device's: nobody rings."""
-        return bool(self._loads or self._demotes or self._held_back)
+        """Whether a copy has begun and not ended, or may begin at any time: nobody rings."""
+        return bool(self._loads or self._demotes or self._may_go_on)
 
     @property
     def is_busy(self) -> bool:
@@ -145,25 +145,31 @@ class ExpertCopies:
             job = self._take(record, step)
             if step:
                 jobs.append(job)
-        self.advance()
+        self.advance_steps()
         if step:
             self._link.take(step)
 
     def advance(self) -> None:
-        """Take note of what has ended and begin what has landed."""
+        """Take note of what has ended and begin what has landed; of ahead lists one at a time.
+
+        To begin one takes the host some tens of microseconds, in which a step may have come.
+        """
+        self.advance_steps()
+        self._may_go_on = bool(self._ahead)
+        if not self._ahead or self._n_ahead >= MOST_AHEAD or not self._link.is_free:
+            return
+        found = next((job for job in self._ahead if self._may_begin(job)), None)
+        if found is None:
+            self._may_go_on = False  # storage rings when bytes have landed
+        else:
+            self._ahead.remove(found)
+            self._load(found)
+
+    def advance_steps(self) -> None:
+        """The same, and leave ahead lists alone."""
         self._collect()
         if self._steps:
             self._steps = [job for job in self._steps if not self._try(job)]
-        self._held_back = False
-        while self._ahead and self._n_ahead < MOST_AHEAD:
-            if not self._link.is_free:
-                self._held_back = True
-                return
-            found = next((job for job in self._ahead if self._may_begin(job)), None)
-            if found is None:
-                return
-            self._ahead.remove(found)
-            self._load(found)
 
     def has_begun(self, step: int) -> bool:
         """Whether every load of a step has begun."""
@@ -228,6 +234,7 @@ class ExpertCopies:
             self._steps.append(job)
         else:
             self._ahead.append(job)
+            self._may_go_on = True
         return job
 
     def _cancel(self, record: Record) -> None:

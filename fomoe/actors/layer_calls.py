@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from fomoe.actors.channel import Fabric, Regions
 from fomoe.actors.layer_link import LayerLink
 from fomoe.actors.layer_traffic import LayerTraffic
-from fomoe.actors.messages import DONE, LAYERS, STEP_ID, Do, Tag
+from fomoe.actors.messages import DONE, FORESEEN, LAYERS, STEP_ID, Do, Tag
 from fomoe.actors.shared_link import announce
 from fomoe.engine.copies import COPY
 from fomoe.engine.device_forward import Pass
@@ -36,6 +37,7 @@ class LayerCalls:
         step_id: of the message sent last.
         step: the pass under way.
         wanted: layer and experts int32 [n] that are waited for: a failed read of one ends the wait.
+        foreseen: layer that a device has said something of, and which device; None: said nothing.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class LayerCalls:
         self.step_id = 0
         self.step = Pass(np.zeros(1, np.int32), 0, 0, overlap=True)
         self.wanted: tuple[int, I32] = 0, np.zeros(0, np.int32)
+        self.foreseen: tuple[int, LayerLink] | None = None
         self._fabric = fabric
         self._links = links
         self._placed = placed
@@ -110,8 +113,12 @@ class LayerCalls:
         if link.open is not None:
             self.wait(link, link.open.id)
 
-    def wait(self, link: LayerLink, step: int = 0) -> None:
+    def wait(
+        self, link: LayerLink, step: int = 0, foresee: Callable[[], None] | None = None
+    ) -> None:
         """Wait until a device has answered a step, or what was sent last: nothing else can wait.
+
+        `foresee` is called while the wait goes on and something is `foreseen`.
 
         Raises:
             StorageError: an expert could not be read; nothing is under way any more.
@@ -123,6 +130,8 @@ class LayerCalls:
             if link.answered >= wanted:
                 break
             self.listen()  # a device that failed keeps the others waiting
+            if foresee is not None and self.foreseen is not None:
+                foresee()
             if self._traffic.moves:
                 self._check()
             if time.monotonic() > deadline:
@@ -167,6 +176,9 @@ class LayerCalls:
                 raise DeviceError(f"{link.name}: {text}")
             if tag == Tag.COPIED:
                 self._traffic.ended(self._buffer, nbytes)
+                continue
+            if tag == Tag.FORESEEN:
+                self.foreseen = FORESEEN.unpack_from(self._buffer)[0], link
                 continue
             link.answered, aborted, _, computed_ns, waited_ns = DONE.unpack_from(self._buffer)
             if aborted:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fomoe.actors.channel import Fabric, Regions, Sender, load_acquire_u64, store_release_u64
 from fomoe.actors.expert_copies import ExpertCopies, Slots
 from fomoe.actors.layer_layout import LayerArena, LayerViews
-from fomoe.actors.messages import DONE, LAYERS, Do, Tag
+from fomoe.actors.messages import DONE, FORESEEN, LAYERS, Do, Tag
 from fomoe.engine.copies import COPY
 from fomoe.engine.transfers import ENTRY
 from fomoe.errors import DeviceError
@@ -72,6 +72,12 @@ class LayerModel(Protocol):
         """Return what the next layer's router would say, float32 [1, E], with the last scores.
 
         None where the device does not compute it.
+        """
+
+    def foreseen(self) -> tuple[int, F32] | None:
+        """Return a layer and its router's scores float32 [1, E] of the stream that goes into it.
+
+        Once for each layer, when the device has them; None until then, and where it has none.
         """
 
     def back(self, layer: int, ids: I32, weights: F32) -> None:
@@ -204,6 +210,7 @@ class LayerServer:
             model.take_hidden(self._mine.hidden.ctypes.data)
             store_release_u64(self._mine.word, 0, step)
             self._fabric.ring(self._devices[peer].name)
+            self._foresee()
         if do & Do.LOGITS:
             np.copyto(self._mine.logits[:rows], model.logits(self._mine.rows[:rows]))
         if do & Do.LARGEST:
@@ -224,7 +231,7 @@ class LayerServer:
         copies = self._copies
         if do & (Do.BACK | Do.COMBINE) and not do & (_ENDS | Do.FRONT):
             self._finish_computing()
-        copies.advance()
+        copies.advance_steps()
         if not copies.has_ended(step):
             self._wait(lambda: copies.has_ended(step), "a copy")
 
@@ -255,13 +262,14 @@ class LayerServer:
         started = time.perf_counter_ns()
         while True:
             bell = self._fabric.bell()
-            self._copies.advance()
             if ready():
                 break
+            self._copies.advance()
             self._listen()
+            self._foresee()
             if time.perf_counter_ns() - started > _BOUND_S * 1e9:
                 raise DeviceError(f"{what} has not come within {_BOUND_S:.0f} s")
-            if nap and not self._copies.under_way:
+            if nap and not self._copies.under_way and not ready():
                 self._fabric.wait(bell, _SPIN_US, _WAIT_MS)
         if nap:  # not for the device's own work
             self._waited += time.perf_counter_ns() - started
@@ -310,6 +318,18 @@ class LayerServer:
         np.copyto(mine.scores_of(layer)[: self._tokens], model.scores(layer))
         if (ahead := model.ahead()) is not None:
             np.copyto(mine.ahead_of(layer), ahead)
+
+    def _foresee(self) -> None:
+        """Tell the driver what the next layer's router says of the stream that goes into it."""
+        found = self._model.foreseen()
+        if found is None:
+            return
+        layer, scores = found
+        np.copyto(self._mine.foreseen, scores)
+        regions: Regions = ()
+        if self._remote:
+            regions = self._own.layout.regions(self._own.arena, foreseen=scores.size)
+        self._to_driver.send(Tag.FORESEEN, FORESEEN.pack(layer), regions, _SEND_BOUND_S)
 
     def _await_hidden(self, peer: int, awaited: int, step: int) -> bool:
         """Wait for another device's residual stream; False where it has died or been given up."""

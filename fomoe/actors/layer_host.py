@@ -14,7 +14,7 @@ from fomoe.actors.channel import Fabric
 from fomoe.actors.layer_calls import NO_COPIES, LayerCalls, Orders, Records
 from fomoe.actors.layer_link import LayerLink, OpenStep
 from fomoe.actors.layer_sweeps import LayerSweeps
-from fomoe.actors.layer_traffic import LayerTraffic
+from fomoe.actors.layer_traffic import FROM_SCORES, FROM_STREAM, LayerTraffic
 from fomoe.actors.messages import Do
 from fomoe.engine.decisions import Decider
 from fomoe.engine.device_forward import Pass
@@ -45,6 +45,7 @@ class DeviceLayers:
         self._home: list[LayerLink] = [links[d] for d in placed.topology.layer_device]
         self._with_token = Do.LOGITS  # what a token's pass ends with: what the last one's was for
         self._has = 0  # of the pass's last row
+        self._awaited = 0  # layer whose scores are waited for
 
     def settle(self) -> None:
         """Take what devices and storage have reported while nobody waited for a step.
@@ -71,8 +72,8 @@ class DeviceLayers:
 
     def scores(self, layer: int) -> F32:
         """Wait for the layer's front; its scores float32 [T, E] stand until the next call."""
-        link = self._home[layer]
-        self._calls.wait(link)
+        link, self._awaited = self._home[layer], layer
+        self._calls.wait(link, foresee=self._foresee if self.traffic.looks_ahead else None)
         scores: F32 = link.views.scores_of(layer)[: len(self._calls.step.tokens)]
         return scores
 
@@ -147,7 +148,14 @@ class DeviceLayers:
         """Bring what the next layer will want, by what its router says of this one's stream."""
         if self.traffic.looks_ahead and self._calls.step.overlap and layer + 1 < len(self._home):
             scores = self._home[layer].views.ahead_of(layer)
-            self.traffic.look_ahead(layer + 1, scores)
+            self.traffic.look_ahead(layer + 1, scores, FROM_SCORES)
+
+    def _foresee(self) -> None:
+        """Bring what the layer that is waited for will want, by the stream that goes into it."""
+        assert self._calls.foreseen is not None
+        (layer, link), self._calls.foreseen = self._calls.foreseen, None
+        if self._calls.step.overlap and layer == self._awaited:
+            self.traffic.look_ahead(layer, link.views.foreseen, FROM_STREAM)
 
     def _sweep(self, layer: int, route: Route, *, exact: bool) -> None:
         if not exact:

@@ -35,6 +35,7 @@ class LayerViews:
         scores_even, scores_odd: float32 [T, E], of layers with such numbers: while the driver reads
             one's, the device writes the next one's.
         ahead_even, ahead_odd: float32 [1, E], what the router of the layer behind would say.
+        foreseen: float32 [1, E], what a layer's router says of the stream that goes into it.
         ids: int32 [T, k]; of a token in ascending order, of a prompt's best rank first.
         weights: float32 [T, k], in the order of `ids`.
         chosen: int32 [L, T, k], laid out for the T of the pass.
@@ -52,6 +53,7 @@ class LayerViews:
     scores_odd: npt.NDArray[np.float32]
     ahead_even: npt.NDArray[np.float32]
     ahead_odd: npt.NDArray[np.float32]
+    foreseen: npt.NDArray[np.float32]
     ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     chosen: npt.NDArray[np.int32]
@@ -89,6 +91,7 @@ class LayerArena:
             ("scores_odd", np.float32, (max_tokens, spec.moe.n_experts)),
             ("ahead_even", np.float32, (1, spec.moe.n_experts)),
             ("ahead_odd", np.float32, (1, spec.moe.n_experts)),
+            ("foreseen", np.float32, (1, spec.moe.n_experts)),
             ("ids", np.int32, (max_tokens, top_k)),
             ("weights", np.float32, (max_tokens, top_k)),
             ("chosen", np.int32, (spec.n_layers, max_tokens, top_k)),

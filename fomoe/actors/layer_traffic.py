@@ -22,6 +22,10 @@ from fomoe.model.buffers import F32
 SEND_BOUND_S = 5.0
 _BATCH = 64  # records of a message
 
+# What a guess is made from, in place of a distance: the stream when the layer before had its
+# scores, or the one that goes into the layer. What came of guesses is counted apart.
+FROM_SCORES, FROM_STREAM = 1, 2
+
 _Records = npt.NDArray[np.void]
 
 
@@ -99,11 +103,14 @@ class LayerTraffic:
             payload = copies[start : start + _BATCH].tobytes()
             link.sender.send(Tag.COPY, payload, (), SEND_BOUND_S)
 
-    def look_ahead(self, layer: int, scores: F32) -> None:
-        """Bring what the layer, the next one, will want, behind all demand."""
+    def look_ahead(self, layer: int, scores: F32, origin: int) -> None:
+        """Bring what the layer, the next one, will want, behind all demand.
+
+        `origin` is `FROM_SCORES` or `FROM_STREAM`.
+        """
         placed = self._placed
         counters, before = placed.counters, placed.counters.nvme_bytes
-        count = placed.planner.look_ahead(layer, scores)
+        count = placed.planner.look_ahead(layer, scores, origin)
         self._guesses[layer] += count
         self.read(layer, count)
         self.bring(layer)

@@ -14,6 +14,8 @@ lie in an arena of the fabric (`layout.py`). Nothing here is pickled.
 |          |                   | and what must be copied for them          |                 |
 | COPY     | driver -> device  | array of `COPY`: an ahead list            | COPIED          |
 | COPIED   | device -> driver  | array of `COPY`: those that have ended    |                 |
+| FORESEEN | device -> driver  | `FORESEEN`: what a layer's router says of |                 |
+|          |                   | the stream that goes into it, in the arena|                 |
 | FAULT    | device -> driver  | UTF-8: why the device cannot go on        |                 |
 | FETCH    | driver -> storage | array of `READ` records                   | landed words    |
 | DROP     | driver -> storage | u32: forget the layer's unbegun prefetches| DROPPED         |
@@ -65,6 +67,7 @@ class Tag(IntEnum):
     COPY = 13
     COPIED = 14
     FAULT = 15
+    FORESEEN = 16
 
 
 class Do:
@@ -104,6 +107,7 @@ STEP_FIRST, STEP_LAST = 1, 2
 # step id u64, aborted i32, experts computed i32, nanoseconds computing u64, waiting u64
 DONE = struct.Struct("<QiiQQ")
 STEP_ID = struct.Struct("<Q")
+FORESEEN = struct.Struct("<i")  # layer
 # step id u64, awaited u64, flags (`Do`), layer, tokens, position, state, peer, rows: i32; then how
 # many records of `COPY` and of `ENTRY` follow
 LAYERS = struct.Struct("<QQiiiiiiiii")

@@ -8,6 +8,7 @@ from support import cpu_layers
 from support.local_engine import local_engine, slot_bytes
 from support.local_model import finished, greedy, tokens_of, told
 
+from fomoe.actors.layer_traffic import FROM_SCORES, FROM_STREAM
 from fomoe.config import RoutingConfig
 from fomoe.errors import StorageError
 
@@ -76,6 +77,25 @@ def test_text_and_decisions_are_those_of_the_cpu_path(
         at_rest(engine)
     assert tokens_of(events)
     assert all(device.closed and not device.runtime.registered for device in opened)
+
+
+def test_the_stream_that_goes_into_a_layer_is_heard_on_the_way(model_paths, prompt):
+    path = model_paths["mixed"]
+    with local_engine(
+        path, devices=("hip:0",) * 2, prefetch_budget=1.0, prefill_chunk=16,
+        **budgets(path, 2, 0.3, 1.2),
+    ) as engine:  # fmt: skip
+        traffic = engine.handles["driver"].actor._hands.host.traffic
+        look_ahead, origins = traffic.look_ahead, []
+
+        def noted(layer, scores, origin):
+            origins.append((layer, origin))
+            look_ahead(layer, scores, origin)
+
+        traffic.look_ahead = noted
+        finished(list(engine.client.stream(greedy(prompt, 16))))
+    assert {origin for _, origin in origins} == {FROM_SCORES, FROM_STREAM}
+    assert all(layer > 0 for layer, origin in origins if origin == FROM_SCORES)
 
 
 @pytest.mark.parametrize("n_devices", [1, 2])

@@ -42,6 +42,7 @@ class Device:
     def load(self, expert, vram, step=0):
         row = (1024 * expert, 1, 0, 24, CopyKind.LOAD, 0, expert, vram, expert, Outcome.OPEN)
         self.copies.order(np.array([row], COPY), step)
+        self.copies.advance()
 
     def run(self):
         while actions := self.streams.actions():
@@ -94,6 +95,19 @@ def test_a_step_given_up_leaves_the_link(pair):
     first.run()
     second.load(1, 0)
     assert second.copies.nbytes == 3 * PART
+
+
+def test_guesses_begin_one_at_a_time_and_nobody_sleeps_before_all_have():
+    device = Device()
+    rows = [(1024 * e, 1, 0, 24, CopyKind.LOAD, 0, e, e, e, Outcome.OPEN) for e in range(3)]
+    device.copies.order(np.array(rows, COPY))
+    assert device.copies.nbytes == 0
+    for begun in (1, 2, 2):
+        assert device.copies.under_way
+        device.copies.advance()
+        assert device.copies.nbytes == begun * 3 * PART
+    device.run()
+    assert device.copies.nbytes == 3 * 3 * PART
 
 
 def test_what_lies_there_is_not_copied_again():

@@ -15,7 +15,7 @@ def products(monkeypatch: pytest.MonkeyPatch):
     import products
 
     yield products
-    made = ("products", "product_cases", "product_tuning", "decode_layer")
+    made = ("products", "product_cases", "product_tuning", "decode_layer", "side_by_side")
     for name in (*made, "weights", "bandwidth", "device_time"):
         sys.modules.pop(name, None)
 
@@ -45,20 +45,27 @@ def test_the_tuner_prints_lines_for_the_table(products, monkeypatch, capsys):
     import product_tuning as tuning
     from decode_layer import Model, Types
 
-    model = Model("small", 256, (96, 8), 256, 16, 256, 256, 3)
+    from fomoe.model.spec import DeltaSpec
+
+    delta = DeltaSpec(n_k_heads=2, n_v_heads=8, key_dim=16, value_dim=32, conv_width=4)
+    model = Model("small", 256, delta, 16, 256, 256, 3)
     types = Types(tuning.Q8_0, tuning.Q4_K, tuning.Q6_K)
-    monkeypatch.setattr(tuning, "CASES", [tuning.Case(model, types, tuning.PARTS, whole=True)])
-    monkeypatch.setattr(tuning, "SHAPES", ((2, 1, 3, 2304), (1, 2, 2, 1152), (64, 1, 3, 2304)))
-    monkeypatch.setattr(tuning, "AHEADS", (0, 512))
+    monkeypatch.setattr(tuning, "LAYERS", [(model, types)])
+    monkeypatch.setattr(tuning, "LAYER", tuning.LayerSizes(256, 256, 256, 2))
+    monkeypatch.setattr(tuning, "EXPERTS", [(tuning.Q4_K, tuning.Q5_K)])
+    monkeypatch.setattr(tuning, "MATRICES", [])
+    monkeypatch.setattr(tuning, "SHAPES", ((2, 1, 3, 2304), (64, 1, 3, 2304)))
+    monkeypatch.setattr(tuning, "HELD", (96,))
     monkeypatch.setattr(tuning, "ROUNDS", 1)
-    assert not products.main(["--device", "hip:0", "--mib", "0.2", "--tune"])
+    assert not products.main(["--device", "hip:0", "--mib", "0.1", "--tune"])
     lines = capsys.readouterr().out.splitlines()
-    layers = [line for line in lines if "Q6_K whole layer" in line]
-    assert len(layers) == 3 * 2 * 2  # groups of 64 waves do not fit
+    variants = [line for line in lines if " us, " in line]
+    assert len(variants) == 2 * 2 + 5 * 2 + 2  # groups of 64 waves do not fit; "mixer in" lean
     table = [line for line in lines if line.startswith('    ("')]
     kernels = [line.split("): ")[0].strip() for line in table]
     assert kernels == [
-        '("project", GGMLType.Q8_0', '("project", GGMLType.F32', '("experts_in", GGMLType.Q4_K',
-        '("experts_out", GGMLType.Q6_K',
+        '("experts_out", GGMLType.Q5_K', '("experts_in", GGMLType.Q4_K',
+        '("project", GGMLType.Q8_0', '("project", GGMLType.Q8_0', '("project", GGMLType.F32',
+        '("experts_in", GGMLType.Q4_K', '("experts_out", GGMLType.Q6_K',
     ]  # fmt: skip
-    assert all(line.endswith("),") and "Tuning(waves=" in line for line in table)
+    assert all("Tuning(waves=" in line for line in table)

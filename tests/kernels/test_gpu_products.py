@@ -14,7 +14,7 @@ from fomoe.errors import DeviceError
 from fomoe.kernels import reference
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.matrices import Matrix, place
-from fomoe.kernels.gpu.products import Options, Span, project, project_rows, share_groups
+from fomoe.kernels.gpu.products import Options, project, project_rows, share_groups
 from fomoe.kernels.gpu.step import Rows
 from fomoe.kernels.gpu.tuning import Tuning
 
@@ -132,21 +132,6 @@ def test_int8_rounds_as_division_does(gpu: GPU) -> None:
     found = kept.read()
     np.testing.assert_array_equal(found[0][0], x * norm)
     check_rows(found, (x * norm)[None].astype(np.float64), 1e-6)
-
-
-def test_weights_asked_for_ahead_change_nothing(gpu: GPU) -> None:
-    rng = np.random.default_rng(5)
-    matrix, other = (placed(gpu, Kind.Q4_K, blocks_of(rng, Kind.Q4_K, 45, 256)) for _ in range(2))
-    rows = upload_rows(gpu, rng.normal(size=(1, 256)).astype(np.float32))
-    seen = []
-    for ahead in (0, 16, 4096):
-        out = Guarded.empty(gpu, (45,), np.float32)
-        span = Span(other.address, other.nbytes)
-        options = Options(tuning=Tuning(2, 2, 3, ahead=ahead), ahead=span)
-        gpu.launch(project_rows(gpu, rows, matrix, out.address, add=False, options=options))
-        seen.append(out.read())
-    np.testing.assert_array_equal(seen[0], seen[1])
-    np.testing.assert_array_equal(seen[0], seen[2])
 
 
 def test_zeros_stay_zeros(gpu: GPU) -> None:

@@ -19,6 +19,7 @@ from fomoe.model.gpu.host import GPUModel, planned_bytes
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.passes import bucket_sizes
 from fomoe.model.gpu.slots import ExpertSlots, slot_bytes
+from fomoe.model.layers import DenseModel
 from fomoe.routing import route_exact
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -164,6 +165,34 @@ def test_the_hosts_routes_on_one_device_and_on_two() -> None:
             found.append(np.concatenate([prompt, *rows]))
     np.testing.assert_array_equal(*found)
     assert relative_l2(found[0], expected).max() <= BOUND["f32"]
+
+
+def test_the_next_router_speaks_before_and_after_the_experts() -> None:
+    path, tokens, _ = golden("f32_fused")
+    file = open_gguf(path)
+    spec = read_spec(file)
+    dense = DenseModel(file, spec, 1, int8=False)
+    hidden = np.zeros((1, spec.hidden), np.float32)
+    with hosted(path, ahead=True, layers=(0, 1)) as model:
+        model.begin(np.array(tokens[:1], np.int32), 0, 0)
+        model.embed()
+        for layer in range(2):
+            streams = []
+            for half in (lambda: None, lambda at=layer: model.front(at)):
+                half()
+                model.runtime.copy(hidden.ctypes.data, model._work.x, hidden.nbytes, model.stream)
+                model.runtime.synchronize(model.stream)
+                streams.append(hidden.copy())
+            found = model.foreseen()
+            assert found is not None
+            assert found[0] == layer
+            assert model.foreseen() is None
+            assert relative_l2(found[1], dense.look_ahead(layer, streams[0])).max() <= 1e-5
+            scores, ahead = model.scores(layer), model.ahead()
+            assert ahead is not None
+            assert relative_l2(ahead, dense.look_ahead(layer + 1, streams[1])).max() <= 1e-5
+            route = route_exact(scores, spec.moe.top_k)
+            model.back(layer, np.sort(route.ids), route.weights)
 
 
 def test_a_part_of_a_model_does_its_part_only() -> None:

@@ -126,6 +126,7 @@ class CpuLayers:
             SequenceState(spec, options.ctx_size, options.kv_dtype) for _ in range(options.n_states)
         ]
         self.closed = False
+        self._foreseen = None
         self.calls = []
 
     def begin(self, tokens, position, state):
@@ -138,6 +139,7 @@ class CpuLayers:
     def embed(self):
         assert self.options.embedding
         self._x = self._model.embed(self._batch)
+        self._foresee(0)
 
     def put_hidden(self, address):
         assert address - self._x.ctypes.data
@@ -159,6 +161,14 @@ class CpuLayers:
 
     def ahead(self):
         return self._ahead
+
+    def foreseen(self):
+        found, self._foreseen = self._foreseen, None
+        return found
+
+    def _foresee(self, layer):
+        if self.options.ahead and len(self._x) == 1 and layer < self.spec.n_layers:
+            self._foreseen = layer, self._model.look_ahead(layer, self._x).copy()
 
     def gather(self, layer):
         self._route = route_exact(self._scores, self.spec.moe.top_k)
@@ -197,6 +207,7 @@ class CpuLayers:
         routed = np.zeros((tokens, self.spec.hidden), np.float32)
         self._device.reduce(pairs, groups.order, groups.arrange(weights), routed)
         self._model.close(self._x, routed, self._model.shared(layer, self._h))
+        self._foresee(layer + 1)
 
     def prefill(self, tokens, position, state):
         self.begin(tokens, position, state)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from fomoe.kernels.gpu.arguments import check, divisor, pointers, rows_out, zeros_at
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
+from fomoe.kernels.gpu.runtime import Runtime
 from fomoe.kernels.gpu.state import TILE, AttentionShape, KVPlace
 from fomoe.kernels.gpu.step import Rows
 
@@ -57,10 +58,14 @@ class AttendCall(NamedTuple):
 
 
 class AttendPlan(NamedTuple):
-    """How decode is split: `rows` query heads of a group, at most `splits` of the positions."""
+    """How decode is split: `rows` query heads of a group, at most `splits` of the positions.
+
+    `ahead` tiles of a group's positions are on their way at a time, in registers: 1 or 2.
+    """
 
     rows: int
     splits: int
+    ahead: int = 1
 
 
 def rope_turns(spec: AttentionShape) -> npt.NDArray[np.uint64]:
@@ -73,14 +78,16 @@ def rope_turns(spec: AttentionShape) -> npt.NDArray[np.uint64]:
     return np.array([round(r / (2 * math.pi) * 2.0**64) for r in radians], np.uint64)
 
 
-def attend_plan(spec: AttentionShape, place: KVPlace, cores: int) -> AttendPlan:
-    """Return the plan for `cores` cores and the contexts that `place` has room for."""
+def attend_plan(spec: AttentionShape, place: KVPlace, runtime: Runtime) -> AttendPlan:
+    """Return the plan for a device and the contexts that `place` has room for."""
     shared = spec.n_heads // spec.n_kv_heads
     most = max(rows for ctx, rows in _LONG_CTX.items() if place.ctx >= ctx)
     rows = divisor(shared, most if place.kv_dtype == "f16" else 2)  # floats fill the registers
     fill = 2 if place.ctx >= _DOUBLE_CTX else 1
-    splits = fill * _filling(spec, rows, cores)
-    return AttendPlan(rows, min(splits, MOST_SPLITS, -(-place.ctx // TILE)))
+    splits = fill * _filling(spec, rows, runtime.cores)
+    # Two tiles more than fill the registers of AMD's cards, as floats or more rows do elsewhere.
+    roomy = runtime.target.startswith("sm_") and place.kv_dtype == "f16" and rows <= 2
+    return AttendPlan(rows, min(splits, MOST_SPLITS, -(-place.ctx // TILE)), 2 if roomy else 1)
 
 
 def _filling(spec: AttentionShape, rows: int, cores: int) -> int:
@@ -98,14 +105,15 @@ def attend(
     Raises:
         DeviceError: sizes that the kernel does not take.
     """
-    rows, splits = plan or attend_plan(spec, call.place, gpu.runtime.cores)
+    rows, splits, ahead = plan or attend_plan(spec, call.place, gpu.runtime)
     shared = spec.n_heads // spec.n_kv_heads
     check(
         (shared % rows == 0, f"{rows} of {shared} query heads of a kv head a group: not a divisor"),
         (1 <= splits <= MOST_SPLITS, f"{splits} splits: from 1 to {MOST_SPLITS}"),
     )
     few = min(splits, _filling(spec, rows, gpu.runtime.cores))
-    defines = {**_sizes(spec, call.place), "ROWS": rows, "SPLITS": splits, "FEW": few}
+    split = {"ROWS": rows, "SPLITS": splits, "FEW": few, "AHEAD": ahead}
+    defines = {**_sizes(spec, call.place), **split}
     function = gpu.kernel("attend", "attend", defines)
     subsets = spec.n_heads // rows
     parts = gpu.arena.take(4 * subsets * splits * rows * (spec.head_dim + 2))

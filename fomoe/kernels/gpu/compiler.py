@@ -17,7 +17,7 @@ from fomoe.errors import DeviceError
 from fomoe.kernels.gpu import rtc, sources
 
 COMPILE_S = 120.0
-_AT_ONCE = min(8, os.cpu_count() or 1)  # compilers that run side by side
+_AT_ONCE = min(16, os.cpu_count() or 1)  # compilers that run side by side
 _FORMAT = "2"  # of the key
 
 

@@ -14,7 +14,7 @@ from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import ExpertLayout, Matrix
 from fomoe.kernels.gpu.products import DEFAULT, Options, project
 from fomoe.kernels.gpu.step import Rows, picks
-from fomoe.kernels.gpu.tuning import RowShape, Tuning, fit, tuning_of
+from fomoe.kernels.gpu.tuning import RowShape, Tuning, fit, group_bytes, tuning_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,7 @@ def experts_in(
     """Return inner = silu(gate h) * (up h) of the `top_k` experts in `picked` (step.picks).
 
     With `choose` the kernel takes the top-k of the scores itself and writes `picked`: by score
-    descending, then by lower id; weights are the softmax over the chosen ones. The kernel asks the
-    cache for the experts' down by itself; `options.ahead` is for the shared expert's.
+    descending, then by lower id; weights are the softmax over the chosen ones.
     """
     if layout.types[0] != layout.types[1]:
         names = [GGMLType(t).name for t in layout.types[:2]]
@@ -94,7 +93,6 @@ def experts_in(
     defines = _expert_defines(layout, top_k, plan, options)
     defines |= {
         "FM_TYPE_IN": layout.types[0],
-        "FM_DOWN_BYTES": layout.part_bytes[2] // 16 * 16,
         "FM_EXPERTS": choose.n_experts if choose else 0,
     }
     wave = gpu.runtime.wave
@@ -104,8 +102,7 @@ def experts_in(
         buffers.scores, choose.table if choose else 0, layout.offsets[1], layout.offsets[2]
     )
     kernel = gpu.kernel("experts_in", "experts_in", defines)
-    ahead = options.ahead.argument(plan.tuning.ahead)
-    args = [*buffers.h, picked, buffers.inner, resident, ahead]
+    args = [*buffers.h, picked, buffers.inner, resident]
     threads, early = plan.tuning.waves * wave, plan.tuning.early
     return Launch(kernel, groups, threads, plan.shared_bytes, args, early)
 
@@ -140,7 +137,7 @@ def experts_out(
     second = pointers(buffers.gate, buffers.up, buffers.scale, shared_down.address)
     groups = -(-layout.hidden // rows)
     threads, early = plan.tuning.waves * wave, plan.tuning.early
-    args = [picks_address, buffers.inner, second, x, options.ahead.argument(plan.tuning.ahead)]
+    args = [picks_address, buffers.inner, second, x]
     return Launch(kernel, groups, threads, plan.shared_bytes, args, early)
 
 
@@ -156,7 +153,8 @@ class _Plan:
 def _plan(gpu: GPU, shapes: Sequence[RowShape], input_bytes: int, wanted: Tuning) -> _Plan:
     stage = max(shape.stage_bytes(gpu.runtime.wave, wanted.tile) for shape in shapes)
     tuning = fit(wanted, gpu.runtime, input_bytes, stage)
-    return _Plan(tuning, stage, input_bytes + tuning.waves * tuning.stages * stage)
+    shared_bytes = input_bytes + tuning.waves * tuning.stages * stage
+    return _Plan(tuning, stage, group_bytes(tuning, gpu.runtime, shared_bytes))
 
 
 def _expert_defines(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fomoe.errors import DeviceError
 from fomoe.gguf.quants import GGMLType
@@ -12,24 +12,12 @@ from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import Matrix
 from fomoe.kernels.gpu.step import Rows
-from fomoe.kernels.gpu.tuning import RowShape, Tuning, fit, tuning_of
+from fomoe.kernels.gpu.tuning import RowShape, Tuning, fit, group_bytes, tuning_of
 
 Part = tuple[Matrix, int]  # W, and where y = W h float32 [rows] goes
 
 NOWHERE = Rows(0, 0, 0)
 _SCRATCH_BYTES = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Bytes of device memory from a multiple of 16 on."""
-
-    address: int
-    nbytes: int
-
-    def argument(self, piece: int) -> ctypes.Array[ctypes.c_int64]:
-        """`struct Span` of ahead.h, for a wave that takes `piece` bytes at a time."""
-        return (ctypes.c_int64 * 3)(self.address, self.nbytes // 16 * 16, piece // 16 * 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +27,10 @@ class Options:
     Attributes:
         int8: quantised weights take int8 activations, else float32 ones.
         tuning: of the kernel; None is the device's own.
-        ahead: weights that the launch after this one reads, which this one asks the device's cache
-            for when it has read its own. They must stay where they are.
     """
 
     int8: bool = True
     tuning: Tuning | None = None
-    ahead: Span = Span(0, 0)
-
-    def before(self, matrix: Matrix) -> Options:
-        """Return the same for a launch after which one reads `matrix`."""
-        return replace(self, ahead=Span(matrix.address, matrix.nbytes))
 
 
 DEFAULT = Options()
@@ -71,7 +52,7 @@ def project(
         raise DeviceError(f"{keep}: h is kept in all forms (x, q and s), or in none")
     plan = _plan(gpu, parts, options, {})
     args = [x, norm, ctypes.c_float(eps), keep.x, keep.q, keep.s]
-    return _launch(gpu, "project", plan, args, options.ahead)
+    return _launch(gpu, "project", plan, args)
 
 
 def project_rows(
@@ -85,7 +66,7 @@ def project_rows(
     plan = _plan(gpu, [(matrix, x)], options, {"FM_ADD": int(add)})
     if not (rows.q and rows.s if plan.shapes[0].is_int8 else rows.x):
         raise DeviceError(f"activations for a {plan.shapes[0].qtype.name} matrix are missing")
-    return _launch(gpu, "project_rows", plan, list(rows), options.ahead)
+    return _launch(gpu, "project_rows", plan, list(rows))
 
 
 class _Part(ctypes.Structure):
@@ -127,6 +108,7 @@ def _plan(gpu: GPU, parts: Sequence[Part], options: Options, defines: dict[str, 
     made = {
         **tuning.defines(stage),
         "FM_ADD": 0,
+        "FM_OF_TWO": int(tuning.lean),
         "FM_INT8": int(options.int8),
         "FM_COLS": cols.pop(),
         "FM_PARTS": len(parts),
@@ -142,7 +124,7 @@ def _plan(gpu: GPU, parts: Sequence[Part], options: Options, defines: dict[str, 
         [matrix.nbytes for matrix, _ in parts], most, gpu.runtime.cores * tuning.per_core
     )
     shared = _SCRATCH_BYTES + input_bytes + tuning.waves * tuning.stages * stage
-    return _Plan(parts, shapes, tuning, groups, made, shared)
+    return _Plan(parts, shapes, tuning, groups, made, group_bytes(tuning, gpu.runtime, shared))
 
 
 def share_groups(nbytes: Sequence[int], most: Sequence[int], groups: int) -> list[int]:
@@ -159,7 +141,7 @@ def share_groups(nbytes: Sequence[int], most: Sequence[int], groups: int) -> lis
     return given
 
 
-def _launch(gpu: GPU, name: str, plan: _Plan, args: list[object], ahead: Span) -> Launch:
+def _launch(gpu: GPU, name: str, plan: _Plan, args: list[object]) -> Launch:
     table, first = (_Part * len(plan.parts))(), 0
     for entry, (matrix, out), groups in zip(table, plan.parts, plan.groups, strict=True):
         entry.weights, entry.out = matrix.address, out
@@ -168,5 +150,4 @@ def _launch(gpu: GPU, name: str, plan: _Plan, args: list[object], ahead: Span) -
         first += groups
     kernel = gpu.kernel("project", name, plan.defines)
     threads = plan.tuning.waves * gpu.runtime.wave
-    arguments = [*args, table, ahead.argument(plan.tuning.ahead)]
-    return Launch(kernel, first, threads, plan.shared_bytes, arguments, plan.tuning.early)
+    return Launch(kernel, first, threads, plan.shared_bytes, [*args, table], plan.tuning.early)

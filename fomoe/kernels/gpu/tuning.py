@@ -25,8 +25,7 @@ class Tuning:
         tile: bytes of a tile at most, where a row is longer.
         held: 4-byte words of activations that a lane may keep in registers.
         early: start beside the launch before, with weights that nobody writes.
-        ahead: bytes of the next launch's weights that a wave asks the device's cache for whenever
-            it has none of its own to fetch any more, `stages` - 1 times; a multiple of 16.
+        lean: dense products leave half of a core's registers free, for a mixer that starts beside.
     """
 
     waves: int = 8
@@ -35,7 +34,7 @@ class Tuning:
     tile: int = 2304
     held: int = 96
     early: bool = False
-    ahead: int = 0
+    lean: bool = False
 
     def defines(self, stage_bytes: int) -> dict[str, int]:
         """What the kernels' sources call these numbers."""
@@ -58,16 +57,18 @@ _TUNINGS = {
     "sm_7": Tuning(waves=8, per_core=1, stages=2, tile=2304, held=48),
     "gfx9": Tuning(waves=4, per_core=4, stages=2, tile=4608, held=48),
     "gfx1": Tuning(waves=8, per_core=2, stages=2, tile=2304, held=48),
-    "cpu": Tuning(waves=2, per_core=1, stages=3, tile=2304, held=96, ahead=1024),
+    "cpu": Tuning(waves=2, per_core=1, stages=3, tile=2304, held=96),
 }
 
+
+_RESERVED_BYTES = 1024  # of shared memory for each group, beside its own
 
 _SM = _TUNINGS["sm_"]
 _FEW_LARGE = replace(_SM, stages=2, tile=4608)
 _DEEP = replace(_SM, stages=4)
 
 # What was measured for a kernel and the type of most of its weights, where it is not the above:
-# `benchmarks/gpu/products.py --tune` on an NVIDIA H200. Asking the cache ahead won nothing there.
+# `benchmarks/gpu/products.py --tune` on an NVIDIA H200.
 _MEASURED: Mapping[str, Mapping[tuple[Kernel, GGMLType], Tuning]] = {
     "sm_": {
         ("project", GGMLType.Q4_K): _FEW_LARGE,
@@ -105,7 +106,20 @@ def fit(tuning: Tuning, runtime: Runtime, input_bytes: int, stage_bytes: int) ->
             f"{runtime.name}: a product wants {input_bytes + tuning.stages * stage_bytes:,} bytes "
             f"of shared memory, {runtime.shared_bytes:,} are there; use cpu devices for this model"
         )
-    return replace(tuning, waves=1 << (waves.bit_length() - 1))
+    return tuning if waves == tuning.waves else replace(tuning, waves=1 << (waves.bit_length() - 1))
+
+
+def group_bytes(tuning: Tuning, runtime: Runtime, shared_bytes: int) -> int:
+    """Return shared memory for a group so that a core has no room for more than `per_core`.
+
+    A launch that starts early finds most cores taken: where several of its groups fit into one,
+    they gather on the cores that are free first, and the others wait for these in the end.
+    """
+    if not tuning.early:
+        return shared_bytes
+    core_bytes = runtime.shared_bytes + _RESERVED_BYTES
+    least = core_bytes // (tuning.per_core + 1) - _RESERVED_BYTES
+    return max(shared_bytes, (least // 16 + 1) * 16)
 
 
 @dataclass(frozen=True, slots=True)

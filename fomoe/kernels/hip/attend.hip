@@ -1,7 +1,7 @@
 // One token of an attention layer in one launch: norms, rotation, cache, attention, gate, rows.
 //
 // Grid (HEADS / ROWS, SPLITS): a group attends ROWS query heads of a kv head to its share of the
-// positions, and the last of those that share heads puts the parts together. What earlier tokens
+// positions, AHEAD tiles of which are on their way, and the last of those that share heads puts the parts together. What earlier tokens
 // and the weights have is asked for before the launch that makes the inputs has ended: other
 // launches that write this cache belong to other passes, and a copy, that of the step block,
 // separates passes.
@@ -10,6 +10,7 @@
 
 constexpr int kSubsets = kShared / ROWS;  // groups of query heads that read the same keys
 static_assert(kSubsets * ROWS == kShared, "subsets of query heads");
+using Tiles = Walk<AHEAD>;
 
 struct Part {
   float sum[ROWS][HEAD_DIM];
@@ -106,17 +107,32 @@ struct PartShares {
   }
 };
 
-// The parts' sums of a row in ascending order, several on their way at a time.
-FM_DEV float join(const Part* parts, int active, const PartShares& of, int row, int dim) {
-  constexpr int at_once = 8;
-  float sum = 0.0f;
-  for (int s = 0; s < active; s += at_once) {
-    float part[at_once];
+// Sums of several parts that are on their way at a time.
+struct PartSums {
+  static constexpr int kAtOnce = ROWS <= 2 ? 16 : 8;
+  static constexpr bool kEarly = ROWS <= 2;  // while the shares are made; more would not be held
+  float of[kAtOnce];
+
+  FM_DEV void ask(const Part* parts, int first, int active, int row, int dim) {
     FM_UNROLL
-    for (int j = 0; j < at_once; ++j) part[j] = s + j < active ? parts[s + j].sum[row][dim] : 0.0f;
+    for (int j = 0; j < kAtOnce; ++j)
+      of[j] = first + j < active ? parts[first + j].sum[row][dim] : 0.0f;
+  }
+  FM_DEV float join(const PartShares& shares, int first, int active, int row, float sum) const {
     FM_UNROLL
-    for (int j = 0; j < at_once; ++j)
-      sum = s + j < active ? fm_fma(part[j], of.share[s + j][row], sum) : sum;
+    for (int j = 0; j < kAtOnce; ++j)
+      sum = first + j < active ? fm_fma(of[j], shares.share[first + j][row], sum) : sum;
+    return sum;
+  }
+};
+
+// The parts' sums of a row in ascending order; `sums` are the first ones.
+FM_DEV float join(PartSums sums, const Part* parts, int active, const PartShares& shares, int row,
+                  int dim) {
+  float sum = sums.join(shares, 0, active, row, 0.0f);
+  for (int s = PartSums::kAtOnce; s < active; s += PartSums::kAtOnce) {
+    sums.ask(parts, s, active, row, dim);
+    sum = sums.join(shares, s, active, row, sum);
   }
   return sum;
 }
@@ -124,14 +140,19 @@ FM_DEV float join(const Part* parts, int active, const PartShares& of, int row, 
 // Row by row: a thread has a dimension, a unit one or more blocks of 32 of them.
 FM_DEV void combine(const Part* parts, int active, PartShares& of, const AttendInputs& in, int head,
                     const RowsOut& out) {
-  const int dim = Walk::dim();
+  const int dim = Tiles::dim();
   float gate[ROWS];
+  PartSums sums[ROWS];
   FM_UNROLL
-  for (int r = 0; r < ROWS; ++r) gate[r] = in.q[(2 * (head + r) + 1) * HEAD_DIM + dim];
+  for (int r = 0; r < ROWS; ++r) {
+    gate[r] = in.q[(2 * (head + r) + 1) * HEAD_DIM + dim];
+    if (PartSums::kEarly) sums[r].ask(parts, 0, active, r, dim);
+  }
   of.make(parts, active);
   FM_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-    const float sum = join(parts, active, of, r, dim) * sigmoid(gate[r]);
+    if (!PartSums::kEarly) sums[r].ask(parts, 0, active, r, dim);
+    const float sum = join(sums[r], parts, active, of, r, dim) * sigmoid(gate[r]);
     put_one(out, (head + r) * HEAD_DIM + dim, sum, threadIdx.x < HEAD_DIM);
   }
 }
@@ -155,16 +176,16 @@ void attend(const fm_step* step, unsigned long long keys_at, unsigned long long 
   const bool has_fresh = split == shares.active - 1;
   const int tiles = kTile * shares.each, stop = has_fresh ? position + 1 : (split + 1) * tiles;
   const Cache cache = {(Stored*)(step->state + keys_at), (Stored*)(step->state + values_at)};
-  Walk walk = {cache, {kv_head, split * tiles, stop, position}, {}, {}};
+  Tiles walk(cache, {kv_head, split * tiles, stop, position});
   walk.ask();
   Queries queries;
   queries.begin(w, position);
   begin(a);
   fm_wait_before();
 
-  for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS)
-    fresh[1][i] = to_stored(in.v[kv_head * HEAD_DIM + i]);
+  const float value = in.v[kv_head * HEAD_DIM + Tiles::dim()];
   queries.end(a, in, eps, head, key, fresh[0]);
+  if (threadIdx.x < HEAD_DIM) fresh[1][threadIdx.x] = to_stored(value);
   fm_barrier();
   if (has_fresh && head % kShared == 0) store_fresh(cache, position, kv_head, fresh);
   float sum[ROWS];

@@ -31,7 +31,7 @@ void attend_rows(const fm_step* step, unsigned long long keys_at, unsigned long 
   const Cache cache = {(Stored*)(step->state + keys_at), (Stored*)(step->state + values_at)};
   const Span span = {head / kShared, 0, position + last + 1, position + tokens};
   float sum[ROWS];
-  Walk walk = {cache, span, {}, {}};
+  Walk<1> walk(cache, span);
   walk.ask();
   walk.run(a, [&](int r) { return position + token_of(r); }, nullptr, sum);
 

@@ -147,27 +147,34 @@ struct Span {
   int head, first, stop, stored;
 };
 
-// A walk over a span that begins at a tile: `ask` asks for key and value of the first one, `run`
-// for those of the others ahead of their use.
+// A walk over a span that begins at a tile. Keys and values of kAhead tiles are on their way: `ask`
+// asks for the first ones, `run` for the others.
+template <int kAhead>
 struct Walk {
   Cache cache;
   Span span;
-  Packed<kSlice> key;
-  Packed<kTile> value;
+  Packed<kSlice> key[kAhead];
+  Packed<kTile> value[kAhead];
 
+  FM_DEV Walk(const Cache& c, const Span& s) : cache(c), span(s) {}
   FM_DEV static int slice() { return (unit_index() < kSlices ? unit_index() : 0) * kSlice; }
   FM_DEV static int dim() { return (int)threadIdx.x < HEAD_DIM ? threadIdx.x : 0; }
 
-  FM_DEV void ask_key(int first) {
+  FM_DEV void ask_key(Packed<kSlice>& of, int first) const {
     const int position = first + unit_lane();
-    key.clear();
+    of.clear();
     if (position < span.stored && position < span.stop)
-      key.load(cache.key(position, span.head) + slice());
+      of.load(cache.key(position, span.head) + slice());
   }
-  FM_DEV void ask_value(int first) { value.load(cache.value(first, span.head, dim())); }
+  FM_DEV void ask_value(Packed<kTile>& of, int first) const {
+    if (first < span.stop) of.load(cache.value(first, span.head, dim()));
+  }
   FM_DEV void ask() {
-    ask_key(span.first);
-    ask_value(span.first);
+    FM_UNROLL
+    for (int i = 0; i < kAhead; ++i) {
+      ask_key(key[i], span.first + i * kTile);
+      ask_value(value[i], span.first + i * kTile);
+    }
   }
 
   // Attends ROWS rows; sum[r] is of the dimension of this thread and not yet divided by a.mass.
@@ -175,17 +182,30 @@ struct Walk {
   template <class Sees>
   FM_DEV void run(Attention& a, const Sees& sees, const Stored (*fresh)[HEAD_DIM], float* sum) {
     for (int r = 0; r < ROWS; ++r) sum[r] = 0.0f;
-    for (int first = span.first; first < span.stop; first += kTile) {
-      if (first != span.first) ask_value(first);
-      if (fresh && first + unit_lane() == span.stored) key.load(fresh[0] + slice());
-      score(a, key);
-      if (first + kTile < span.stop) ask_key(first + kTile);
-      fm_barrier();
-      weigh(a, first, sees);
-      fm_barrier();
-      if (span.stored < first + kTile)
-        value.cut(span.stored - first, fresh ? fresh[1][dim()] : to_stored(0.0f));
-      mix(a, value, sum);
+    for (int first = span.first; first < span.stop; first += kAhead * kTile) {
+      FM_UNROLL
+      for (int i = 0; i < kAhead; ++i)
+        if (first + i * kTile < span.stop)
+          step(a, sees, fresh, first + i * kTile, key[i], value[i], sum);
     }
+  }
+
+ private:
+  // The tile from `first` on; asks for the one that takes its registers. Of a single tile the values
+  // come while scores are made, so that they need not be held from one tile to the next.
+  template <class Sees>
+  FM_DEV void step(Attention& a, const Sees& sees, const Stored (*fresh)[HEAD_DIM], int first,
+                   Packed<kSlice>& keys, Packed<kTile>& values, float* sum) const {
+    if (kAhead == 1 && first != span.first) ask_value(values, first);
+    if (fresh && first + unit_lane() == span.stored) keys.load(fresh[0] + slice());
+    score(a, keys);
+    ask_key(keys, first + kAhead * kTile);
+    fm_barrier();
+    weigh(a, first, sees);
+    fm_barrier();
+    if (span.stored < first + kTile)
+      values.cut(span.stored - first, fresh ? fresh[1][dim()] : to_stored(0.0f));
+    mix(a, values, sum);
+    if (kAhead > 1) ask_value(values, first + kAhead * kTile);
   }
 };

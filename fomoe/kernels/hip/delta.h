@@ -97,11 +97,13 @@ struct KeyQuery {
   float product;
 };
 FM_DEV KeyQuery key_query(const UnitVector<DK>& key, const UnitVector<DK>& query, float eps) {
-  KeyQuery out = {key, query, 0.0f};
-  const float shrink = 1.0f / fm_sqrt((float)DK);
-  out.q.scale(shrink / fm_sqrt(out.q.dot(out.q) + eps));
-  out.k.scale(1.0f / fm_sqrt(out.k.dot(out.k) + eps));
-  out.product = out.q.dot(out.k);
+  // Three sums over the lanes side by side: the product of both is scaled, not computed again.
+  const float queries = query.dot(query), keys = key.dot(key), product = query.dot(key);
+  const float of_query = 1.0f / fm_sqrt((float)DK) / fm_sqrt(queries + eps);
+  const float of_key = 1.0f / fm_sqrt(keys + eps);
+  KeyQuery out = {key, query, product * of_query * of_key};
+  out.q.scale(of_query);
+  out.k.scale(of_key);
   return out;
 }
 

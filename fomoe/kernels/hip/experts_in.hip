@@ -1,6 +1,6 @@
 // Gate and up of the K routed experts of one token.
 //
-// Defines: those of experts.h, FM_TYPE_IN of gate and up, FM_DOWN_BYTES of an expert's down, a multiple of 16;
+// Defines: those of experts.h, FM_TYPE_IN of gate and up;
 // FM_EXPERTS: 0, or the number of experts of the layer, all of which are in slots: the kernel
 // chooses the K itself.
 #include "choose.h"
@@ -15,12 +15,10 @@ struct PairStream {
   Ring ring;
   const Picks& picks;
   int set, matrix, segment;  // of the next fetch
-  int ahead, piece;          // bytes of down to ask for at a time, and which of them is next
 
-  FM_DEV PairStream(Ring r, const Picks& p, const Span& next)
-      : ring(r), picks(p), set(first()), matrix(0), segment(0), ahead((int)next.piece), piece(first()) {}
+  FM_DEV PairStream(Ring r, const Picks& p) : ring(r), picks(p), set(first()), matrix(0), segment(0) {}
   // Neighbouring sets go to different groups, so that no core has all of what is left over.
-  FM_DEV static int first() { return (int)(threadIdx.x / FM_WAVE * gridDim.x + blockIdx.x); }
+  FM_DEV static int first() { return wave_index() * (int)gridDim.x + (int)blockIdx.x; }
   FM_DEV static int stride() { return (int)gridDim.x * FM_WAVES; }
 
   FM_DEV void fetch() {
@@ -30,20 +28,11 @@ struct PairStream {
       ring.fetch<InTiles>(rows + segment * InTiles::kSegmentBytes,
                           InTiles::bytes(row, segment, FM_WIDTH), InTiles::margin(row, segment));
     } else {
-      take_ahead();
       ring.close();
     }
     if (++segment < InTiles::kSegments) return;
     segment = 0, matrix = !matrix;
     if (!matrix) set += stride();
-  }
-  // As Ahead does, over the experts' downs in the order in which experts_out reads them.
-  FM_DEV void take_ahead() {
-    if (!ahead) return;
-    const int pieces = ceil_div(FM_DOWN_BYTES, ahead), expert = piece / pieces, at = piece % pieces * ahead;
-    if (expert < FM_K)
-      fm_fetch_ahead((const char*)picks.address[2][expert] + at, at_most(ahead, FM_DOWN_BYTES - at));
-    piece += stride();
   }
   FM_DEV void start() {
     FM_UNROLL for (int i = 1; i < FM_STAGES; ++i) fetch();
@@ -53,49 +42,68 @@ struct PairStream {
   }
 };
 
-// What experts_in chooses from: scores [E], base addresses of slots [E], places in a slot.
+// What experts_in chooses from: scores [E], base addresses of slots [E], which nobody writes while
+// all experts are resident, and places in a slot.
 struct Resident {
   const float* scores;
   const unsigned long long* table;
   unsigned long long up, down;
 };
 
-// Chooses into `mine` (shared memory); `memory` is free for the work of it.
-FM_DEV void choose_picks(const Resident& from, Picks& mine, char* memory) {
 #if FM_EXPERTS
-  using Work = Choice<FM_EXPERTS, FM_K>;
-  static_assert(sizeof(Work) <= FM_WAVES * FM_STAGES * FM_STAGE_BYTES, "room to choose");
-  choose<FM_EXPERTS, FM_K>(from.scores, *(Work*)memory, mine.id, mine.weight);
-  if (threadIdx.x < FM_K) {
-    const unsigned long long slot = from.table[mine.id[threadIdx.x]];
-    mine.address[0][threadIdx.x] = slot;
-    mine.address[1][threadIdx.x] = slot + from.up;
-    mine.address[2][threadIdx.x] = slot + from.down;
+// Shared memory to choose in, which the rings take afterwards.
+struct Choosing {
+  Choice<FM_EXPERTS, FM_K> work;
+  unsigned long long table[FM_EXPERTS];
+
+  // The table is here before anybody needs an address of it.
+  FM_DEV void begin(const Resident& from) {
+    for (int i = threadIdx.x; i < FM_EXPERTS; i += kThreads) table[i] = from.table[i];
   }
+  // Chooses into `mine` (shared memory); a barrier has passed when it returns.
+  FM_DEV void end(const Resident& from, Picks& mine) {
+    choose<FM_EXPERTS, FM_K>(from.scores, work, mine.id, mine.weight);
+    if (threadIdx.x < FM_K) {
+      const unsigned long long slot = table[mine.id[threadIdx.x]];
+      mine.address[0][threadIdx.x] = slot;
+      mine.address[1][threadIdx.x] = slot + from.up;
+      mine.address[2][threadIdx.x] = slot + from.down;
+    }
+    fm_barrier();
+  }
+};
+static_assert(sizeof(Choosing) <= FM_WAVES * FM_STAGES * FM_STAGE_BYTES, "room to choose");
+#else
+struct Choosing {
+  FM_DEV void begin(const Resident&) {}
+  FM_DEV void end(const Resident&, Picks&) {}
+};
 #endif
-}
 
 // inner [K, width] = silu(gate h) * (up h).
 FM_KERNEL(FM_WAVES * FM_WAVE)
-void experts_in(const float* x, const signed char* q, const fm_f2* s, Picks* picks, float* inner, Resident from,
-                Span next) {
+void experts_in(const float* x, const signed char* q, const fm_f2* s, Picks* picks, float* inner, Resident from) {
   FM_DYN_SHARED(char, memory);
   Picks& mine = *(Picks*)memory;
   using Size = InputSize<In, FM_HIDDEN>;
   const Input input = Size::in(memory + kPickBytes);
   char* const rings = memory + kPickBytes + Size::kBytes;
-  // What experts_out reads that is known before the experts are: its shared expert.
-  Ahead(next).take();
+  Choosing& choice = *(Choosing*)rings;
+  choice.begin(from);
   fm_release_next();
   fm_wait_before();
-  take_row<In, FM_HIDDEN>(input, Rows{x, q, s});
-  if (FM_EXPERTS) choose_picks(from, mine, rings);
-  else copy_picks(mine, *picks);
-  fm_barrier();
-  if (FM_EXPERTS && blockIdx.x == 0) copy_picks(*picks, mine);
-
-  PairStream stream(Ring(rings), mine, next);
+  if (FM_EXPERTS) {
+    choice.end(from, mine);
+  } else {
+    copy_picks(mine, *picks);
+    fm_barrier();
+  }
+  PairStream stream(Ring(rings), mine);
   stream.start();
+  // The last group has as few rows as any.
+  if (FM_EXPERTS && blockIdx.x == gridDim.x - 1) copy_picks(*picks, mine);
+  take_row<In, FM_HIDDEN>(input, Rows{x, q, s});
+  fm_barrier();
   const Held<In, FM_HIDDEN> held(input);
   for (int set = stream.first(); set < FM_K * stream.kSets; set += stream.stride()) {
     const int row = set % stream.kSets * InTiles::kRows;

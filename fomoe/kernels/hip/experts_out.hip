@@ -10,42 +10,49 @@ using SharedDown = Product<FM_TYPE_SHARED>;
 using DownTiles = RowTiles<Down, FM_WIDTH>;
 using SharedTiles = RowTiles<SharedDown, FM_SHARED_WIDTH>;
 
-// The tasks of a group: the rows of each expert in turn, then those of the shared one, set by set.
+// The tasks of a group: the rows of the shared expert, which are known before the token has chosen,
+// then those of each routed one in turn, set by set.
 struct DownStream {
   static constexpr int kSets = ceil_div(FM_ROWS, DownTiles::kRows);
   static constexpr int kSharedSets = ceil_div(FM_ROWS, SharedTiles::kRows);
-  static constexpr int kRouted = FM_K * kSets, kTasks = kRouted + kSharedSets;
+  static constexpr int kTasks = kSharedSets + FM_K * kSets;
   Ring ring;
   const Picks& picks;
   const char* shared;
   int task, segment;  // of the next fetch
-  Ahead ahead;
+  int begun;          // fetches before the first tile is taken
 
-  FM_DEV DownStream(Ring r, const Picks& p, const void* down, const Span& next)
-      : ring(r), picks(p), shared((const char*)down), task((int)threadIdx.x / FM_WAVE), segment(0),
-        ahead(next) {}
+  FM_DEV DownStream(Ring r, const Picks& p, const void* down)
+      : ring(r), picks(p), shared((const char*)down), task(wave_index()), segment(0), begun(0) {}
+  FM_DEV static int expert(int task) { return (task - kSharedSets) / kSets; }
+  FM_DEV static int set(int task) { return (task - kSharedSets) % kSets; }
 
-  // Rows end with the group's or the matrix.
+  // Rows end with the group's or the matrix, where these are not whole tiles.
+  template <class T>
+  FM_DEV static int bytes(int row, int segment) {
+    if (FM_HIDDEN % FM_ROWS == 0 && FM_ROWS % T::kRows == 0) return T::bytes(0, segment, T::kRows);
+    const int end = at_most(FM_HIDDEN, (int)(blockIdx.x + 1) * FM_ROWS);
+    return row < end ? T::bytes(row, segment, end) : 0;
+  }
   template <class T>
   FM_DEV void fetch_of(const char* weights, int set) {
-    const int first = blockIdx.x * FM_ROWS, row = first + set * T::kRows;
-    const int end = at_most(FM_HIDDEN, first + FM_ROWS);
-    ring.fetch<T>(weights + T::offset(row) + segment * T::kSegmentBytes,
-                  row < end ? T::bytes(row, segment, end) : 0, T::margin(row, segment));
+    const int row = blockIdx.x * FM_ROWS + set * T::kRows;
+    ring.fetch<T>(weights + T::offset(row) + segment * T::kSegmentBytes, bytes<T>(row, segment),
+                  T::margin(row, segment));
     if (++segment < T::kSegments) return;
     segment = 0, task += FM_WAVES;
   }
   FM_DEV void fetch() {
-    if (task < kRouted) fetch_of<DownTiles>((const char*)picks.address[2][task / kSets], task % kSets);
-    else if (task < kTasks) fetch_of<SharedTiles>(shared, task - kRouted);
-    else finish();
+    if (task < kSharedSets) fetch_of<SharedTiles>(shared, task);
+    else if (task < kTasks) fetch_of<DownTiles>((const char*)picks.address[2][expert(task)], set(task));
+    else ring.close();
   }
-  FM_DEV void finish() {
-    ahead.take();
-    ring.close();
+  // What needs no picks, then the rest of what the ring holds.
+  FM_DEV void begin() {
+    for (; begun < FM_STAGES - 1 && task < kSharedSets; ++begun) fetch();
   }
   FM_DEV void start() {
-    FM_UNROLL for (int i = 1; i < FM_STAGES; ++i) fetch();
+    for (; begun < FM_STAGES - 1; ++begun) fetch();
   }
 
   // Writes the products of the set's rows to `out` (shared memory).
@@ -99,7 +106,7 @@ struct SharedExpert {
 
 // x = (sum of weight_e * down_e inner_e, a chain of fma in ascending id, + shared) + x.
 FM_KERNEL(FM_WAVES * FM_WAVE)
-void experts_out(const Picks* picks, const float* inner, SharedExpert shared, float* x, Span next) {
+void experts_out(const Picks* picks, const float* inner, SharedExpert shared, float* x) {
   FM_DYN_SHARED(char, memory);
   constexpr int kOutBytes = whole16(((FM_K + 2) * FM_ROWS + 1) * 4);
   Picks& mine = *(Picks*)memory;
@@ -107,13 +114,14 @@ void experts_out(const Picks* picks, const float* inner, SharedExpert shared, fl
   float *const shared_out = out + FM_K * FM_ROWS, *const before = shared_out + FM_ROWS, *const logit = before + FM_ROWS;
   const int first = blockIdx.x * FM_ROWS, rows = at_most(FM_ROWS, FM_HIDDEN - first);
   const Inners inners{memory + kPickBytes + kOutBytes};
+  DownStream stream(Ring(memory + kPickBytes + kOutBytes + Inners::kBytes), mine, shared.down);
+  stream.begin();
   Spread<FM_K * FM_WIDTH> routed;
   fm_release_next();
   fm_wait_before();
   copy_picks(mine, *picks);
   routed.read(inner);
   fm_barrier();
-  DownStream stream(Ring(memory + kPickBytes + kOutBytes + Inners::kBytes), mine, shared.down, next);
   stream.start();
   Spread<FM_SHARED_WIDTH> gate, up;
   gate.read(shared.gate), up.read(shared.up);
@@ -124,12 +132,12 @@ void experts_out(const Picks* picks, const float* inner, SharedExpert shared, fl
   fm_barrier();
 
   using S = DownStream;
-  for (int task = threadIdx.x / FM_WAVE; task < S::kTasks; task += FM_WAVES) {
-    if (task < S::kRouted) {
-      const int expert = task / S::kSets;
-      stream.product<Down, FM_WIDTH>(inners.routed(expert), task % S::kSets, out + expert * FM_ROWS);
+  for (int task = wave_index(); task < S::kTasks; task += FM_WAVES) {
+    if (task < S::kSharedSets) {
+      stream.product<SharedDown, FM_SHARED_WIDTH>(inners.shared(), task, shared_out);
     } else {
-      stream.product<SharedDown, FM_SHARED_WIDTH>(inners.shared(), task - S::kRouted, shared_out);
+      const int expert = S::expert(task);
+      stream.product<Down, FM_WIDTH>(inners.routed(expert), S::set(task), out + expert * FM_ROWS);
     }
   }
   fm_barrier();

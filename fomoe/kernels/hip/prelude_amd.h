@@ -36,6 +36,7 @@ static const __device__ fm_grid_size gridDim{};
 #endif
 
 #define FM_KERNEL(max_threads) extern "C" __global__ __launch_bounds__(max_threads)
+#define FM_KERNEL_OF_TWO(max_threads) FM_KERNEL(max_threads)  // nothing starts beside a launch here
 #define FM_DEV __device__ __forceinline__
 #define FM_SHARED static __shared__ __attribute__((aligned(16)))
 #define FM_DYN_SHARED(T, name)                                                  \
@@ -103,8 +104,6 @@ FM_DEV unsigned long long fm_clock() { return __builtin_readsteadycounter(); }  
 // ---- launches: one begins when the one before has ended
 FM_DEV void fm_wait_before() {}
 FM_DEV void fm_release_next() {}
-// Nothing: there is no way to ask for it that all targets have.
-FM_DEV void fm_fetch_ahead(const void*, int) {}
 
 // ---- groups and waves
 // Orders shared memory alone: the caches of global memory stay as they are, unlike with
@@ -153,6 +152,8 @@ FM_DEV T fm_wave_xor(T value, int mask) {
         default: return fm_bits<T>(fm_any_lane(bits, fm_lane() ^ mask));
     }
 }
+// The value of the wave's first lane in all of them, which the compiler then keeps once for the wave.
+FM_DEV int fm_uniform(int value) { return __builtin_amdgcn_readfirstlane(value); }
 // Orders what the lanes of a wave wrote to shared memory, and what came there by fm_copy16.
 FM_DEV void fm_wave_sync() {
     __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront", "local");

@@ -39,6 +39,7 @@ unsigned sizes(void (*)(A...), unsigned* out) {
 
 // ---- declarations
 #define FM_KERNEL(max_threads) extern "C" __attribute__((annotate("fm_kernel")))
+#define FM_KERNEL_OF_TWO(max_threads) FM_KERNEL(max_threads)
 #define FM_DEV inline
 #define FM_SHARED alignas(16) __attribute__((section("fm_shared"))) static
 #define FM_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(fm_engine->dynamic)
@@ -118,13 +119,6 @@ FM_DEV unsigned long long fm_clock() { return __builtin_ia32_rdtsc(); }
 // gets before its fm_wait_before, which waits until the one before has ended. Launch.early asks for it.
 FM_DEV void fm_wait_before() {}
 FM_DEV void fm_release_next() {}
-// Asks for bytes that will be read: here they are read, so that one that is not there is found.
-FM_DEV void fm_fetch_ahead(const void* p, int bytes) {
-    fm_check_16(p);
-    if (bytes <= 0 || bytes % 16) fm_engine->fail("bytes fetched ahead are no multiple of 16");
-    const volatile char* const from = static_cast<const volatile char*>(p);
-    (void)from[0], (void)from[bytes - 1];
-}
 
 // ---- groups and waves
 FM_DEV void fm_barrier() { fm_engine->barrier(); }
@@ -145,6 +139,8 @@ FM_DEV T fm_wave_xor(T value, int mask) {
     static_assert(sizeof(T) == 4, "4 bytes");
     return fm_from_lane<T>(fm_engine->exchange(&value, sizeof(T), fm_cpu::kXor), (fm_lane() ^ mask) % FM_WAVE);
 }
+// The value of the wave's first lane in all of them, which compilers then keep once for the wave.
+FM_DEV int fm_uniform(int value) { return fm_from_lane<int>(fm_engine->exchange(&value, sizeof(value), fm_cpu::kXor), 0); }
 // Orders what the lanes of a wave wrote to shared memory, and what came there by fm_copy16.
 FM_DEV void fm_wave_sync() {
     const int nothing = 0;

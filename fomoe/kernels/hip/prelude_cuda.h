@@ -7,6 +7,8 @@
 
 // ---- declarations
 #define FM_KERNEL(max_threads) extern "C" __global__ __launch_bounds__(max_threads)
+// The same with so few registers that two groups find room on a core.
+#define FM_KERNEL_OF_TWO(max_threads) extern "C" __global__ __launch_bounds__(max_threads, 2)
 #define FM_DEV __device__ __forceinline__
 #define FM_SHARED static __shared__ __align__(16)
 #define FM_DYN_SHARED(T, name)                                   \
@@ -79,7 +81,7 @@ FM_DEV void fm_copy_commit() {}
 template <int N>
 FM_DEV void fm_copy_wait() {}
 #endif
-FM_DEV void fm_fence() { __threadfence(); }
+FM_DEV void fm_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 FM_DEV unsigned fm_atomic_add(unsigned* p, unsigned value) { return atomicAdd(p, value); }
 FM_DEV unsigned long long fm_clock() {  // nanoseconds
     unsigned long long now;
@@ -105,24 +107,12 @@ FM_DEV int fm_lane() {
     asm("mov.u32 %0, %%laneid;" : "=r"(lane));
     return int(lane);
 }
-// Asks for `bytes`, a multiple of 16, to come into the cache of the whole device; all lanes come here.
-#if __CUDA_ARCH__ >= 900
-FM_DEV void fm_fetch_ahead(const void* p, int bytes) {
-    if (fm_lane() == 0)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bytes)
-                     : "memory");
-}
-#else
-FM_DEV void fm_fetch_ahead(const void* p, int bytes) {
-    const char* const from = static_cast<const char*>(p);
-    for (int i = 128 * fm_lane(); i < bytes; i += 128 * FM_WAVE)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from + i)) : "memory");
-}
-#endif
 template <class T>
 FM_DEV T fm_wave_xor(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+// The value of the wave's first lane in all of them, which the compiler then keeps once for the wave.
+FM_DEV int fm_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 // Orders what the lanes of a wave wrote to shared memory, and what came there by fm_copy16.
 FM_DEV void fm_wave_sync() { __syncwarp(); }
 FM_DEV float fm_wave_sum(float value) {

@@ -6,6 +6,14 @@
 // FM_INPUT_BYTES of shared memory for the vector.
 #include "stream.h"
 
+// FM_OF_TWO: half of a core's registers stay free, for a mixer that starts early beside the launch and
+// asks for its state while this one reads weights.
+#if FM_OF_TWO
+#define FM_PROJECT_KERNEL FM_KERNEL_OF_TWO
+#else
+#define FM_PROJECT_KERNEL FM_KERNEL
+#endif
+
 struct Part {
   const void* weights;
   float* out;
@@ -41,12 +49,12 @@ FM_DEV void run_as(int type, const Body& body) {
 }
 
 template <class F>
-FM_DEV MatrixStream<F, FM_COLS> stream_of(const Part& part, const Span& next, char* memory) {
+FM_DEV MatrixStream<F, FM_COLS> stream_of(const Part& part, char* memory) {
   static_assert(InputSize<F, FM_COLS>::kBytes <= FM_INPUT_BYTES, "room for the vector");
   // Neighbouring rows go to different groups, so that no core has all of what is left over.
-  const int wave = (int)threadIdx.x / FM_WAVE * part.groups + (int)blockIdx.x - part.first;
+  const int wave = wave_index() * part.groups + (int)blockIdx.x - part.first;
   const Ring ring(memory + kScratchBytes + FM_INPUT_BYTES);
-  return MatrixStream<F, FM_COLS>(ring, part.weights, part.rows, wave, part.groups * FM_WAVES, next);
+  return MatrixStream<F, FM_COLS>(ring, part.weights, part.rows, wave, part.groups * FM_WAVES);
 }
 
 struct Normed {
@@ -56,7 +64,6 @@ struct Normed {
   unsigned* hq;
   fm_f2* hs;
   Part part;
-  Span next;
   char* memory;
 
   // Each group writes the blocks of 32 values whose turn it is.
@@ -71,7 +78,7 @@ struct Normed {
   FM_DEV void run() const {
     Spread<FM_COLS> v, weight;
     weight.read(norm);
-    auto stream = stream_of<F>(part, next, memory);
+    auto stream = stream_of<F>(part, memory);
     stream.start();
     fm_release_next();
     fm_wait_before();
@@ -91,24 +98,22 @@ struct Normed {
 };
 
 // y = W h for each matrix, where h = x * norm / sqrt(mean(x^2) + eps); h is written where asked for.
-FM_KERNEL(FM_WAVES * FM_WAVE)
-void project(const float* x, const float* norm, float eps, float* hx, unsigned* hq, fm_f2* hs, Parts parts,
-             Span next) {
+FM_PROJECT_KERNEL(FM_WAVES * FM_WAVE)
+void project(const float* x, const float* norm, float eps, float* hx, unsigned* hq, fm_f2* hs, Parts parts) {
   FM_DYN_SHARED(char, memory);
   const Part part = part_of(parts, blockIdx.x);
-  run_as(part.type, Normed{x, norm, eps, hx, hq, hs, part, next, memory});
+  run_as(part.type, Normed{x, norm, eps, hx, hq, hs, part, memory});
 }
 
 template <bool kAdd>
 struct Taken {
   Rows rows;
   Part part;
-  Span next;
   char* memory;
 
   template <class F>
   FM_DEV void run() const {
-    auto stream = stream_of<F>(part, next, memory);
+    auto stream = stream_of<F>(part, memory);
     stream.start();
     fm_release_next();
     fm_wait_before();
@@ -121,8 +126,8 @@ struct Taken {
 
 // y = W h, or y += W h (FM_ADD), for a vector that is there in the form that W needs.
 FM_KERNEL(FM_WAVES * FM_WAVE)
-void project_rows(const float* x, const signed char* q, const fm_f2* s, Parts parts, Span next) {
+void project_rows(const float* x, const signed char* q, const fm_f2* s, Parts parts) {
   FM_DYN_SHARED(char, memory);
   const Part part = part_of(parts, blockIdx.x);
-  run_as(part.type, Taken<FM_ADD != 0>{Rows{x, q, s}, part, next, memory});
+  run_as(part.type, Taken<FM_ADD != 0>{Rows{x, q, s}, part, memory});
 }

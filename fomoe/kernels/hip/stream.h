@@ -1,7 +1,6 @@
 // A wave's way through its rows of a matrix.
 #pragma once
 #include "activations.h"
-#include "ahead.h"
 
 // The products of a lane's rows of a tile.
 template <class T>
@@ -37,15 +36,13 @@ struct MatrixStream {
   int rows, stride, first;  // of the matrix; from this wave's rows to its next; its first row
   const char* from;         // the next tile: its address, row and segment
   int row, segment;
-  Ahead ahead;
 
   // The wave is number `wave` of `waves` that share the matrix.
-  FM_DEV MatrixStream(Ring r, const void* matrix, int all_rows, int wave, int waves, const Span& next)
+  FM_DEV MatrixStream(Ring r, const void* matrix, int all_rows, int wave, int waves)
       : ring(r), rows(all_rows), stride(waves * T::kRows), first(wave * T::kRows),
-        from((const char*)matrix + T::offset(first)), row(first), segment(0), ahead(next) {}
+        from((const char*)matrix + T::offset(first)), row(first), segment(0) {}
 
   FM_DEV void fetch() {
-    if (row >= rows) ahead.take();
     ring.fetch<T>(from, row < rows ? T::bytes(row, segment, rows) : 0, T::margin(row, segment));
     if (++segment < T::kSegments) {
       from += T::kSegmentBytes;

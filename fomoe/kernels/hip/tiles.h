@@ -8,6 +8,7 @@
 #include "plain_blocks.h"
 
 constexpr int kThreads = FM_WAVES * FM_WAVE;
+FM_DEV int wave_index() { return fm_uniform((int)threadIdx.x / FM_WAVE); }
 
 FM_DEV constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 FM_DEV constexpr int at_least(int low, int value) { return value < low ? low : value; }
@@ -70,7 +71,7 @@ struct Ring {
   int fill, drain;  // where the next tile goes, and where the oldest lies
 
   FM_DEV Ring(char* memory) : fill(0), drain(0) {
-    base = memory + threadIdx.x / FM_WAVE * (FM_STAGES * FM_STAGE_BYTES);
+    base = memory + wave_index() * (FM_STAGES * FM_STAGE_BYTES);
   }
   FM_DEV static int after(int stage) {
     return stage == (FM_STAGES - 1) * FM_STAGE_BYTES ? 0 : stage + FM_STAGE_BYTES;

@@ -87,10 +87,8 @@ def decode_front(desk: Desk, weights: LayerMatrices, place: DeltaPlace | KVPlace
     mixer, dense = weights.mixer, weights.moe
     parts, mixed, rows = _mixer(desk, mixer, place)
     shared = SharedMatrices(dense.gate, dense.up, dense.scale)
-    # Where the tuning asks the cache ahead: the mixer, which has few bytes to read, leaves the bus
-    # to its output matrix.
-    into = project(gpu, work.x, mixer.norm, eps, parts, options=options.before(mixer.output))
-    out = project_rows(gpu, rows, mixer.output, work.x, options=options.before(dense.router))
+    into = project(gpu, work.x, mixer.norm, eps, parts, options=options)
+    out = project_rows(gpu, rows, mixer.output, work.x, options=options)
     norm = dense.norm, eps
     scores = moe.scores(gpu, work.x, norm, dense.router, shared, work.moe, options=options)
     return [Step("mixer in", into), mixed, Step("mixer out", out), Step("scores", scores)]
@@ -112,9 +110,7 @@ def decode_back(
     gpu, spec, work, options = desk.gpu, desk.spec, desk.work, Options(int8=desk.int8)
     layout, top_k = slots.layout(layer), spec.moe.top_k
     table = Choose(slots.row_address(layer), spec.moe.n_experts) if choose else None
-    into = moe.experts_in(
-        gpu, layout, top_k, picks, work.moe, choose=table, options=options.before(weights.moe.down)
-    )
+    into = moe.experts_in(gpu, layout, top_k, picks, work.moe, choose=table, options=options)
     out = moe.experts_out(
         gpu, layout, (top_k, picks), weights.moe.down, work.moe, work.x, options=options
     )

@@ -98,7 +98,10 @@ class GPUModel:
         self._routes = Routes(self._mail, self.slots, options.layers)
         self._passes = _rehearsed(desk, self._mail, held, graphs=options.graphs)
         self._head: Head | None = self._passes.head
-        self._begun, self._scored, self._ended = (Signal(gpu, options.wait_s) for _ in range(3))
+        self._begun, self._scored, self._ended, self._spoken = (
+            Signal(gpu, options.wait_s) for _ in range(4)
+        )
+        self._foreseen = -1  # the layer whose router is to speak about the stream that goes into it
         self._hidden_from: dict[int, Launch] = {}  # one for each device that hands over
         self._tokens = 1
         self._has_logits = self._looks_ahead = False
@@ -166,6 +169,7 @@ class GPUModel:
     def embed(self) -> None:
         """Take the tokens' embedding as the residual stream."""
         self._passes.embed(self._tokens).run()
+        self._foresee(0)
 
     def put_hidden(self, address: int) -> None:
         """Take float32 [T, D] of registered host memory, at the device's address of it."""
@@ -207,6 +211,22 @@ class GPUModel:
         scores: F32 = self._mail.ahead.host
         return scores
 
+    def foreseen(self) -> tuple[int, F32] | None:
+        """Return a layer and what its router says of a token's stream that goes into it.
+
+        float32 [1, E], once for each layer, as soon as the device has it; None until then.
+        """
+        if self._foreseen < 0 or not self._spoken.passed:
+            return None
+        layer, self._foreseen = self._foreseen, -1
+        return layer, self._mail.foreseen.host
+
+    def _foresee(self, layer: int) -> None:
+        """Note what the program that was queued last ends with."""
+        if self._tokens == 1 and self.options.ahead and layer < self.spec.n_layers:
+            self._spoken.mark()
+            self._foreseen = layer
+
     def gather(self, layer: int) -> None:
         """Begin the experts of a prompt's chunk by its own choice: sort the pairs by expert."""
         self._passes.gather(layer, self._tokens).run()
@@ -239,6 +259,7 @@ class GPUModel:
         else:
             self._routes.send_prompt(layer, ids, weights)
         self._passes.back(layer, self._tokens).run()
+        self._foresee(layer + 1)
 
     def own_back(self, layer: int) -> None:
         """Run the router's own choice, with the bits of a whole pass, and close the layer.
@@ -246,6 +267,7 @@ class GPUModel:
         All that it chooses must be resident, and published.
         """
         self._passes.own_back(layer, self._tokens).run()
+        self._foresee(layer + 1)
 
     def decode(self, token: int, position: int, state: int = 0) -> None:
         """Run one token through all layers and the head, by the device's own choice."""

@@ -23,7 +23,8 @@ class HostOptions:
         max_tokens: tokens of the longest pass.
         n_states: sequences whose state is held.
         embedding, head: whether the first and the last step of a pass are this device's, too.
-        ahead: whether a token's front also ends with the scores of the next layer's router.
+        ahead: whether a token's front also ends with the scores of the next layer's router, and
+            so do its embedding and its backs.
         graphs: replay captured launches; one by one otherwise.
         wait_s: seconds after which a wait for the device fails.
     """

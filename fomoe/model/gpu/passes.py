@@ -46,6 +46,7 @@ class Mail:
         weights: float32 [T, K], of a prompt's layer.
         wave: uint64 [3, E], where the experts of a prompt's wave lie; zeros for all others.
         ahead: float32 [1, E], scores of the next layer's router.
+        foreseen: the same, by the residual stream that goes into that layer.
     """
 
     step: Mirror
@@ -56,6 +57,7 @@ class Mail:
     weights: Mirror
     wave: Mirror
     ahead: Mirror
+    foreseen: Mirror
 
     @classmethod
     def of(cls, desk: Desk, step: Mirror, options: HostOptions) -> Mail:
@@ -71,6 +73,7 @@ class Mail:
             weights=Mirror(gpu, (max(1, prompt), moe.top_k), np.float32, desk.work.weights),
             wave=Mirror(gpu, (3, moe.n_experts), np.uint64),
             ahead=Mirror(gpu, (1, moe.n_experts), np.float32),
+            foreseen=Mirror(gpu, (1, moe.n_experts), np.float32),
         )
 
 
@@ -87,7 +90,10 @@ def bucket_sizes(max_tokens: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a device holds, as the builders of passes want it; `ahead` are next layers' routers."""
+    """What a device holds, as the builders of passes want it; `ahead` are next layers' routers.
+
+    Those are by the layer before; the first layer's own, where it is here, stands at -1.
+    """
 
     layers: dict[int, LayerMatrices]
     ends: EndMatrices
@@ -159,8 +165,9 @@ class Passes:
         """The embedding of a pass's tokens; DeviceError where another device has it."""
         if not self._one:
             raise DeviceError("this device hosts no embedding; ask the one with the first layer")
-        steps = self._one if tokens == 1 else self._many
-        return self._program("embed", 0, min(tokens, 2), lambda: steps)
+        if tokens == 1:
+            return self._program("embed", 0, 1, lambda: [*self._one, *self._foresee(-1)])
+        return self._program("embed", 0, 2, lambda: self._many)
 
     def front(self, layer: int, tokens: int) -> Program:
         """A layer up to its router's scores; one token's are copied to the host, too."""
@@ -172,18 +179,21 @@ class Passes:
             front = self._front(layer, size)
             if size > 1:
                 return front
-            return [*front, fetch, *self._ahead(layer)]
+            return [*front, fetch, *self._spoken(layer, self._mail.ahead)]
 
         return self._program("front", layer, size, steps)
 
-    def _ahead(self, layer: int) -> list[Step]:
+    def _spoken(self, layer: int, mail: Mirror) -> list[Step]:
         """Steps of the next layer's router on this one's stream; none where it is not wanted."""
         router = self._held.ahead.get(layer)
         if router is None:
             return []
-        mail = self._mail.ahead
         return [Step("ahead", look_ahead(self._desk, router, mail.address)),
                 Step("copy", mail.fetch)]  # fmt: skip
+
+    def _foresee(self, layer: int) -> list[Step]:
+        """The same of a stream that goes into the next layer."""
+        return self._spoken(layer, self._mail.foreseen)
 
     def gather(self, layer: int, tokens: int) -> Program:
         """A prompt's layer from its scores up to its pairs sorted by expert, by its own choice."""
@@ -228,7 +238,7 @@ class Passes:
                 return self._prompt_back(layer, size)
             row, nbytes = self._row(layer), self._mail.picks.host.itemsize
             send = Step("picks", self._mail.picks.bring(self._desk.gpu, row * nbytes, nbytes))
-            return [send, *self._decode_back(layer, choose=False)]
+            return [send, *self._decode_back(layer, choose=False), *self._foresee(layer)]
 
         return self._program("back", layer, size, steps)
 
@@ -238,7 +248,7 @@ class Passes:
 
         def steps() -> list[Step]:
             if size == 1:
-                return self._decode_back(layer, choose=True)
+                return [*self._decode_back(layer, choose=True), *self._foresee(layer)]
             choose = prompt_choose(self._desk, self._buckets_of(size), self._ids(layer))
             return [choose, *self._prompt_back(layer, size)]
 

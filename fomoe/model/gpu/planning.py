@@ -78,7 +78,7 @@ def _mail_bytes(spec: ModelSpec, options: HostOptions) -> int:
     moe, n_layers = spec.moe, len(options.layers)
     ids = 4 * n_layers * options.max_tokens * moe.top_k
     table = 3 * 8 * (n_layers + 1) * moe.n_experts + ALIGN + 4 * moe.n_experts
-    small = 4 * options.max_tokens, n_layers * picks(moe.top_k).itemsize
+    small = 4 * options.max_tokens, n_layers * picks(moe.top_k).itemsize, 4 * moe.n_experts
     return sum(map(aligned, (ids, table, *small)))
 
 

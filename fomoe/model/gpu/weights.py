@@ -111,8 +111,13 @@ def place_layer(gpu: GPU, weights: Weights, spec: ModelSpec, layer: int) -> Laye
 def place_routers(
     gpu: GPU, weights: Weights, spec: ModelSpec, layers: Mapping[int, LayerMatrices]
 ) -> dict[int, RouterMatrices]:
-    """Return the router behind each of a device's layers; those of other devices are placed too."""
+    """Return the router behind each of a device's layers; those of other devices are placed too.
+
+    The first layer's own stands at -1, behind the embedding.
+    """
     found = {}
+    if 0 in layers:
+        found[-1] = RouterMatrices(layers[0].moe.norm, layers[0].moe.router)
     for layer in layers:
         after = layer + 1
         if after in layers:

@@ -22,7 +22,8 @@ OWN = Path(__file__).parent / "units"
 class Check:
     """A unit as it is compiled once per target.
 
-    `dots`: it must come to packed dot products on AMD; `tiles`: to matrix instructions.
+    `dots`: it must come to packed dot products on AMD; `tiles`: to matrix instructions; `only`: how
+    the targets begin for which anybody asks for it.
     """
 
     unit: str
@@ -30,6 +31,7 @@ class Check:
     dots: bool = False
     tiles: bool = False
     folder: Path = FOLDER
+    only: str = ""
 
 
 _DELTA = {"N_K": 16, "N_V": 64, "DK": 128, "DV": 128, "CONV": 4}
@@ -43,14 +45,13 @@ _WAVES = {
     "FM_HELD": 96,
     "FM_INT8": 1,
 }
-_PROJECT = {**_WAVES, "FM_ADD": 0, "FM_PARTS": 4}
+_PROJECT = {**_WAVES, "FM_ADD": 0, "FM_OF_TWO": 0, "FM_PARTS": 4}
 _EXPERTS = {
     **_WAVES,
     "FM_HIDDEN": 4096,
     "FM_WIDTH": 1024,
     "FM_K": 10,
     "FM_STAGE_BYTES": 3392,
-    "FM_DOWN_BYTES": 4096 * 576,
 }
 _OUT = {**_EXPERTS, "FM_STAGES": 3, "FM_SHARED_WIDTH": 1024, "FM_TYPE_SHARED": 8, "FM_ROWS": 64}
 _QUANTS = (6, 8, 12, 13, 14, 23)
@@ -88,6 +89,7 @@ CHECKS = (
     Check("project", {**_project((8, 12, 14), 8192), "FM_HELD": 48}, dots=True),
     Check("project", _project((0, 1), 4096)),
     Check("project", _project((30,), 4096)),
+    Check("project", {**_project((0, 12, 14), 4096), "FM_WAVES": 16, "FM_OF_TWO": 1}, only="sm_"),
     Check("project", {**_project(_QUANTS, 2048), "FM_INT8": 0}),
     *(
         Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": t, "FM_EXPERTS": 512}, dots=True)
@@ -104,9 +106,12 @@ CHECKS = (
     Check("delta", {**_DELTA, "PARTS": 1, "THREADS": 256}),
     Check("delta", {**_DELTA, "PARTS": 2, "THREADS": 256}),
     Check("delta_chunk", {**_DELTA, "THREADS": 256}),
-    Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 2, "SPLITS": 16, "FEW": 16}),
-    Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 8, "SPLITS": 66, "FEW": 33}),
-    Check("attend", {**_ATTEND, "KV_F32": 1, "ROWS": 2, "SPLITS": 16, "FEW": 8}),
+    Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 2, "SPLITS": 16, "FEW": 16, "AHEAD": 1}),
+    Check("attend", {**_ATTEND, "KV_F32": 0, "ROWS": 8, "SPLITS": 66, "FEW": 33, "AHEAD": 1}),
+    Check(
+        "attend", {**_ATTEND, "KV_F32": 0, "ROWS": 2, "SPLITS": 8, "FEW": 8, "AHEAD": 2}, only="sm_"
+    ),
+    Check("attend", {**_ATTEND, "KV_F32": 1, "ROWS": 2, "SPLITS": 16, "FEW": 8, "AHEAD": 1}),
     Check("attend_inputs", {**_ATTEND, "KV_F32": 0, "TILES": 1}),
     Check("attend_tiles", {**_ATTEND, "KV_F32": 0, "THREADS": 128}, tiles=True),
     Check("attend_chunk", {**_ATTEND, "HEADS": 16, "KV_F32": 1, "ROWS": 16, "TOKENS": 2}),

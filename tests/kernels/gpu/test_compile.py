@@ -17,7 +17,8 @@ AT_ONCE = 2
 def checks(target):
     """Return all of a family's target, and each unit's first of the others."""
     firsts = {check.unit: check for check in reversed(CHECKS)}
-    return CHECKS if target in FAMILIES else [c for c in CHECKS if c is firsts[c.unit]]
+    asked = [c for c in CHECKS if target.startswith(c.only)]
+    return asked if target in FAMILIES else [c for c in asked if c is firsts[c.unit]]
 
 
 def problems(check, report):

@@ -58,13 +58,14 @@ def test_lanes(gpu):
     wave, random = gpu.runtime.wave, np.random.default_rng(4)
     x = random.integers(-50, 50, wave).astype(np.float32)
     a, b = random.integers(-128, 128, (2, wave, 4)).astype(np.int8)
-    out = put(gpu, np.zeros(4 * wave, np.float32))
+    out = put(gpu, np.zeros(5 * wave, np.float32))
     launch(gpu, "lanes", 1, wave, [put(gpu, x), put(gpu, a), put(gpu, b), out])
-    got, lane = gpu.download(out, np.float32, (4, wave)), np.arange(wave)
+    got, lane = gpu.download(out, np.float32, (5, wave)), np.arange(wave)
     np.testing.assert_array_equal(got[0], x.sum())
     np.testing.assert_array_equal(got[1], x.max())
     np.testing.assert_array_equal(got[2], x[lane ^ 1] + 1000 * x[lane ^ wave // 2])
     np.testing.assert_array_equal(got[3], (a.astype(int) * b).sum(1) + lane)
+    np.testing.assert_array_equal(got[4], x[wave - 1])
 
 
 def test_tiles(gpu):

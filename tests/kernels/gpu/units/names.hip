@@ -16,13 +16,14 @@ FM_KERNEL(64) void numbers(const float* x, float* out, int n) {
   }
 }
 
-// One wave: sums, largest values, exchanges, and dot products of bytes; out [4][FM_WAVE].
+// One wave: sums, largest values, exchanges, and dot products of bytes; out [5][FM_WAVE].
 FM_KERNEL(FM_WAVE) void lanes(const float* x, const int* a, const int* b, float* out) {
   const int lane = fm_lane();
   out[lane] = fm_wave_sum(x[lane]);
   out[FM_WAVE + lane] = fm_wave_max(x[lane]);
   out[2 * FM_WAVE + lane] = fm_wave_xor(x[lane], 1) + 1000.0f * fm_wave_xor(x[lane], FM_WAVE / 2);
   out[3 * FM_WAVE + lane] = float(fm_dp4a(a[lane], b[lane], lane));
+  out[4 * FM_WAVE + lane] = x[fm_uniform(FM_WAVE - 1 - lane)];
 }
 
 // One wave: c [16][16] = a [16][64] b [16][64]^T, through shared memory with rows 80 bytes apart;
