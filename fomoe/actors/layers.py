@@ -13,7 +13,7 @@ from fomoe.actors.expert_copies import ExpertCopies, Source, as_records
 from fomoe.actors.layer_device import LayerServer, Neighbour
 from fomoe.actors.layer_layout import LayerArena
 from fomoe.actors.layer_model import LayerModel
-from fomoe.actors.messages import STEP_ID, Tag
+from fomoe.actors.messages import LAYERS, STEP_ID, Tag
 from fomoe.actors.names import arena_name, device_name
 from fomoe.actors.process import FabricMember, LoopThread
 from fomoe.actors.shared_link import SharedLink
@@ -133,7 +133,8 @@ class LayerActor(FabricMember):
             return self._advance_copies(bell)
         tag, nbytes = message
         if tag == Tag.LAYERS:
-            self._server.take(self._buffer)
+            if nbytes > LAYERS.size:
+                self._server.take(self._buffer)
             self._server.serve(self._buffer)
         else:
             self._take(tag, nbytes)

@@ -1,6 +1,7 @@
 // The names of a kernel's world where a CPU stands in for a GPU; see cpu_engine.h for who runs it.
 // Built by g++; FM_WAVE is 32 or 64.
 #pragma once
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS  // C's own: C++'s takes longer than most kernels do
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
