@@ -14,8 +14,9 @@ SOURCES := pyproject.toml CMakeLists.txt \
   $(shell find fomoe -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt 2>/dev/null)
 MODEL ?=
 ARGS ?=
-# Tests that start engines, servers or clusters run one after the other, the others side by side.
-APART := $(addprefix tests/,actors channel deploy e2e packaging ray_cluster server)
+# Tests on Ray run one after the other, all others side by side: in the order of their names, as the
+# long ones must not be begun last.
+APART := $(addprefix tests/,e2e ray_cluster)
 
 .PHONY: serve test check venv stop clean
 
@@ -24,7 +25,8 @@ serve: $(VENV)/installed
 
 test: check
 ifeq ($(ARGS),)
-	@$(BIN)/python -m pytest -q -n auto --dist loadfile $(addprefix --ignore=,$(APART))
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder \
+	  $(addprefix --ignore=,$(APART))
 	@$(BIN)/python -m pytest -q $(APART)
 else
 	@$(BIN)/python -m pytest -q $(ARGS)

@@ -206,7 +206,8 @@ class EngineConfig:
     Attributes:
         model: The GGUF file, any shard of it.
         devices: One name per device: `cpu`, `cpu:N`, `hip:N` or `cuda:N`.
-        attention: Where attention and all else but experts runs; auto: on GPUs if there are any.
+        attention: Which process runs attention and all else but experts: on GPUs the actors of the
+            devices, or the driver on the same devices; auto: the actors where there are GPUs.
         budgets: Bytes for experts, per device and per node.
         routing: How experts are chosen.
         ctx_size: Tokens that one sequence may hold; its KV cache is reserved at start.
@@ -285,17 +286,27 @@ class EngineConfig:
 
     @property
     def hosts_layers(self) -> bool:
-        """Whether devices host whole layers, and not experts alone."""
+        """Whether layers run on GPUs, and the driver holds no tensor in the host's memory."""
         return is_gpu(self.devices[0])
+
+    @property
+    def splits_layers(self) -> bool:
+        """Whether the driver's process runs all but the routed experts of layers on GPUs."""
+        return self.hosts_layers and self.attention == "driver"
 
     def _check_devices(self) -> None:
         check_devices(self.devices)
         require_choice("attention", self.attention, Attention)
-        wrong = "driver" if self.hosts_layers else "device"
         require(
-            self.attention != wrong,
-            f"attention is {wrong!r} on {', '.join(self.devices)}; this version runs it on the "
-            "GPUs where there are any, and else in the driver: leave it at auto",
+            self.hosts_layers or self.attention != "device",
+            f"attention is 'device' on {', '.join(self.devices)}; cpu devices compute experts "
+            "alone: leave it at auto",
+        )
+        elsewhere = [name for name in self.devices if "@" in name]
+        require(
+            not (self.splits_layers and elsewhere),
+            f"attention is 'driver' on {', '.join(elsewhere)}; the driver's process can open the "
+            "GPUs of its own machine alone: leave the @NODE out, or use device",
         )
 
     def _check_cpu_arm(self) -> None:
@@ -307,6 +318,11 @@ class EngineConfig:
         require(
             not any("@" in device for device in self.devices),
             f"{named}; this version computes in RAM on the driver's node alone: use off",
+        )
+        require(
+            not self.splits_layers,
+            f"cpu_arm is {self.cpu_arm!r} with attention 'driver'; not built for both: use "
+            "attention device, or cpu_arm off",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -183,10 +183,9 @@ class DecodeLayers:
     def keys(self) -> dict[Part, Key]:
         """What the tuning of each part is looked up by."""
         t = self.types
-        mixer: Key = ("project", t.mixer)
         return {
-            "mixer in": mixer,
-            "mixer out": mixer,
+            "mixer in": ("project", t.mixer),
+            "mixer out": ("project_rows", t.mixer),
             "scores": ("project", GGMLType.F32),
             "experts in": ("experts_in", t.inner),
             "experts out": ("experts_out", t.down),

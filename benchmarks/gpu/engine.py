@@ -1,12 +1,15 @@
 """What an engine's processes cost beside the device's own time: actors, messages, the driver.
 
-Run: python benchmarks/gpu/engine.py --model bench/397b-a17b-4l.gguf [--two] [--out r.json]
+Run: python benchmarks/gpu/engine.py --model bench/397b-a17b-4l.gguf [--two]
+         [--attention device|driver|both] [--out r.json]
 
 An engine of child processes, without Ray. Three ways through the layers: a message a token (exact,
 all experts on one device), a message a layer (the driver decides, here by a contract whose price
 changes nothing), and the serial twin. With --two, also two actors on the one device, which take
-turns. Per way: milliseconds a token, microseconds a layer, and where the driver saw the time go;
-`bare` is the same token by the model's own loop in one process. The last line is JSON.
+turns. With --attention driver, or both, the driver's process has all but the experts: exact, a
+message a layer, and serial. Exact ways must all come to one hash, as `same hash` says. Per way:
+milliseconds a token, microseconds a layer, and where the driver saw the time go; `bare` is the same
+token by the model's own loop in one process. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -72,15 +75,22 @@ def engine_times(llm: LLM, prompt: list[int], tokens: int, quality: str | None) 
     }
 
 
-def run(model: Path, devices: list[str], args: argparse.Namespace) -> dict[str, Any]:
+WAYS = {
+    "device": (("whole", None, True), ("by layer", PRICE, True), ("serial", None, False)),
+    "driver": (("by layer", None, True), ("serial", None, False)),
+}
+
+
+def run(
+    model: Path, devices: list[str], attention: str, args: argparse.Namespace
+) -> dict[str, Any]:
     """Bring an engine up and time each way through its layers."""
     found: dict[str, Any] = {"devices": devices}
-    for name, quality, overlap in (
-        ("whole", None, True), ("by layer", PRICE, True), ("serial", None, False),
-    ):  # fmt: skip
+    for name, quality, overlap in WAYS[attention]:
         start = time.perf_counter()
         with LLM(
             model, devices=devices, vram_budget=args.vram, ctx_size=4096, overlap=overlap,
+            attention=attention,
             routing=RoutingConfig(shadow_every=0), launcher="processes",
         ) as llm:  # fmt: skip
             up_s = time.perf_counter() - start
@@ -89,8 +99,20 @@ def run(model: Path, devices: list[str], args: argparse.Namespace) -> dict[str, 
             found[name] = engine_times(llm, prompt[1:], args.tokens, quality) | {
                 "up s": round(up_s, 1)
             }
-        print(f"{len(devices)} device(s), {name}: {found[name]}", flush=True)
+        print(f"{len(devices)} device(s), attention in the {attention}, {name}: {found[name]}",
+              flush=True)  # fmt: skip
     return found
+
+
+def exact_hashes(result: dict[str, Any]) -> set[int]:
+    """Return the decision hashes of all exact ways."""
+    return {
+        run[name]["hash"]
+        for attention in WAYS.keys() & result.keys()
+        for run in result[attention].values()
+        for name, quality, _ in WAYS[attention]
+        if quality is None
+    }
 
 
 def main() -> None:
@@ -98,7 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--vram", default="40GiB", help="budget of each actor")
+    parser.add_argument("--vram", default="40GiB", help="budget of each actor, with the driver's")
+    parser.add_argument("--attention", default="device", choices=(*WAYS, "both"))
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--two", action="store_true")
@@ -107,10 +130,12 @@ def main() -> None:
     result: dict[str, Any] = {
         "model": args.model.name,
         "bare ms per token": round(bare_ms(args.model, args.device, args.tokens), 4),
-        "one": run(args.model, [args.device], args),
     }
-    if args.two:
-        result["two"] = run(args.model, [args.device] * 2, args)
+    for attention in WAYS if args.attention == "both" else [args.attention]:
+        result[attention] = {"one": run(args.model, [args.device], attention, args)}
+        if args.two:
+            result[attention]["two"] = run(args.model, [args.device] * 2, attention, args)
+    result["same hash"] = len(exact_hashes(result)) == 1
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

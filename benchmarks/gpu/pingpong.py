@@ -9,8 +9,9 @@ the rest lies in RAM, all of it. Copy alone is the time of the bytes that crosse
 rate of plain copies of experts out of the same memory. Then the same with a kernel added to each
 layer that makes compute as long as copies. Hidden is (compute + copy - wall) / copy. `one` is one
 actor with both budgets: it pays no turns. With `--cpu-arm` the same slots once more with some of
-the experts in RAM computed there, which brings nothing ahead, and without both. The last line is
-JSON.
+the experts in RAM computed there, which brings nothing ahead, and without both. With --attention
+driver the driver's process has all but the experts, and no kernel is added; give the --share that
+the run without it found. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 from pingpong_trace import Call, lines
 
 from fomoe.actors import processes
-from fomoe.config import EngineConfig, RoutingConfig
+from fomoe.config import Attention, EngineConfig, RoutingConfig
 from fomoe.engine.hosting import dense_bytes
 from fomoe.engine.requests import GenerateRequest, Receipt, SamplingParams, TokenEvent
 from fomoe.gguf.extents import ExpertTable
@@ -54,12 +55,12 @@ class Facts:
     layers: int
 
 
-def facts_of(model: Path, devices: tuple[str, ...]) -> Facts:
+def facts_of(model: Path, devices: tuple[str, ...], attention: Attention) -> Facts:
     """Read what `budget` wants."""
     file = open_gguf(model)
     spec = read_spec(file)
     config = EngineConfig(
-        model=model, devices=devices, ctx_size=CTX, prefill_chunk=CHUNK,
+        model=model, devices=devices, ctx_size=CTX, prefill_chunk=CHUNK, attention=attention,
         routing=RoutingConfig(shadow_every=0),
     )  # fmt: skip
     table = ExpertTable.from_gguf(file, spec.n_layers)
@@ -78,13 +79,14 @@ def engine(
     """An engine whose devices hold a share of their experts."""
     given = args.device.split(",")
     devices = tuple(given[i % len(given)] for i in range(n_devices))
-    facts = facts_of(args.model, devices)
+    facts = facts_of(args.model, devices, args.attention)
     start = time.perf_counter()
     with LLM(
         args.model, devices=list(devices), ctx_size=CTX, prefill_chunk=CHUNK,
         vram_budget=facts.dense + int(share * facts.experts) + (1 << 20),
         ram_budget=args.ram, ram_policy=args.ram_policy, prefetch_budget=args.prefetch_budget,
         routing=RoutingConfig(shadow_every=0), launcher="processes", cpu_arm=cpu_arm,
+        attention=args.attention,
     ) as llm:  # fmt: skip
         print(f"{n_devices} actor(s), {share:.0%} in VRAM, up in "
               f"{time.perf_counter() - start:.1f} s", flush=True)  # fmt: skip
@@ -154,7 +156,7 @@ def alone(args: argparse.Namespace, n_devices: int) -> dict[str, Any]:
         text(llm, 8, BY_LAYER)
         run = text(llm, args.tokens, BY_LAYER)
         found = {"ms": run.ms, "hash": run.receipt.decision_hash}
-        if n_devices == 1:
+        if n_devices == 1 and args.attention == "device":
             found["device ms"] = say(llm, "time_token", 100)[0]
             found["host us per layer"] = 1e3 * (run.ms - found["device ms"]) / llm.spec.n_layers
         traced(args, llm, f"alone-{n_devices}", BY_LAYER)
@@ -198,7 +200,7 @@ def measured(args: argparse.Namespace, llm: LLM, compute: float, run: Run) -> di
     crossed = bytes_per_token(run.receipt, args.tokens)
     guess_ms = 1e3 * crossed / args.link
     extra_us = max(0.0, 1e3 * (guess_ms - compute) / layers)
-    if extra_us:
+    if extra_us and args.attention == "device":
         say(llm, "delay", extra_us)
         delays["delayed"] = (compute + extra_us * layers / 1e3, text(llm, args.tokens))
         traced(args, llm, f"delayed-{n_devices}")
@@ -274,6 +276,7 @@ def main() -> None:
     parser.add_argument("--cpu-arm", default="off", help="off, auto, or a table: '0 0 1 1 2 ...'")
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--only", choices=("one", "two"), help="actors; both if absent")
+    parser.add_argument("--attention", default="device", choices=("device", "driver"))
     parser.add_argument("--trace", type=Path, help="folder for what actors did, call by call")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

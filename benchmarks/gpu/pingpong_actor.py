@@ -9,7 +9,7 @@ import numpy as np
 from device_time import ticks_launch, ticks_per_us
 from pingpong_trace import Notes, note_device
 
-from fomoe.actors.expert_copies import part_bytes
+from fomoe.actors.expert_parts import part_bytes
 from fomoe.actors.layers import LayerActor, LayerPlan
 from fomoe.actors.storage import landed_bytes
 from fomoe.storage.segment import SegmentHandle
@@ -32,6 +32,24 @@ class PingPongActor(LayerActor):
         self._delay: Any = None
         for half in ("front", "back", "own_back"):
             setattr(model, half, self._delayed(model, getattr(model, half)))
+        both, opening = model.back_and_front, model.begin_and_front
+
+        def apart(layer: int, routes: Any) -> None:
+            if self._delay is None:
+                both(layer, routes)
+                return
+            model.own_back(layer) if routes is None else model.back(layer, *routes)
+            model.front(layer + 1)
+
+        def opening_apart(*begun: Any) -> None:
+            if self._delay is None:
+                opening(*begun)
+                return
+            model.begin(*begun)
+            model.embed()
+            model.front(0)
+
+        model.back_and_front, model.begin_and_front = apart, opening_apart
 
     def _delayed(self, model: Any, half: Callable[..., None]) -> Callable[..., None]:
         def delayed(*args: Any, **options: Any) -> None:

@@ -10,7 +10,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fomoe.actors import expert_copies, layer_calls, layer_device, layer_host, layer_traffic
+from fomoe.actors import (
+    driver_dense,
+    expert_copies,
+    layer_calls,
+    layer_device,
+    layer_host,
+    layer_traffic,
+)
 from fomoe.actors.driver import DriverActor
 from fomoe.actors.messages import LAYERS, Do
 
@@ -59,7 +66,7 @@ def note_device(who: str) -> Notes:
     notes.wrap(server, "_bring", lambda *_: "  bring")
     notes.wrap(server, "_await_hidden", lambda *_: "  await hidden")
     notes.wrap(server, "_run", lambda *_: "  run")
-    notes.wrap(server, "_run_front", lambda _, layer: f"    front {layer}")
+    notes.wrap(server, "_run_front", lambda _, layer, do: f"    front {layer}")
     notes.wrap(server, "_finish_computing", lambda *_: "      finish computing")
     notes.wrap(server, "_watch_loads", lambda *_: "  watch loads")
     notes.wrap(server, "_give", lambda *_: "  give")
@@ -95,6 +102,7 @@ def note_driver() -> Notes:
         "look_ahead",
         lambda _, layer, *rest: f"  look ahead {layer} {rest[1:]}",
     )
+    notes.wrap(driver_dense.DriverDense, "_close", lambda *_: "  close with experts' sums")
     for what in ("decide", "decide_by"):
         notes.wrap(host, what, lambda _, layer, *rest: f"decide {layer}")
     return notes

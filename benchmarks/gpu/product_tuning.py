@@ -80,7 +80,7 @@ def _tuning(shape: tuple[int, int, int, int], held: int = HELD[0]) -> Tuning:
 
 
 def _words(t: Tuning) -> str:
-    return f"{t.waves:2} x {t.per_core} waves {t.stages} x {t.tile} held {t.held}{' lean' * t.lean}"
+    return f"{t.waves:2} x {t.per_core} waves {t.stages} x {t.tile} held {t.held}"
 
 
 def _matrices(device: str, kind: GGMLType, nbytes: int, copy: float) -> list[Best]:
@@ -96,7 +96,7 @@ def _matrices(device: str, kind: GGMLType, nbytes: int, copy: float) -> list[Bes
     us = {t: graph_ms(gpu, launches("", t), ROUNDS) * 1e3 / 4 for _, t in ready}
     _print_shares(case.name, us, case.nbytes, copy)
     gpu.close()
-    return [_best(("project", kind), us, case.name)]
+    return [_best(("project_rows", kind), us, case.name)]
 
 
 def _experts(device: str, types: tuple[GGMLType, GGMLType], nbytes: int, copy: float) -> list[Best]:
@@ -133,8 +133,7 @@ def _layers(device: str, model: Model, types: Types, nbytes: int, copy: float) -
     keys = layers.keys()
     table = {part: tuning_of(gpu.runtime, *keys[part]) for part in PARTS}
     variants = [(part, t) for part in PARTS for t in (table[part], *map(_tuning, SHAPES))]
-    lean = [(p, replace(t, lean=True)) for p, t in variants if p == PARTS[0] and t.waves <= 16]
-    ready = _ready(gpu, lambda p, t: layers.launches({**table, p: t}, p)[0], variants + lean)
+    ready = _ready(gpu, lambda p, t: layers.launches({**table, p: t}, p)[0], variants)
     whose = f"{model.name} {types.mixer.name}/{types.inner.name}/{types.down.name} layer"
     for part in PARTS:
         us = {t: _layer_us(gpu, layers, {**table, part: t}) for p, t in ready if p == part}
@@ -158,7 +157,7 @@ def _print_shares(name: str, us: Mapping[Tuning, float], nbytes: float, copy: fl
     print(name)
     for tuning, each in sorted(us.items(), key=lambda item: item[1]):
         share = nbytes / (each * 1e-6) / copy
-        print(f"    {_words(tuning):36} {each:8.2f} us, {share:.3f}", flush=True)
+        print(f"    {_words(tuning):31} {each:8.2f} us, {share:.3f}", flush=True)
 
 
 def _best(key: Key, us: Mapping[Tuning, float], where: str) -> Best:

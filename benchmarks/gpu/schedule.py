@@ -218,6 +218,15 @@ class CardLayers:
 
     own_back = back
 
+    def begin_and_front(self, tokens: Any, position: int, state: int) -> None:
+        self.begin(tokens, position, state)
+        self.embed()
+        self.front(0)
+
+    def back_and_front(self, layer: int, routes: Any) -> None:
+        self.back(layer)
+        self.front(layer + 1)
+
     def largest(self, row: int) -> tuple[int, float, float]:
         self._sync()
         return 5, 0.0, 0.0

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fomoe.actors.expert_copies import part_bytes
+from fomoe.actors.expert_parts import part_bytes
 from fomoe.engine.transfers import ENTRY
 from fomoe.gguf.extents import ExpertTable
 
 if TYPE_CHECKING:
-    from fomoe.actors.layer_device import LayerModel
+    from fomoe.actors.layer_model import LayerModel
     from fomoe.actors.processor_arm import Experts
 
 _TRIES = 9

@@ -151,13 +151,15 @@ class Cluster:
         nodes = placement.live_nodes(ray.nodes())
         site, node_ids = placement.plan_site(config.devices, nodes, here)
 
+        on_gpus = {"layers", "driver"} if config.splits_layers else {"layers"}
+
         def spawn(role: str, process: str, box: int) -> Handle:
             strategy = NodeAffinitySchedulingStrategy(node_ids[box], soft=False)
             kind = ray.remote(self.classes[role])
             options = kind.options(
                 name=f"{name}-{process}", namespace=NAMESPACE, num_cpus=0, max_restarts=0,
                 max_task_retries=0, scheduling_strategy=strategy,
-                runtime_env=placement.gpu_environment() if role == "layers" else None,
+                runtime_env=placement.gpu_environment() if role in on_gpus else None,
             )  # fmt: skip
             return RayHandle(ray, _create(options, process))
 

@@ -6,6 +6,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from fomoe.actors.driver_dense import OwnDevices, open_devices
 from fomoe.actors.hands import Engine, ExpertHands, Hands, LayerHands
 from fomoe.actors.messages import Cancel, LogitsRequest, LogitsRows, StatusRequest
 from fomoe.actors.names import CLIENT, device_name, storage_name
@@ -59,6 +60,7 @@ class DriverActor(FabricMember):
         self._rate = 0.0
         self._recorder: Recorder | None = None
         self._growing = Growing()
+        self._own: OwnDevices | None = None
 
     def open(self, config: dict[str, Any], device_node: list[int], threads: int) -> None:
         """Read the dense weights, reserve the sequences' state; experts are not touched."""
@@ -75,6 +77,9 @@ class DriverActor(FabricMember):
         self._frequencies = None if path is None else read_profile(path, *shape)
         hosted = self._config.hosts_layers
         self._model = None if hosted else self._read_model(file)
+        if self._config.splits_layers:
+            on_devices = self._plan.on_devices
+            self._own = open_devices(file, self._spec, self._config, on_devices=on_devices)
         self._sequence = Sequence(
             self._spec, self._config.ctx_size, self._config.kv_dtype,
             self._plan.logical_rules(self._config.routing), self._frequencies,
@@ -113,7 +118,7 @@ class DriverActor(FabricMember):
         engine = Engine(self._config, self._spec, self._plan, arm)
         self._hands: Hands
         if self._model is None:
-            self._hands = LayerHands(self.fabric, engine)
+            self._hands = LayerHands(self.fabric, engine, self._own)
         else:
             self._hands = ExpertHands(self.fabric, engine, self._model)
         self._forward = self._hands.loop
@@ -328,3 +333,9 @@ class DriverActor(FabricMember):
             self._loop.stop()
         if self._recorder is not None:
             self._recorder.close()
+
+    def leave(self) -> None:
+        """Leave the fabric and the devices; a loop that hangs in one would still use it."""
+        super().leave()
+        if self._own is not None and (self._loop is None or not self._loop.alive):
+            self._own.close()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fomoe.actors.channel import load_acquire_u64, store_release_u64
+from fomoe.actors.expert_parts import ExpertParts, Slots
 from fomoe.actors.shared_link import SharedLink
 from fomoe.engine.copies import COPY, CopyKind, Outcome
 from fomoe.gguf.extents import ExpertTable
@@ -23,34 +24,8 @@ if TYPE_CHECKING:
 MOST_AHEAD = 2  # loads of ahead lists on the link at a time: what a step's may have to wait for
 
 _Records = npt.NDArray[np.void]
+_LOAD, _CANCEL = int(CopyKind.LOAD), int(CopyKind.CANCEL)  # comparing enums takes longer
 _KIND, _LAYER, _EXPERT, _VRAM, _SLOT = 4, 5, 6, 7, 8  # where fields of `COPY` stand
-
-
-class SlotLayout(Protocol):
-    """How an expert lies in its slot."""
-
-    @property
-    def offsets(self) -> tuple[int, int, int]:
-        """Where gate, up and down begin."""
-
-
-class Slots(Protocol):
-    """A device's places for experts."""
-
-    def class_of(self, layer: int) -> int:
-        """Return the class of the layer's slots."""
-
-    def layout(self, layer: int) -> SlotLayout:
-        """Return how an expert of the layer lies in its slot."""
-
-    def slot_address(self, size_class: int, slot: int) -> int:
-        """Return where a slot begins on the device."""
-
-    def set(self, layer: int, expert: int, slot: int | None) -> None:
-        """Note that the expert lies in a slot of its layer's class, or (None) nowhere."""
-
-    def publish(self, layer: int | None = None) -> None:
-        """Tell the device's own table of a layer (None: of all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +45,21 @@ Record = tuple[int, ...]  # the fields of `COPY`
 
 
 class _Job:
-    """A record at work; `step` is 0 in ahead lists, `before` the job on the same VRAM slot."""
+    """A record at work; `step` is 0 in ahead lists, `before` the job on the same VRAM slot `at`.
 
-    __slots__ = ("before", "begun", "ended", "event", "record", "same", "step", "turn")
+    `names` are slot and generation.
+    """
 
-    def __init__(self, record: Record, step: int, before: _Job | None) -> None:
-        self.record, self.step, self.before = record, step, before
+    __slots__ = (
+        "at", "before", "begun", "ended", "event", "names", "record", "same", "step", "turn",
+    )  # fmt: skip
+
+    def __init__(self, record: Record, at: tuple[int, int], step: int, before: _Job | None) -> None:
+        self.record, self.at, self.step, self.before = record, at, step, before
+        self.names = record[_SLOT], record[1]
         self.begun = self.ended = False
         self.event = self.turn = 0  # of its copies, which end in the order of their turns
         self.same: _Job | None = None  # the load that brings this one's bytes
-
-    @property
-    def names(self) -> tuple[int, int]:
-        """Slot and generation."""
-        return self.record[_SLOT], self.record[1]
 
 
 class ExpertCopies:
@@ -107,8 +83,8 @@ class ExpertCopies:
         self._source = source
         self._up, self._down = runtime.stream(), runtime.stream()
         self._events: list[int] = []  # free ones
-        self._offsets = [table.part_offset_array(i) for i in range(table.n_layers)]
-        self._sizes = [part_bytes(table, i) for i in range(table.n_layers)]
+        self._table = table
+        self._parts: dict[int, ExpertParts] = {}  # of the layers that records have named
         self._steps: list[_Job] = []  # loads of steps that have not begun
         self._ahead: deque[_Job] = deque()  # those of ahead lists
         self._loads: deque[_Job] = deque()  # begun and not ended, in the order of their stream
@@ -139,7 +115,7 @@ class ExpertCopies:
         """Take the records of a step, or (0) those of an ahead list, and begin what can begin."""
         jobs = self._in_flight.setdefault(step, []) if step else []
         for record in records.tolist():
-            if record[_KIND] == CopyKind.CANCEL:
+            if record[_KIND] == _CANCEL:
                 self._cancel(record)
                 continue
             job = self._take(record, step)
@@ -186,7 +162,7 @@ class ExpertCopies:
     def hold(self, step: int, stream: int) -> None:
         """Let a stream wait for the loads of a step, all of which have begun."""
         at_work = [job.same or job for job in self._in_flight.get(step, ())]
-        loads = [job for job in at_work if not job.ended and job.record[_KIND] == CopyKind.LOAD]
+        loads = [job for job in at_work if not job.ended and job.record[_KIND] == _LOAD]
         if loads:
             self._runtime.wait(max(loads, key=lambda job: job.turn).event, stream)
 
@@ -209,16 +185,16 @@ class ExpertCopies:
             job.begun = job.ended = True
 
     def _take(self, record: Record, step: int) -> _Job:
-        at = self._at(record)
+        at = self._parts_of(record[_LAYER]).size_class, record[_VRAM]
         before = self._last.get(at)
         if before is not None and before.ended:
             before = None
-        is_load = record[_KIND] == CopyKind.LOAD
-        job = _Job(record, step, before)
+        is_load = record[_KIND] == _LOAD
+        job = _Job(record, at, step, before)
         if is_load and before is None and self._lies_there(job, at):
             self._close(job)  # an answer that the driver had not read yet
             return job
-        if is_load and before is not None and before.record[_KIND] == CopyKind.LOAD:
+        if is_load and before is not None and before.record[_KIND] == _LOAD:
             if before.begun and before.names == job.names:
                 job.same = before
             elif not before.begun:
@@ -231,7 +207,8 @@ class ExpertCopies:
             job.begun = True
             self._on_link(job)
         elif step:
-            self._steps.append(job)
+            if not self._try(job):  # at once: the link idles until the first one begins
+                self._steps.append(job)
         else:
             self._ahead.append(job)
             self._may_go_on = True
@@ -250,15 +227,18 @@ class ExpertCopies:
         self.ended.append((*job.record[:-1], int(Outcome.DROPPED)))
 
     def _unlink(self, job: _Job) -> None:
-        at = self._at(job.record)
+        at = job.at
         if self._last.get(at) is job:
             if job.before is None:
                 del self._last[at]
             else:
                 self._last[at] = job.before
 
-    def _at(self, record: Record) -> tuple[int, int]:
-        return self._slots.class_of(record[_LAYER]), record[_VRAM]
+    def _parts_of(self, layer: int) -> ExpertParts:
+        parts = self._parts.get(layer)
+        if parts is None:
+            parts = self._parts[layer] = ExpertParts(self._slots, self._table, layer)
+        return parts
 
     def _may_begin(self, job: _Job) -> bool:
         if job.before is not None and not job.before.begun:
@@ -274,7 +254,9 @@ class ExpertCopies:
 
     def _load(self, job: _Job) -> None:
         record = job.record
-        layer, expert, at = record[_LAYER], record[_EXPERT], self._at(record)
+        layer, expert, at = record[_LAYER], record[_EXPERT], job.at
+        self._on_link(job)
+        self._copy(job, self._up)  # first of all: accounts can wait
         before = self._tenant.get(at)
         if before is not None and self._place.get(before) == at:
             self._slots.set(*before, None)
@@ -284,8 +266,6 @@ class ExpertCopies:
         self._brought[at] = job.names
         self._slots.set(layer, expert, record[_VRAM])
         self._stale.add(layer)
-        self._on_link(job)
-        self._copy(job, self._up)
         self._n_ahead += not job.step
 
     def _on_link(self, job: _Job) -> None:
@@ -311,20 +291,20 @@ class ExpertCopies:
 
     def _copy(self, job: _Job, stream: int) -> None:
         """Queue the parts of an expert behind the copy before it on the same VRAM slot."""
-        runtime, record = self._runtime, job.record
-        layer, before = record[_LAYER], job.before
+        runtime, record, before = self._runtime, job.record, job.before
+        parts = self._parts_of(record[_LAYER])
         if before is not None and not before.ended:
             runtime.wait((before.same or before).event, stream)
-        base = self._slots.slot_address(*self._at(record))
+        base = self._slots.slot_address(*job.at)
         start = self._source.address + record[0]
-        parts = zip(
-            self._slots.layout(layer).offsets, self._offsets[layer][record[_EXPERT]].tolist(),
-            self._sizes[layer], strict=True,
-        )  # fmt: skip
-        up = record[_KIND] == CopyKind.LOAD
-        for there, here, nbytes in parts:
-            to, source = (base + there, start + here) if up else (start + here, base + there)
-            runtime.copy(to, source, nbytes, stream)
+        up = record[_KIND] == _LOAD
+        for there, here, nbytes in zip(
+            parts.in_slot, parts.in_segment[record[_EXPERT]], parts.sizes, strict=True
+        ):
+            if up:
+                runtime.copy(base + there, start + here, nbytes, stream)
+            else:
+                runtime.copy(start + here, base + there, nbytes, stream)
             self.nbytes += nbytes
         job.event = self._events.pop() if self._events else runtime.event()
         runtime.record(job.event, stream)
@@ -354,22 +334,13 @@ class ExpertCopies:
         job.ended = True
         if job.same is None:
             self._events.append(job.event)
-        at = self._at(job.record)
-        if self._last.get(at) is job:
-            del self._last[at]
+        if self._last.get(job.at) is job:
+            del self._last[job.at]
         if not job.step:
-            self._n_ahead -= job.same is None and job.record[_KIND] == CopyKind.LOAD
+            self._n_ahead -= job.same is None and job.record[_KIND] == _LOAD
             self.ended.append((*job.record[:-1], int(Outcome.DONE)))
 
 
 def as_records(records: list[Record]) -> _Records:
     """Return records of `COPY` as an array."""
     return np.array(records, COPY)
-
-
-def part_bytes(table: ExpertTable, layer: int) -> tuple[int, int, int]:
-    """Return the bytes of gate, up and down of an expert of the layer."""
-    sizes = table.stride[layer].tolist()
-    if len(sizes) == 2:  # fused: the gate's rows lie before the up projection's
-        return sizes[0] // 2, sizes[0] // 2, sizes[1]
-    return sizes[0], sizes[1], sizes[2]

@@ -10,7 +10,10 @@ from typing import Protocol
 
 from fomoe.actors.channel import Fabric
 from fomoe.actors.dispatch import TieredExperts
+from fomoe.actors.driver_dense import DriverDense, OwnDevices
 from fomoe.actors.layer_arm import LayerArm
+from fomoe.actors.layer_calls import LayerCalls
+from fomoe.actors.layer_dense import Dense, HostedDense
 from fomoe.actors.layer_fill import ExpertLoader
 from fomoe.actors.layer_host import DeviceLayers
 from fomoe.actors.layer_layout import LayerArena
@@ -30,6 +33,7 @@ from fomoe.engine.loop import LayerLoop
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.placed import Placed
 from fomoe.engine.plan import EnginePlan
+from fomoe.engine.waterfall import Stopwatch
 from fomoe.engine.waves import Priorities
 from fomoe.errors import PeerStalledError
 from fomoe.model.layers import DenseModel
@@ -139,9 +143,9 @@ class ExpertHands:
 
 
 class LayerHands:
-    """Whole layers on GPUs; this process decides."""
+    """Layers on GPUs; this process decides, and has the dense part of each where `own` is given."""
 
-    def __init__(self, fabric: Fabric, engine: Engine) -> None:
+    def __init__(self, fabric: Fabric, engine: Engine, own: OwnDevices | None) -> None:
         self._fabric = fabric
         self._engine = engine
         config, spec, plan = engine.config, engine.spec, engine.plan
@@ -161,10 +165,17 @@ class LayerHands:
         self._traffic = LayerTraffic(
             fabric, nodes, links, placed, governor, ahead=self._may_look_ahead
         )
+        calls = LayerCalls(fabric, links, placed, self._traffic, arm)
+        home = [links[d] for d in plan.topology.layer_device]
+        dense: Dense = HostedDense(calls, home)
+        watch = Stopwatch()
+        if own is not None:
+            own.share(fabric, links)
+            dense = DriverDense(calls, home, own, watch)
         self.host = DeviceLayers(
-            fabric, links, placed, self._traffic, arm, n_states=n_states(config)
+            calls, links, placed, self._traffic, dense, n_states=n_states(config)
         )
-        self.loop = DeviceForward(spec, self.host)
+        self.loop = DeviceForward(spec, self.host, watch)
 
     @property
     def counters(self) -> HostCounters:
@@ -238,7 +249,7 @@ def layer_links(fabric: Fabric, engine: Engine) -> list[LayerLink]:
     links = []
     for i, options in enumerate(host_options(engine.config, engine.spec)):
         name, arena = device_name(i), arena_name(i)
-        layout = LayerArena(engine.spec, options.max_tokens, head=options.head)
+        layout = LayerArena(engine.spec, options)
         node, views = engine.plan.topology.device_node[i], layout.views(fabric.arena(arena))
         ports = fabric.sender(name), fabric.receiver(name)
         links.append(LayerLink(name, i, node, arena, layout, views, *ports))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fomoe.actors.channel import Fabric, Regions
 from fomoe.actors.layer_arm import LayerArm
-from fomoe.actors.layer_link import LayerLink
+from fomoe.actors.layer_link import LayerLink, OpenStep
 from fomoe.actors.layer_traffic import LayerTraffic
 from fomoe.actors.messages import DONE, FORESEEN, LAYERS, STEP_ID, Do, Tag
 from fomoe.actors.shared_link import announce
@@ -25,6 +25,7 @@ Orders = tuple[Records, Records]  # of `COPY` and of `ENTRY`, with a message
 
 NO_COPIES = np.empty(0, COPY)
 _NO_ORDERS: Orders = NO_COPIES, NO_COPIES
+_LAYERS, _DONE = int(Tag.LAYERS), int(Tag.DONE)  # an enum's members take longer
 _SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take
 _WAIT_MS = 20.0
 _SEND_BOUND_S = 5.0
@@ -38,6 +39,7 @@ class LayerCalls:
         step_id: of the message sent last.
         step: the pass under way.
         wanted: layer and experts int32 [n] that are waited for: a failed read of one ends the wait.
+        arm: what storage is asked to compute through.
         foreseen: layer that a device has said something of, and which device; None: said nothing.
     """
 
@@ -53,9 +55,10 @@ class LayerCalls:
         self._links = links
         self._placed = placed
         self._traffic = traffic
-        self._arm = arm
+        self.arm = arm
         self._buffer = bytearray(fabric.spec.slot_bytes)
         self._passes = 0
+        self._is_far = any(link.node for link in links)  # whether anything must travel
 
     def open(self, step: Pass) -> None:
         """Begin a pass, which the devices hear of with their next messages."""
@@ -68,8 +71,9 @@ class LayerCalls:
     def copy_state(self, to: int, origin: int, length: int) -> None:
         """Make state `to` what state `origin` is after `length` tokens, on every device."""
         for link in self._links:
-            payload = self._next(Do.COPY_STATE, 0, 0, (0, length, to, origin, 0, 0, 0))
-            link.sent = self.step_id
+            self.step_id = link.sent = self.step_id + 1
+            rest = 0, length, to, origin, 0, 0, 0
+            payload = LAYERS.pack(self.step_id, 0, Do.COPY_STATE, 0, *rest)
             link.sender.send(Tag.LAYERS, payload, (), _SEND_BOUND_S)
 
     def send(
@@ -81,21 +85,32 @@ class LayerCalls:
         if link.begun != self._passes:
             link.begun = self._passes
             flags |= Do.BEGIN
-        payload = self._next(
-            flags, layer, awaited,
-            (len(step.tokens), step.position, step.state, peer, rows, *map(len, orders)),
+        copies, entries = orders
+        n_copies, n_entries = len(copies), len(entries)
+        self.step_id = link.sent = self.step_id + 1
+        payload = LAYERS.pack(
+            self.step_id, awaited, flags, layer, len(step.tokens), step.position, step.state, peer,
+            rows, n_copies, n_entries,
         )  # fmt: skip
-        link.sent = self.step_id
-        if len(orders[0]) and link.node == 0:
-            announce(link.views.link, self.step_id)
-        for records in orders:
-            if len(records):
-                payload += records.tobytes()
-        link.sender.send(Tag.LAYERS, payload, self._regions(link, flags, peer), _SEND_BOUND_S)
+        if n_copies:
+            payload += copies.tobytes()
+            if link.node == 0:
+                announce(link.views.link, self.step_id)
+        if n_entries:
+            payload += entries.tobytes()
+        regions = self._regions(link, flags, peer) if self._is_far else ()
+        link.sender.send(_LAYERS, payload, regions, _SEND_BOUND_S)
 
-    def _next(self, flags: int, layer: int, awaited: int, rest: tuple[int, ...]) -> bytes:
-        self.step_id += 1
-        return LAYERS.pack(self.step_id, awaited, flags, layer, *rest)
+    def send_back(
+        self, link: LayerLink, flags: int, layer: int, copies: Records, *, peer: int = 0
+    ) -> None:
+        """Send the back of a layer; its slots are the device's until it has answered."""
+        if flags & Do.PART:
+            self.arm.ask(link, layer, self.step_id + 1)
+        self.send(link, flags, layer, peer=peer, orders=(copies, NO_COPIES))
+        if self._traffic.moves and flags & Do.BACK:
+            link.open = OpenStep(self.step_id, layer, is_last=True)
+            self._traffic.bring(layer)
 
     def _regions(self, link: LayerLink, flags: int, peer: int) -> Regions:
         """Return what a device on another box must see because of a message."""
@@ -148,7 +163,7 @@ class LayerCalls:
 
         Storage first: a device's answer frees the slots that it computes in.
         """
-        self._arm.abort(self.step_id)
+        self.arm.abort(self.step_id)
         for link in self._links:
             link.sender.send(Tag.ABORT, STEP_ID.pack(self.step_id), (), _SEND_BOUND_S)
         deadline = time.monotonic() + _STEP_BOUND_S
@@ -177,15 +192,8 @@ class LayerCalls:
             DeviceError: it cannot go on; names it and says why.
         """
         while (message := link.receiver.try_recv(self._buffer)) is not None:
-            tag, nbytes = message
-            if tag == Tag.FAULT:
-                text = self._buffer[:nbytes].decode(errors="replace")
-                raise DeviceError(f"{link.name}: {text}")
-            if tag == Tag.COPIED:
-                self._traffic.ended(self._buffer, nbytes)
-                continue
-            if tag == Tag.FORESEEN:
-                self.foreseen = FORESEEN.unpack_from(self._buffer)[0], link
+            if message[0] != _DONE:
+                self._hear(link, *message)
                 continue
             link.answered, aborted, _, computed_ns, waited_ns = DONE.unpack_from(self._buffer)
             if aborted:
@@ -193,6 +201,18 @@ class LayerCalls:
             self._answered(link, waited_ns, aborted=bool(aborted))
             self._placed.counters.compute_s += computed_ns / 1e9
             self._placed.counters.stall_s += waited_ns / 1e9
+            if link.answered == link.sent:
+                return  # whatever comes behind it can wait, a layer cannot
+
+    def _hear(self, link: LayerLink, tag: int, nbytes: int) -> None:
+        """Take what a device says beside its answers."""
+        if tag == Tag.FAULT:
+            text = self._buffer[:nbytes].decode(errors="replace")
+            raise DeviceError(f"{link.name}: {text}")
+        if tag == Tag.COPIED:
+            self._traffic.ended(self._buffer, nbytes)
+        elif tag == Tag.FORESEEN:
+            self.foreseen = FORESEEN.unpack_from(self._buffer)[0], link
 
     def _answered(self, link: LayerLink, waited_ns: int, *, aborted: bool) -> None:
         """Tell the planner of the step that a device has answered for."""

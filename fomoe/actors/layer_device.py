@@ -4,124 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fomoe.actors.channel import Fabric, Regions, Sender, load_acquire_u64, store_release_u64
-from fomoe.actors.expert_copies import ExpertCopies, Slots
+from fomoe.actors.expert_copies import ExpertCopies
 from fomoe.actors.layer_layout import LayerViews, Neighbour
+from fomoe.actors.layer_model import LayerModel
 from fomoe.actors.messages import DONE, FORESEEN, LAYERS, STEP_ID, Do, Tag
 from fomoe.actors.names import ARM_NODE, storage_name
 from fomoe.engine.copies import COPY
 from fomoe.engine.transfers import ENTRY
 from fomoe.errors import DeviceError
-from fomoe.model.buffers import F32
 
-if TYPE_CHECKING:
-    from fomoe.kernels.gpu.runtime import Runtime
-
-I32 = npt.NDArray[np.int32]
 U64 = npt.NDArray[np.uint64]
 
 _SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take elsewhere
 _WAIT_MS = 20.0
 _SEND_BOUND_S = 5.0
 _BOUND_S = 120.0
+_HALVES, _OPENING = Do.BACK | Do.FRONT, Do.BEGIN | Do.EMBED | Do.FRONT
+_WITH_ARM = Do.PART | Do.INPUT  # which no joined graph has
 _ENDS = Do.GIVE | Do.LOGITS | Do.LARGEST  # what waits for the device's work
-
-
-class LayerModel(Protocol):
-    """The layers of one device; calls queue work, those that return an array wait, with a bound.
-
-    Addresses are of registered host memory, the host's own where nothing else is said. Arrays stand
-    until the next call.
-    """
-
-    @property
-    def runtime(self) -> Runtime:
-        """The device's driver."""
-
-    @property
-    def stream(self) -> int:
-        """What computes; work waits for events that this stream is told to wait for."""
-
-    @property
-    def slots(self) -> Slots:
-        """Where experts lie."""
-
-    def begin(self, tokens: I32, position: int, state: int) -> None:
-        """Begin a pass of tokens int32 [T]."""
-
-    def embed(self) -> None:
-        """Take the tokens' embedding as the residual stream."""
-
-    def put_hidden(self, address: int) -> None:
-        """Take float32 [T, D] as the residual stream."""
-
-    def take_hidden(self, address: int) -> None:
-        """Write the residual stream to an address, and wait for it."""
-
-    def front(self, layer: int, *, gives_input: bool = False) -> None:
-        """Run a layer up to the router's scores; a token's can leave its experts' `input`."""
-
-    def scores(self, layer: int) -> F32:
-        """Return the scores float32 [T, E]."""
-
-    def ahead(self) -> F32 | None:
-        """Return what the next layer's router would say, float32 [1, E], with the last scores.
-
-        None where the device does not compute it.
-        """
-
-    def input(self) -> F32:
-        """Return the experts' input float32 [1, D], with the last scores."""
-
-    def foreseen(self) -> tuple[int, F32] | None:
-        """Return a layer and its router's scores float32 [1, E] of the stream that goes into it.
-
-        Once for each layer, when the device has them; None until then, and where it has none.
-        """
-
-    def back(self, layer: int, ids: I32, weights: F32) -> None:
-        """Run the experts int32 [T, k] and close the layer.
-
-        One token's ids ascend; they may be fewer, or none, where others are added.
-        """
-
-    def add(self, address: int) -> None:
-        """Add float32 [1, D] to a token's residual stream, at the device's address of it."""
-
-    def own_back(self, layer: int) -> None:
-        """Run the router's own choice, with the bits of a whole pass, and close the layer."""
-
-    def gather(self, layer: int) -> None:
-        """Begin the experts of a prompt's chunk: the router's own choice, sorted by expert."""
-
-    def wave(self, layer: int, experts: I32, slots: I32) -> None:
-        """Run the chunk's pairs of experts int32 [n] that lie in slots int32 [n]."""
-
-    def combine(self, layer: int) -> None:
-        """Close the layer once every pair has run."""
-
-    def prefill(self, tokens: I32, position: int, state: int) -> I32:
-        """Run a whole pass by the router's own choice; returns it, int32 [L, T, k], any order."""
-
-    def logits(self, rows: I32) -> F32:
-        """Return logits float32 [n, V] of rows of the last pass."""
-
-    def largest(self, row: int) -> tuple[int, float, float]:
-        """Return id and value of a row's greatest logit (ties: the lower id), and its log sum."""
-
-    def reset(self, state: int) -> None:
-        """Empty a state."""
-
-    def copy_state(self, to: int, origin: int, length: int) -> None:
-        """Make a state what another one is after `length` tokens."""
-
-    def close(self) -> None:
-        """Give the device's memory back."""
 
 
 class LayerServer:
@@ -151,7 +56,11 @@ class LayerServer:
         bases = [model.runtime.register(arena) for arena in self._registered]
         layouts = zip(bases, (d.layout for d in self._devices), strict=True)
         self._hidden = [base + layout.start("hidden") for base, layout in layouts]
+        self._own_hidden = self._hidden[number]  # as the device sees it, like all of these
         self._sum = bases[number] + self._own.layout.start("sum")
+        places = self._mine.places(self._own_hidden - self._mine.hidden.ctypes.data)
+        if places is not None:
+            model.lend(places)
         self._to_driver: Sender = fabric.sender("driver")
         self._computed = model.runtime.event()
         self._tokens = 1
@@ -185,7 +94,7 @@ class LayerServer:
             model.copy_state(state, peer, position)
         if do & Do.BEGIN:
             self._begin(do, tokens, position, state)
-        if do & Do.EMBED:
+        if do & Do.EMBED and not _as_one(do, tokens, _OPENING):
             model.embed()
         is_here = self._bring(step) if n_copies else True
         if is_here and do & Do.TAKE:
@@ -210,9 +119,10 @@ class LayerServer:
         """Hand over the residual stream, or what the head makes of it."""
         model = self._model
         if do & Do.GIVE:
-            model.take_hidden(self._mine.hidden.ctypes.data)
+            model.take_hidden(self._own_hidden)
             store_release_u64(self._mine.word, 0, step)
-            self._fabric.ring(self._devices[peer].name)
+            if self._devices[peer] is not self._own:  # else the answer tells the driver
+                self._fabric.ring(self._devices[peer].name)
             self._foresee()
         if do & Do.LOGITS:
             np.copyto(self._mine.logits[:rows], model.logits(self._mine.rows[:rows]))
@@ -284,31 +194,42 @@ class LayerServer:
             model.reset(state)
         if do & Do.WHOLE:
             np.copyto(self._mine.chosen_of(tokens), model.prefill(ids, position, state))
+        elif _as_one(do, tokens, _OPENING):
+            model.begin_and_front(ids, position, state)
         else:
             model.begin(ids, position, state)
 
     def _run(self, do: int, layer: int, message: bytes | bytearray) -> bool:
         """Compute what a message asks for; False where storage's part of it will never come."""
-        model, mine, tokens = self._model, self._mine, self._tokens
         if do & Do.GATHER:
-            model.gather(layer)
+            self._model.gather(layer)
         if do & Do.WAVE:
             self._run_wave(layer, message)
         if do & Do.COMBINE:
-            model.combine(layer)
+            self._model.combine(layer)
             layer += 1
         if do & Do.BACK:
-            if do & Do.CHOOSE:
-                self._copies.publish(layer)
-                model.own_back(layer)
-            elif not do & Do.PART:
-                model.back(layer, mine.ids[:tokens], mine.weights[:tokens])
+            if not do & Do.PART:
+                self._run_back(do, layer)
             elif not self._run_part(layer, *STEP_ID.unpack_from(message)):
                 return False
             layer += 1
         if do & Do.FRONT:
-            self._run_front(layer, gives_input=bool(do & Do.INPUT) and tokens == 1)
+            self._run_front(layer, do)
         return True
+
+    def _run_back(self, do: int, layer: int) -> None:
+        """Close a layer; a token's goes on to the scores of the next, where those are wanted."""
+        model, mine, tokens = self._model, self._mine, self._tokens
+        routes = None if do & Do.CHOOSE else (mine.ids[:tokens], mine.weights[:tokens])
+        if routes is None:
+            self._copies.publish(layer)
+        if _as_one(do, tokens, _HALVES):
+            model.back_and_front(layer, routes)
+        elif routes is None:
+            model.own_back(layer)
+        else:
+            model.back(layer, *routes)
 
     def _run_part(self, layer: int, step: int) -> bool:
         """Run this device's part of a token's experts and add storage's, see `layer_arm`."""
@@ -327,12 +248,14 @@ class LayerServer:
         self._model.wave(layer, entries["expert"].copy(), entries["slot"].copy())
         self._finish_computing()
 
-    def _run_front(self, layer: int, *, gives_input: bool) -> None:
-        model, mine = self._model, self._mine
-        model.front(layer, gives_input=gives_input)
+    def _run_front(self, layer: int, do: int) -> None:
+        model, mine, tokens = self._model, self._mine, self._tokens
+        gives_input = bool(do & Do.INPUT) and tokens == 1
+        if not (_as_one(do, tokens, _HALVES) or _as_one(do, tokens, _OPENING)):
+            model.front(layer, gives_input=gives_input)
         if self._moves:  # what comes for later steps is not to wait for this one
             self._finish_computing()
-        np.copyto(mine.scores_of(layer)[: self._tokens], model.scores(layer))
+        np.copyto(mine.scores_of(layer)[:tokens], model.scores(layer))
         if (ahead := model.ahead()) is not None:
             np.copyto(mine.ahead_of(layer), ahead)
         if gives_input:
@@ -396,3 +319,8 @@ class LayerServer:
         """Let go of what other processes map, too."""
         for arena in self._registered:
             self._model.runtime.unregister(arena)
+
+
+def _as_one(do: int, tokens: int, parts: int) -> bool:
+    """Whether these parts of a token's pass are asked for, all of them, and queued as one."""
+    return tokens == 1 and do & parts == parts and not do & _WITH_ARM

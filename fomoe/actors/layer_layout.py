@@ -4,7 +4,9 @@ One arena per device. The driver writes `tokens`, `rows`, `ids` and `weights` be
 that names them, the device all others before its answer; the rings order the accesses. `word` is
 for the next device: it holds the last step whose residual stream `hidden` is. `link` is for those
 on the same link to memory, see `SharedLink`. Where the processor computes experts in RAM, `input`
-is for storage, which writes `sum`, and then `sum_word`.
+is for storage, which writes `sum`, and then `sum_word`. Where the driver's process runs all but the
+experts it writes `input_x` and its like and `scores_even`, too, and the device the experts' sums as
+`hidden`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import numpy.typing as npt
 
 from fomoe.actors.channel import Regions
 from fomoe.actors.shared_link import WORDS
+from fomoe.model.gpu.options import HostOptions
+from fomoe.model.gpu.places import Places
 from fomoe.model.layers import HEAD_ROWS
 from fomoe.model.spec import ModelSpec
 
@@ -33,6 +37,8 @@ class LayerViews:
         tokens: int32 [T].
         rows: int32 [HEAD_ROWS].
         hidden: float32 [T, D].
+        input_x, input_q, input_s: float32 [T, D], int8 [T, D] and float32 [T, D / 32, 2], the
+            experts' input; no rows where the device makes it itself.
         scores_even, scores_odd: float32 [T, E], of layers with such numbers: while the driver reads
             one's, the device writes the next one's.
         ahead_even, ahead_odd: float32 [1, E], what the router of the layer behind would say.
@@ -53,6 +59,9 @@ class LayerViews:
     tokens: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int32]
     hidden: npt.NDArray[np.float32]
+    input_x: npt.NDArray[np.float32]
+    input_q: npt.NDArray[np.int8]
+    input_s: npt.NDArray[np.float32]
     scores_even: npt.NDArray[np.float32]
     scores_odd: npt.NDArray[np.float32]
     ahead_even: npt.NDArray[np.float32]
@@ -67,6 +76,14 @@ class LayerViews:
     best: npt.NDArray[np.int32]
     best_logit: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32]
+
+    def places(self, shift: int) -> Places | None:
+        """Return where a layer is handed over, if it is; a device adds `shift` to addresses."""
+        if not len(self.input_x):
+            return None
+        return Places(
+            self.input_x, self.input_q, self.input_s, self.scores_even, self.hidden, shift
+        )
 
     def scores_of(self, layer: int) -> npt.NDArray[np.float32]:
         """Return where the scores of a layer go."""
@@ -84,16 +101,20 @@ class LayerViews:
 
 
 class LayerArena:
-    """Layout for passes of at most `max_tokens` tokens; `head` says whether logits come from it."""
+    """Layout for passes of a device, by what its actor hosts."""
 
-    def __init__(self, spec: ModelSpec, max_tokens: int, *, head: bool) -> None:
-        top_k = spec.moe.top_k
+    def __init__(self, spec: ModelSpec, options: HostOptions) -> None:
+        top_k, max_tokens, head = spec.moe.top_k, options.max_tokens, options.head
+        inputs = 0 if options.is_dense else max_tokens
         parts: tuple[tuple[str, npt.DTypeLike, tuple[int, ...]], ...] = (
             ("word", np.uint64, (1,)),
             ("link", np.uint64, (WORDS,)),
             ("tokens", np.int32, (max_tokens,)),
             ("rows", np.int32, (HEAD_ROWS,)),
             ("hidden", np.float32, (max_tokens, spec.hidden)),
+            ("input_x", np.float32, (inputs, spec.hidden)),
+            ("input_q", np.int8, (inputs, spec.hidden)),
+            ("input_s", np.float32, (inputs, spec.hidden // 32, 2)),
             ("scores_even", np.float32, (max_tokens, spec.moe.n_experts)),
             ("scores_odd", np.float32, (max_tokens, spec.moe.n_experts)),
             ("ahead_even", np.float32, (1, spec.moe.n_experts)),

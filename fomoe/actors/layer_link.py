@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from fomoe.actors.channel import Receiver, Sender
 from fomoe.actors.layer_layout import LayerArena, LayerViews
+from fomoe.engine.placed import Picks
 
 
 class OpenStep(NamedTuple):
@@ -29,6 +30,7 @@ class LayerLink:
         begun: the pass that it knows of.
         open: the step that the planner waits for.
         given_up: steps that it did not carry out, of those answered last.
+        picks: where a token's experts int32 [k] and weights float32 [k] go.
     """
 
     name: str
@@ -44,3 +46,7 @@ class LayerLink:
     begun: int = 0
     open: OpenStep | None = None
     given_up: set[int] = field(default_factory=set)
+    picks: Picks = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.picks = self.views.ids[0], self.views.weights[0]

@@ -1,4 +1,4 @@
-"""Layer actor: one GPU, the layers that it hosts, the experts in its memory."""
+"""Layer actor: one GPU, the layers that it hosts or their experts alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 from fomoe.actors.arm_costs import kernels_s, largest_layer, link_s
 from fomoe.actors.channel import Fabric
 from fomoe.actors.expert_copies import ExpertCopies, Source, as_records
-from fomoe.actors.layer_device import LayerModel, LayerServer
+from fomoe.actors.layer_device import LayerServer
 from fomoe.actors.layer_layout import LayerArena, Neighbour
-from fomoe.actors.messages import STEP_ID, Tag
+from fomoe.actors.layer_model import LayerModel
+from fomoe.actors.messages import LAYERS, STEP_ID, Tag
 from fomoe.actors.names import arena_name, device_name
 from fomoe.actors.process import FabricMember, LoopThread
 from fomoe.actors.shared_link import SharedLink
@@ -150,7 +151,8 @@ class LayerActor(FabricMember):
         tag, nbytes = message
         if tag == Tag.LAYERS:
             layers = bytes(self._buffer[:nbytes])  # what comes while it is served needs the buffer
-            self._server.take(layers)
+            if nbytes > LAYERS.size:
+                self._server.take(layers)
             self._server.serve(layers)
         else:
             self._take(tag, nbytes)
@@ -246,7 +248,7 @@ def neighbours(config: EngineConfig, spec: ModelSpec) -> list[Neighbour]:
         Neighbour(
             device_name(i),
             arena_name(i),
-            LayerArena(spec, options.max_tokens, head=options.head),
+            LayerArena(spec, options),
             config.devices[i],
         )
         for i, options in enumerate(host_options(config, spec))

@@ -89,7 +89,9 @@ class Do:
     BACK = 32  # run the experts that the arena has and close `layer`
     CHOOSE = 64  # with BACK: those that the router chose on the device
     FRONT = 128  # begin `layer`, after BACK the one behind it, and answer with its scores
-    GIVE = 256  # put the residual stream into the arena, the step's id into its word, ring `peer`
+    # Put the residual stream (of experts alone: their sums) into the arena, the step's id into its
+    # word, ring `peer`, if that is another device.
+    GIVE = 256
     LOGITS = 512  # answer with the logits of the arena's first `rows` row numbers
     LARGEST = 1024  # answer with the greatest logit of the first of them, and whose it is
     GATHER = 2048  # begin a prompt's experts: the router's choice, sorted by expert

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fomoe.actors.arm_costs import processor_s
-from fomoe.actors.channel import load_acquire_u64, store_release_u64
+from fomoe.actors.channel import store_release_u64
 from fomoe.actors.messages import COUNT, DROPPED, STEP_ID, Priority, ReadFailed, Tag, encode
 from fomoe.actors.process import FabricMember, LoopThread, log
 from fomoe.actors.processor_arm import ArmPlan, ArmSegment, ProcessorArm
@@ -68,7 +68,6 @@ class StorageActor(FabricMember):
         self._reader: DirectReader | None = None
         self._readers_ended = True
         self._send_lock = threading.Lock()
-        self._landed_early = 0
         self._arm: ProcessorArm | None = None
 
     def open(
@@ -126,9 +125,7 @@ class StorageActor(FabricMember):
         assert self._queue is not None
         if tag == Tag.FETCH:
             records = self._buffer[:nbytes].view(READ).tolist()
-            self._report_dropped(
-                self._queue.submit([self._fetch(r) for r in records if not self._has_landed(r)])
-            )
+            self._report_dropped(self._queue.submit([self._fetch(record) for record in records]))
         elif tag == Tag.ARM:
             assert self._arm is not None
             self._arm.take(self._buffer[:nbytes])
@@ -141,12 +138,6 @@ class StorageActor(FabricMember):
                 self._queue.cancel_prefetch(COUNT.unpack(self._buffer[:nbytes].tobytes())[0])
             )
         return True
-
-    def _has_landed(self, record: tuple[int, ...]) -> bool:
-        """Whether a read that is asked for again, because it was a prefetch, is there already."""
-        has = bool(load_acquire_u64(self._landed, record[2]) >= record[1])
-        self._landed_early += has
-        return has
 
     def _report_dropped(self, dropped: tuple[Fetch, ...]) -> None:
         """Tell the driver of prefetches that were never read."""
@@ -208,7 +199,7 @@ class StorageActor(FabricMember):
             "demand_bytes": c.nbytes[DEMAND], "demand_open_s": c.open_s[DEMAND],
             "prefetch_bytes": c.nbytes[PREFETCH], "prefetch_open_s": c.open_s[PREFETCH],
             "busy_s": sum(c.busy_s), "failed": c.failed, "dropped": c.dropped,
-            "met_landed": self._landed_early, "met_begun": c.met[1], "met_queued": c.met[0],
+            "met_landed": c.met[2], "met_begun": c.met[1], "met_queued": c.met[0],
             "arm_experts": 0 if self._arm is None else self._arm.experts,
             "arm_compute_s": 0.0 if self._arm is None else self._arm.compute_ns / 1e9,
         }  # fmt: skip

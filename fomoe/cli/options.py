@@ -228,7 +228,10 @@ class EngineOptions:
     ] = "int8"
     attention: Annotated[
         Attention,
-        typer.Option(help="Where attention runs; auto is on the GPUs, else in the driver."),
+        typer.Option(
+            help="Which process runs attention and all else but experts: on GPUs the devices' "
+            "actors (auto, device), or the driver on the same devices; on cpu the driver."
+        ),
     ] = "auto"
     ram_policy: Annotated[
         RamPolicy, typer.Option(help="Whether an expert on a device keeps its place in RAM.")

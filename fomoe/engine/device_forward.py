@@ -1,4 +1,4 @@
-"""The layer loop where devices host whole layers: the driver decides, and nothing else.
+"""The layer loop where layers run on GPUs: it decides, and nothing else.
 
 The twin of `Forward`. A layer is two halves: its *front* ends with the router's scores, its *back*
 runs the chosen experts and closes the layer. `DeviceForward` waits in one place, for scores.
@@ -113,14 +113,14 @@ class DeviceForward:
 
     With the router's own choice and every expert on the one device, a pass is one message: the
     device chooses by the router's rule and the driver tells the logical cache afterwards, whose
-    hash comes out the same.
+    hash comes out the same. A host that computes in this process charges that to `watch` itself.
     """
 
-    def __init__(self, spec: ModelSpec, host: LayerHost) -> None:
+    def __init__(self, spec: ModelSpec, host: LayerHost, watch: Stopwatch | None = None) -> None:
         self.spec = spec
         self.host = host
         self.brain = Brain(spec.moe.top_k)
-        self.watch = Stopwatch()
+        self.watch = watch or Stopwatch()
         self.recorder: Recorder | None = None
 
     @property

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from fomoe.config import EngineConfig
 from fomoe.devices import local_name
 from fomoe.errors import ConfigError
@@ -23,10 +26,25 @@ def looks_ahead(config: EngineConfig) -> bool:
 
 
 def host_options(config: EngineConfig, spec: ModelSpec) -> tuple[HostOptions, ...]:
-    """Return what each device hosts; layer l lives on device l mod n.
+    """Return what each device's actor hosts; layer l lives on device l mod n.
 
     The embedding is beside the first layer, the head beside the last. Equal in every process.
     """
+    whole = _options(config, spec)
+    if not config.splits_layers:
+        return whole
+    experts: dict[str, Any] = {"part": "experts", "embedding": False, "head": False, "ahead": False}
+    return tuple(replace(each, **experts) for each in whole)
+
+
+def driver_options(config: EngineConfig, spec: ModelSpec) -> tuple[HostOptions, ...]:
+    """Return what the driver's process hosts on each device, beside the actor with its experts."""
+    if not config.splits_layers:
+        return ()
+    return tuple(replace(each, part="dense") for each in _options(config, spec))
+
+
+def _options(config: EngineConfig, spec: ModelSpec) -> tuple[HostOptions, ...]:
     n = len(config.devices)
     last = (spec.n_layers - 1) % n
     return tuple(
@@ -47,10 +65,16 @@ def host_options(config: EngineConfig, spec: ModelSpec) -> tuple[HostOptions, ..
 
 
 def dense_bytes(file: GGUFFile, spec: ModelSpec, config: EngineConfig) -> tuple[int, ...]:
-    """Return the bytes that each device needs before any expert; none where none hosts layers."""
+    """Return the bytes that each device needs before any expert; none where none hosts layers.
+
+    Where the driver's process has a part of each device, they are those of both processes.
+    """
     if not config.hosts_layers:
         return ()
-    return tuple(planned_bytes(file, spec, each) for each in host_options(config, spec))
+    needed = [planned_bytes(file, spec, each) for each in host_options(config, spec)]
+    for device, options in enumerate(driver_options(config, spec)):
+        needed[device] += planned_bytes(file, spec, options)
+    return tuple(needed)
 
 
 def planned_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:

@@ -200,6 +200,13 @@ int64_t py_decide_by(WavePlanner& w, int32_t layer, Array<const float, 2> scores
   return later ? w.read_later(layer, made.background, later, reads) : reads;
 }
 
+void py_picks(const WavePlanner& w, Array<int32_t, 1> ids, Array<float, 1> weights) {
+  same("experts of a token", ids.size(), w.shape().top_k);
+  same("weights of a token", weights.size(), w.shape().top_k);
+  if (w.n_experts() != w.shape().top_k) throw Bug("no step of one token has begun");
+  w.picks(ids.data(), weights.data());
+}
+
 int64_t py_look_ahead(WavePlanner& w, int32_t layer, Array<const float, 2> scores,
                       int32_t depth) {
   check(w, layer, 0, scores.shape(1));
@@ -358,6 +365,7 @@ NB_MODULE(_engine, m) {
            "out"_a)
       .def("read_later", &py_read_later, "layer"_a, "experts"_a)
       .def("place", &py_place, "layer"_a, "ids"_a, "weights"_a, "substituted"_a, "out"_a)
+      .def("picks", &py_picks, "ids"_a, "weights"_a)
       .def("wave", &WavePlanner::wave)
       .def("answered", &py_answered, "device"_a, "aborted"_a)
       .def("is_tight", &py_is_tight, "layer"_a)

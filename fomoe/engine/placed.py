@@ -24,8 +24,9 @@ class Placed:
     """The accounts of all nodes' segments and all devices' slots, and steps planned on them.
 
     A token's step is `decide`, `decide_by` or `place`; then, while `is_last` is false, `more` once
-    the device has answered for what came before; then `picks`. Each of them returns how many reads
-    storage must be asked for; they and the copies stand until the next call.
+    the device has answered for what came before; then `picks`, and `charge` once the device has its
+    step. Each of the former returns how many reads storage must be asked for; they and the copies
+    stand until the next call.
 
     Attributes:
         counters: running totals.
@@ -77,21 +78,19 @@ class Placed:
 
     def decide(self, layer: int, scores: F32, logical: LogicalCache) -> int:
         """Route one sequence's token exactly and tell its logical cache."""
-        reads = self.planner.decide(layer, scores, logical, self._arrays)
-        self.planner.charge(self.counters, decoding=True)
-        return reads
+        return self.planner.decide(layer, scores, logical, self._arrays)
 
     def decide_by(self, layer: int, scores: F32, decider: Decider, prices: F32 | None) -> int:
         """Let a rule choose for one sequence's token; `decider.out` has the rest."""
-        reads = self.planner.decide_by(layer, scores, decider, prices, self._arrays)
-        self.planner.charge(self.counters, decoding=True)
-        return reads
+        return self.planner.decide_by(layer, scores, decider, prices, self._arrays)
 
-    def place(self, layer: int, route: Route, *, decoding: bool) -> int:
+    def place(self, layer: int, route: Route) -> int:
         """Take a token's route that was made elsewhere."""
-        reads = self.planner.place(layer, route, self._arrays)
+        return self.planner.place(layer, route, self._arrays)
+
+    def charge(self, *, decoding: bool) -> None:
+        """Count what the last of these calls cost; a device waits for what comes before."""
         self.planner.charge(self.counters, decoding=decoding)
-        return reads
 
     @property
     def is_last(self) -> bool:
@@ -99,16 +98,13 @@ class Placed:
         return self.planner.end == self.planner.n_experts
 
     def more(self, *, decoding: bool) -> int:
-        """Bring the next part of a step whose experts do not all fit what they pass through."""
-        reads = self.planner.wave()
-        self.planner.charge(self.counters, decoding=decoding)
-        return reads
+        """Count the last part; bring the next of a step whose experts do not all fit."""
+        self.charge(decoding=decoding)
+        return self.planner.wave()
 
     def picks(self, out: Picks) -> None:
         """Write the step's experts and weights, in ascending id."""
-        ids, weights = out
-        np.take(self._entries["expert"], self._order[0], out=ids)
-        weights[:] = self._weights[0]
+        self.planner.picks(*out)
 
     @property
     def n_stay(self) -> int:

@@ -240,7 +240,7 @@ def _resolve_hosted(
     is_measured = vram is None or ram is None
     if vram is None:
         shares = [
-            free // config.devices.count(name) - VRAM_RESERVE_BYTES
+            free // config.devices.count(name) - VRAM_RESERVE_BYTES * (1 + config.splits_layers)
             for name, free in zip(config.devices, free_vram, strict=True)
         ]
         vram = max(0, min(shares))

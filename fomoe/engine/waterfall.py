@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from enum import IntEnum
+from operator import add
 
 
 class Lap(IntEnum):
@@ -75,7 +76,7 @@ class Waterfall:
 
 def added(one: Seconds, other: Seconds) -> Seconds:
     """Return the sums part by part."""
-    return tuple(a + b for a, b in zip(one, other, strict=True))
+    return tuple(map(add, one, other))
 
 
 def milliseconds(parts: Seconds) -> dict[str, float]:

@@ -77,6 +77,13 @@ class WavePlanner {
   }
   // Starts a step of the routed tokens; `substituted` [tokens, k] or null.
   void begin(int32_t layer, int64_t tokens, const bool* substituted, const StepArrays& out);
+  // Writes the experts of a step of one token and their weights, by ascending id.
+  void picks(int32_t* ids, float* weights) const {
+    for (int64_t i = 0; i < n_experts_; ++i) {
+      ids[i] = grouped_[i];
+      weights[i] = a_.weights[ranks_[i]];
+    }
+  }
   // Plans as many experts as fit; returns the number of reads. Ranges over the step's experts.
   int64_t wave();
   // Asks for experts of the layer that were wanted and did not run, behind `reads` others; nothing

@@ -188,6 +188,10 @@ class WavePlanner:
         """Start the step of a route that was made elsewhere; returns the number of reads."""
         return self._native.place(layer, route.ids, route.weights, route.substituted, out)
 
+    def picks(self, ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32]) -> None:
+        """Write a token's experts int32 [k], ascending, and their weights float32 [k]."""
+        self._native.picks(ids, weights)
+
     def wave(self) -> int:
         """Plan the next wave, once the last one is computed and released; returns its reads."""
         return self._native.wave()

@@ -70,6 +70,7 @@ class FetchQueue:
         self._closing = threading.Event()
         self._ready: list[tuple[int, int, Job]] = []
         self._chains: dict[int, deque[Job]] = {}
+        self._held: dict[int, Fetch] = {}  # by address, whose bytes lie there
         self._unfinished = 0
         self._order = 0
         self._running = [0, 0]  # pieces by priority
@@ -84,8 +85,9 @@ class FetchQueue:
     def submit(self, fetches: Iterable[Fetch]) -> tuple[Fetch, ...]:
         """Queue fetches; returns the queued prefetches that they drop by taking their slots.
 
-        A read of the same content into the same slot that is queued or running already is not
+        A read of the same content into the same slot that is queued, running or done already is not
         repeated: both land with one call of `on_landed`, a queued prefetch at the newer priority.
+        One that has failed is.
 
         Raises:
             StorageError: the queue is closed.
@@ -162,9 +164,15 @@ class FetchQueue:
     def _join(self, fetch: Fetch) -> bool:
         """Let a read that is asked for again land once: hurry it if need be, read it no more."""
         chain = self._chains.get(fetch.address)
-        if not chain or chain[-1].reported or not same_read(chain[-1].fetch, fetch):
-            return False
+        if not chain or chain[-1].reported:
+            held = self._held.get(fetch.address)
+            if held is None or not same_read(held, fetch):
+                return False
+            self.counters.met[2] += fetch.priority == DEMAND
+            return True
         job = chain[-1]
+        if not same_read(job.fetch, fetch):
+            return False
         if fetch.priority == DEMAND and job.fetch.priority == PREFETCH:
             self.counters.met[job.started] += 1
             job.fetch = fetch  # it is the demand that lands or fails, also where it runs already
@@ -190,6 +198,7 @@ class FetchQueue:
             else _COPY
         )
         job = Job(fetch, self._order, fetch.priority, pieces)
+        self._held.pop(fetch.address, None)
         self._order += 1
         self._unfinished += 1
         self.counters.opened(job.priority, 1)
@@ -300,6 +309,8 @@ class FetchQueue:
             self._changed.notify_all()
             return False
         job.reported = True
+        if job.error is None:
+            self._held[job.fetch.address] = job.fetch
         return True
 
     def _finish(self, job: Job) -> None:

@@ -124,14 +124,14 @@ class FetchCounters:
     over threads of time spent on jobs. `open_s` is the time in which a job of the priority was in
     the queue or under way, for prefetches without any demand beside them: what `nbytes` is to be
     divided by to compare it with what the drive can do. `met` counts the prefetches that a demand
-    read met in the queue: not begun, and begun.
+    read met: not begun, begun, and done.
     """
 
     jobs: list[int] = field(default_factory=lambda: [0, 0])
     nbytes: list[int] = field(default_factory=lambda: [0, 0])
     busy_s: list[float] = field(default_factory=lambda: [0.0, 0.0])
     open_s: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    met: list[int] = field(default_factory=lambda: [0, 0])
+    met: list[int] = field(default_factory=lambda: [0, 0, 0])
     failed: int = 0
     dropped: int = 0
     _open: list[int] = field(default_factory=lambda: [0, 0])

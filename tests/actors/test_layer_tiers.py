@@ -50,20 +50,25 @@ def shuffled(seed):
     return delay
 
 
+WAYS = [
+    {"delay": None},
+    {"delay": 1, "ram_policy": "inclusive"},
+    {"delay": 2, "prefetch": False},
+    {"delay": 3, "prefetch": False, "overlap": False, "ram_policy": "inclusive"},
+    {"delay": 4, "attention": "driver"},
+    {"delay": 5, "attention": "driver", "overlap": False, "ram_policy": "inclusive"},
+]
+
+
 @pytest.mark.parametrize("n_devices", [1, 2])
-@pytest.mark.parametrize("policy", ["exclusive", "inclusive"])
-@pytest.mark.parametrize(
-    ("overlap", "prefetch", "delays"),
-    [(True, True, None), (True, True, 1), (True, False, 2), (False, False, 3)],
-)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 def test_text_and_decisions_are_those_of_the_cpu_path(
-    model_paths, want, prompt, opened, n_devices, policy, overlap, prefetch, delays
+    model_paths, want, prompt, opened, n_devices, way
 ):
-    path = model_paths["mixed"]
+    path, delay = model_paths["mixed"], way["delay"]
     with local_engine(
-        path, devices=("hip:0",) * n_devices, overlap=overlap, ram_policy=policy,
-        prefetch=prefetch, prefill_chunk=16, delay=None if delays is None else shuffled(delays),
-        prefetch_budget=1.0,
+        path, devices=("hip:0",) * n_devices, prefill_chunk=16, prefetch_budget=1.0,
+        **way | {"delay": None if delay is None else shuffled(delay)},
         routing=RoutingConfig(car_capacity=CAPACITY), **budgets(path, n_devices, 0.3, 0.45),
     ) as engine:  # fmt: skip
         assert not engine.plan.on_devices
@@ -79,11 +84,14 @@ def test_text_and_decisions_are_those_of_the_cpu_path(
     assert all(device.closed and not device.runtime.registered for device in opened)
 
 
-def test_the_stream_that_goes_into_a_layer_is_heard_on_the_way(model_paths, prompt):
+@pytest.mark.parametrize(("n_devices", "attention"), [(2, "device"), (1, "driver"), (2, "driver")])
+def test_the_stream_that_goes_into_a_layer_is_heard_on_the_way(
+    model_paths, prompt, n_devices, attention
+):
     path = model_paths["mixed"]
     with local_engine(
-        path, devices=("hip:0",) * 2, prefetch_budget=1.0, prefill_chunk=16,
-        **budgets(path, 2, 0.3, 1.2),
+        path, devices=("hip:0",) * n_devices, prefetch_budget=1.0, prefill_chunk=16,
+        attention=attention, **budgets(path, n_devices, 0.3, 1.2),
     ) as engine:  # fmt: skip
         traffic = engine.handles["driver"].actor._hands.host.traffic
         look_ahead, origins = traffic.look_ahead, []
@@ -96,16 +104,21 @@ def test_the_stream_that_goes_into_a_layer_is_heard_on_the_way(model_paths, prom
         finished(list(engine.client.stream(greedy(prompt, 16))))
     assert {origin for _, origin in origins} == {FROM_SCORES, FROM_STREAM}
     assert all(layer > 0 for layer, origin in origins if origin == FROM_SCORES)
+    if attention == "driver":  # nobody waits elsewhere while it comes
+        assert origins.count((0, FROM_STREAM)) == origins.count((3, FROM_STREAM)) == 15
 
 
-@pytest.mark.parametrize("n_devices", [1, 2])
-@pytest.mark.parametrize("chunk", [1, 16])
+@pytest.mark.parametrize(
+    ("n_devices", "chunk", "attention"),
+    [(1, 1, "device"), (2, 16, "device"), (2, 1, "driver"), (1, 16, "driver")],
+)
 def test_reads_that_fail_end_a_request_and_not_the_engine(
-    model_paths, want, prompt, n_devices, chunk
+    model_paths, want, prompt, n_devices, chunk, attention
 ):
     path = model_paths["mixed"]
     with local_engine(
         path, devices=("hip:0",) * n_devices, prefill_chunk=chunk, prefetch_budget=1.0,
+        attention=attention,
         routing=RoutingConfig(car_capacity=CAPACITY), **budgets(path, n_devices, 0.3, 0.45),
     ) as engine:  # fmt: skip
         storage = engine.handles["storage-0"].actor

@@ -54,10 +54,13 @@ def whole(path):
     return run(path, ("hip:0",), vram=1 << 30)
 
 
-def share_of(path, devices, vram, ram):
+def share_of(path, devices, vram, ram, options):
     """Budgets that hold a share of the experts in VRAM, and in RAM with what passes through."""
     file = open_gguf(path)
-    config = EngineConfig(model=path, devices=devices, ctx_size=CTX, prefill_chunk=CHUNK)
+    config = EngineConfig(
+        model=path, devices=devices, ctx_size=CTX, prefill_chunk=CHUNK,
+        attention=options.get("attention", "auto"),
+    )  # fmt: skip
     total, _ = slot_bytes(path)
     dense = max(dense_bytes(file, read_spec(file), config))
     return {"vram": dense + int(vram * total) // len(devices), "ram": int(ram * total)}
@@ -80,12 +83,13 @@ def shuffled(seed):
         (1, {"overlap": False, "ram_policy": "inclusive"}),
         (2, {"prefetch_budget": 1.0, "delay": shuffled(1)}),
         (2, {"prefetch": False, "ram_policy": "inclusive", "delay": shuffled(2)}),
+        (2, {"attention": "driver", "prefetch_budget": 1.0, "delay": shuffled(3)}),
     ],
 )
 def test_tiers_change_no_bit(path, whole, n_devices, options):
     devices = ("hip:0",) * n_devices
     logits, rows, tokens, receipt = run(
-        path, devices, **options, **share_of(path, devices, 0.3, 0.45)
+        path, devices, **options, **share_of(path, devices, 0.3, 0.45, options)
     )
     assert receipt.nvme_bytes > 0
     assert rows == whole[1]

@@ -11,7 +11,7 @@ from support import local_engine as support
 from support.local_engine import local_engine
 from support.local_model import finished, greedy, tokens_of, told
 
-from fomoe.actors import layers
+from fomoe.actors import driver_dense, layers
 from fomoe.actors.processes import CLASSES, ProcessHandle
 from fomoe.config import RoutingConfig
 from fomoe.engine import plan
@@ -45,14 +45,19 @@ def want(local_models, prompt):
     }
 
 
-@pytest.mark.parametrize("n_devices", [1, 2, 3])
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    ("n_devices", "options"),
+    [
+        *((n, {"overlap": overlap}) for n in (1, 2, 3) for overlap in (True, False)),
+        *((n, {"attention": "driver"}) for n in (1, 3)),
+    ],
+)
 def test_text_and_decisions_are_those_of_the_cpu_path(
-    model_paths, want, prompt, n_devices, overlap
+    model_paths, want, prompt, n_devices, options
 ):
     with local_engine(
-        model_paths["mixed"], devices=("hip:0",) * n_devices, vram=VRAM, overlap=overlap,
-        prefill_chunk=16, routing=RoutingConfig(car_capacity=CAPACITY),
+        model_paths["mixed"], devices=("hip:0",) * n_devices, vram=VRAM, prefill_chunk=16,
+        routing=RoutingConfig(car_capacity=CAPACITY), **options,
     ) as engine:  # fmt: skip
         for mode, ask in MODES.items():
             got = told(list(engine.client.stream(greedy(prompt, 24, logprobs=4, **ask))))
@@ -161,6 +166,22 @@ class TestRefusals:
         with pytest.raises(BudgetError, match="dense weights"):
             self.start(model_paths["mixed"], devices=("hip:0",), vram=1 << 20)
 
+    def test_a_gpu_that_the_driver_cannot_have(self, model_paths, monkeypatch, opened):
+        open_dense = driver_dense.open_dense
+
+        def refuse(file, spec, device, options):
+            if device == "hip:1":
+                raise DeviceError("hip:1: no 5 bytes in one piece")
+            return open_dense(file, spec, device, options)
+
+        monkeypatch.setattr(driver_dense, "open_dense", refuse)
+        with pytest.raises(DeviceError, match="driver: hip:1: no 5 bytes"):
+            self.start(
+                model_paths["small"], devices=("hip:0", "hip:1"), vram=VRAM, attention="driver"
+            )
+        assert len(opened) == 3  # two with experts, and the driver's first
+        assert all(device.closed for device in opened)
+
     def test_a_contract_that_needs_a_second_state(self, model_paths, prompt):
         with local_engine(
             model_paths["mixed"], devices=("hip:0",), vram=VRAM,
@@ -184,22 +205,30 @@ class TestFaults:
         ):
             pytest.fail("it came up")
 
-    @pytest.mark.parametrize("n_devices", [1, 2])
+    @pytest.mark.parametrize(
+        ("n_devices", "attention", "verb", "who"),
+        [
+            (1, "device", "back", "gpu-0: hip:0: "),
+            (2, "device", "back", "gpu-0: hip:0: "),
+            (1, "driver", "back", "gpu-0: hip:0: "),
+            (2, "driver", "close_layer", ""),  # real drivers say the device's name themselves
+        ],
+    )
     def test_a_device_that_fails_in_a_token(
-        self, model_paths, prompt, monkeypatch, n_devices, wait_for
+        self, model_paths, prompt, monkeypatch, n_devices, attention, verb, who, wait_for
     ):
         def run_away(self, *args, **options):
             raise DeviceError("the kernel has run away")
 
         with local_engine(
-            model_paths["small"], devices=("hip:0",) * n_devices, vram=VRAM
-        ) as engine:  # fmt: skip
+            model_paths["small"], devices=("hip:0",) * n_devices, vram=VRAM, attention=attention
+        ) as engine:
             events = []
             for event in engine.client.stream(greedy(prompt, 400)):
                 events.append(event)
                 if len(tokens_of(events)) == 3:
-                    monkeypatch.setattr(cpu_layers.CpuLayers, "back", run_away)
-            assert "gpu-0: hip:0: the kernel has run away" in finished(events).error
+                    monkeypatch.setattr(cpu_layers.CpuLayers, verb, run_away)
+            assert f"{who}the kernel has run away" in finished(events).error
             wait_for(lambda: engine.client.status().state == "degraded")
             assert "run away" in engine.client.status().detail
 
@@ -235,7 +264,9 @@ class TestFaults:
             monkeypatch.setitem(support._CLASSES, role, lambda name, kind=kind: (kind, name))
         monkeypatch.setattr(support, "ThreadHandle", lambda made: ProcessHandle(*made))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        with local_engine(model_paths["mixed"], devices=("hip:0", "hip:0"), vram=VRAM) as engine:
+        with local_engine(
+            model_paths["mixed"], devices=("hip:0", "hip:0"), vram=VRAM, attention="driver"
+        ) as engine:
             events = []
             for event in engine.client.stream(greedy(prompt, 4000)):
                 events.append(event)

@@ -76,11 +76,17 @@ def test_the_text_and_the_decisions_are_those_of_the_cpu_path(model, whole, want
 
 
 @pytest.mark.parametrize(
-    ("devices", "overlap"),
-    [(("hip:0",), False), (("hip:0", "hip:0"), True), (("hip:0", "hip:0"), False)],
+    ("devices", "options"),
+    [
+        (("hip:0",), {"overlap": False}),
+        (("hip:0", "hip:0"), {}),
+        (("hip:0", "hip:0"), {"overlap": False}),
+        (("hip:0",), {"attention": "driver"}),
+        (("hip:0", "hip:0"), {"attention": "driver"}),
+    ],
 )
-def test_every_way_through_the_layers_has_the_same_bits(model, prompt, whole, devices, overlap):
-    logits, rows, tokens, receipt = run(model, prompt, devices, overlap=overlap)
+def test_every_way_through_the_layers_has_the_same_bits(model, prompt, whole, devices, options):
+    logits, rows, tokens, receipt = run(model, prompt, devices, **options)
     assert rows == whole[1]
     assert tokens == whole[2]
     assert receipt.decision_hash == whole[3].decision_hash

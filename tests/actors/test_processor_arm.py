@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fomoe.actors import processor_arm
-from fomoe.actors.expert_copies import part_bytes
+from fomoe.actors.expert_parts import part_bytes
 from fomoe.actors.messages import ARM
 from fomoe.actors.processor_arm import ArmPlace, ArmPlan, ArmSegment, ProcessorArm
 from fomoe.engine.transfers import ENTRY

@@ -60,12 +60,12 @@ def test_the_tuner_prints_lines_for_the_table(products, monkeypatch, capsys):
     assert not products.main(["--device", "hip:0", "--mib", "0.1", "--tune"])
     lines = capsys.readouterr().out.splitlines()
     variants = [line for line in lines if " us, " in line]
-    assert len(variants) == 2 * 2 + 5 * 2 + 2  # groups of 64 waves do not fit; "mixer in" lean
+    assert len(variants) == 2 * 2 + 5 * 2  # groups of 64 waves do not fit
     table = [line for line in lines if line.startswith('    ("')]
     kernels = [line.split("): ")[0].strip() for line in table]
     assert kernels == [
         '("experts_out", GGMLType.Q5_K', '("experts_in", GGMLType.Q4_K',
-        '("project", GGMLType.Q8_0', '("project", GGMLType.Q8_0', '("project", GGMLType.F32',
-        '("experts_in", GGMLType.Q4_K', '("experts_out", GGMLType.Q6_K',
+        '("project", GGMLType.Q8_0', '("project_rows", GGMLType.Q8_0',
+        '("project", GGMLType.F32', '("experts_in", GGMLType.Q4_K', '("experts_out", GGMLType.Q6_K',
     ]  # fmt: skip
     assert all("Tuning(waves=" in line for line in table)

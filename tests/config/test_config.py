@@ -101,12 +101,19 @@ def test_the_engine_config_survives_msgpack(config_: EngineConfig) -> None:
         ({"devices": ("cpu:1", "cpu:1")}, "cpu:1 is named twice"),
         ({"devices": ("hip:0@desk:1", "cuda:0")}, "of 2 kinds.*one kind at a time"),
         ({"devices": ("cpu", "hip:0")}, "of 2 kinds.*one kind at a time"),
-        ({"devices": ("hip:0",), "attention": "driver"}, "attention is 'driver' on hip:0"),
+        (
+            {"devices": ("hip:0", "hip:1@desk"), "attention": "driver"},
+            "attention is 'driver' on hip:1@desk; the driver's process.*own machine.*use device",
+        ),
         ({"attention": "device"}, "attention is 'device' on cpu"),
         ({"cpu_arm": "auto"}, "cpu_arm is 'auto' on cpu; a cpu device computes in RAM anyway"),
         (
             {"devices": ("cuda:0", "cuda:1@desk"), "cpu_arm": "auto"},
             "cpu_arm is 'auto' on cuda:0, cuda:1@desk; .*driver's node alone: use off",
+        ),
+        (
+            {"devices": ("hip:0",), "cpu_arm": "auto", "attention": "driver"},
+            "cpu_arm is 'auto' with attention 'driver'; not built for both.*attention device",
         ),
         ({"devices": ("hip:0",), "cpu_arm": "on"}, "cpu_arm is 'on'; give off, auto, or"),
         ({"devices": ("hip:0",), "cpu_arm": "0 2"}, "cpu_arm is '0 2'; give off, auto, or"),

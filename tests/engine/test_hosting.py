@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from support.tiny_gguf import write_tiny
 
@@ -12,7 +13,7 @@ from fomoe.errors import BudgetError, ConfigError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
-from fomoe.model.gpu.host import resident_bytes
+from fomoe.model.gpu.host import planned_bytes, resident_bytes
 
 GIB = 1 << 30
 
@@ -40,6 +41,32 @@ def test_every_layer_has_one_host_and_the_ends_theirs(read, n):
     assert [host.embedding for host in hosts] == [0 in host.layers for host in hosts]
     assert [host.head for host in hosts] == [4 in host.layers for host in hosts]
     assert {host.max_tokens for host in hosts} == {32}
+
+
+def test_the_driver_takes_the_dense_part_of_the_devices_that_have_the_experts(read):
+    file, _, spec = read
+    split = config(file, "hip:0", "hip:1", prefill_chunk=32, attention="driver", vram=GIB)
+    experts, dense = hosting.host_options(split, spec), hosting.driver_options(split, spec)
+    assert [e.layers for e in experts] == [d.layers for d in dense] == [(0, 2, 4), (1, 3)]
+    assert {e.part for e in experts} == {"experts"}
+    assert not any(e.embedding or e.head or e.ahead for e in experts)
+    assert [(d.part, d.embedding, d.head) for d in dense] == [
+        ("dense", True, True), ("dense", False, False)
+    ]  # fmt: skip
+    needed = hosting.dense_bytes(file, spec, split)
+    both = zip(experts, dense, strict=True)
+    assert needed == tuple(sum(planned_bytes(file, spec, half) for half in each) for each in both)
+    whole = config(file, "hip:0", "hip:1", prefill_chunk=32)
+    assert hosting.driver_options(whole, spec) == ()
+    more = np.array(needed) - hosting.dense_bytes(file, spec, whole)
+    assert (more > 0).all()  # two processes want more than one, not twice as much
+    assert (more < 0.6 * np.array(needed)).all()
+
+
+def test_a_device_of_two_processes_keeps_two_reserves(read):
+    file, table, spec = read
+    split = resolve(config(file, attention="driver"), table, spec, GIB, (8 * GIB,))
+    assert split.budgets.vram_bytes == 8 * GIB - 2 * VRAM_RESERVE_BYTES
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from fomoe.kernels.gpu.moe import (
     experts_in,
     experts_out,
     scores,
+    shared_out,
 )
 from fomoe.kernels.gpu.products import Options
 from fomoe.kernels.gpu.step import Rows, picks
@@ -140,10 +141,14 @@ class Layer:
             ]
         )
 
-    def expected_out(self, ids: np.ndarray, weights: np.ndarray, inner: F32) -> np.ndarray:
+    def expected_sum(self, ids: np.ndarray, weights: np.ndarray, inner: F32) -> np.ndarray:
         total = np.zeros(self.shape.hidden)
         for row, i, weight in zip(inner, ids, weights, strict=True):
             total += float(weight) * self.product(self.shape.down, self.experts[i][2], row[None])
+        return total
+
+    def expected_out(self, ids: np.ndarray, weights: np.ndarray, inner: F32) -> np.ndarray:
+        total = self.expected_sum(ids, weights, inner)
         gate, up, scale = (self.outs[name].read() for name in ("gate", "up", "scale"))
         mid = reference.silu_mul(gate, up).astype(np.float32)[None]
         shared = self.product(self.shape.shared_down, self.shared[2], mid)
@@ -196,7 +201,16 @@ def test_a_layer(gpu: GPU, shape: Shape, int8: bool) -> None:
         options=layer.options,
     )  # fmt: skip
     gpu.launch(launch)
-    assert error(x.read()[0], layer.expected_out(ids, weights, inner)) < ROUNDED if int8 else SUM
+    whole = x.read()
+    assert error(whole[0], layer.expected_out(ids, weights, inner)) < ROUNDED if int8 else SUM
+
+    sums, x = Guarded.empty(gpu, (1, shape.hidden), np.float32), Guarded.of(gpu, layer.x)
+    routed = (k, picked.address), None, layer.buffers, sums.address
+    gpu.launch(experts_out(gpu, layer.layout, *routed, options=layer.options))
+    rest = sums.address, layer.shared_down, layer.buffers, x.address
+    gpu.launch(shared_out(gpu, layer.layout, *rest, options=layer.options))
+    assert error(sums.read()[0], layer.expected_sum(ids, weights, inner)) < ROUNDED
+    np.testing.assert_array_equal(x.read(), whole)
 
     chosen = Guarded.empty(gpu, (1,), picks(k))
     table = Guarded.of(gpu, layer.table)

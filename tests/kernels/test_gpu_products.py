@@ -16,7 +16,7 @@ from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.matrices import Matrix, place
 from fomoe.kernels.gpu.products import Options, project, project_rows, share_groups
 from fomoe.kernels.gpu.step import Rows
-from fomoe.kernels.gpu.tuning import Tuning
+from fomoe.kernels.gpu.tuning import Tuning, fit, group_bytes
 
 EPS = 1e-6
 FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
@@ -154,6 +154,17 @@ def test_tuning_changes_no_row_of_one_segment(gpu: GPU) -> None:
         gpu.launch(project_rows(gpu, rows, matrix, out.address, add=False, options=options))
         seen.append(out.read())
     np.testing.assert_array_equal(*seen)
+
+
+def test_early_groups_of_a_core_are_as_many_as_it_has_room_for(gpu: GPU) -> None:
+    room = gpu.runtime.shared_bytes
+    pair = Tuning(1, 2, 1, early=True)
+    for stage, per_core in ((room // 4, 2), (room // 2 + 1024, 1)):
+        fitting = fit(pair, gpu.runtime, 0, stage)
+        assert fitting.per_core == per_core
+        each = group_bytes(fitting, gpu.runtime, stage) + 1024
+        assert per_core * each <= room + 1024 < (per_core + 1) * each
+    assert fit(Tuning(1, 2, 1), gpu.runtime, 0, room // 2 + 1024).per_core == 2
 
 
 def test_what_cannot_be_multiplied_is_refused_by_name(gpu: GPU) -> None:

@@ -119,14 +119,34 @@ def test_states_are_set_aside_copied_and_taken_up_again() -> None:
     path, tokens, _ = golden("f32_tied")
     with hosted(path, n_states=2) as model:
         decode_logits(model, tokens[:5])
-        kept = model.snapshot(0, 5)
+        kept = model.states.snapshot(0, 5)
         model.copy_state(1, 0, 5)
         expected = decode_logits(model, tokens[5:], 5)
         np.testing.assert_array_equal(decode_logits(model, tokens[5:], 5, state=1), expected)
-        model.restore(0, kept)
+        model.states.restore(0, kept)
         np.testing.assert_array_equal(decode_logits(model, tokens[5:], 5), expected)
         with pytest.raises(DeviceError, match="state 2"):
             model.reset(2)
+
+
+def host_routes(model: GPUModel, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the host's router chooses, ids ascending, and weights."""
+    route = route_exact(model.scores(layer), model.spec.moe.top_k)
+    order = np.argsort(route.ids, axis=1)
+    return np.take_along_axis(route.ids, order, 1), np.take_along_axis(route.weights, order, 1)
+
+
+def joined_pass(model: GPUModel, token: int, position: int, *, own: bool = False) -> np.ndarray:
+    """A token with halves that follow each other queued as one; `own`: by the device's choice."""
+    last = model.spec.n_layers - 1
+    model.begin_and_front(np.array([token], np.int32), position, 0)
+    for layer in range(last):
+        model.back_and_front(layer, None if own else host_routes(model, layer))
+    if own:
+        model.own_back(last)
+    else:
+        model.back(last, *host_routes(model, last))
+    return model.logits([0]).copy()
 
 
 def host_pass(models: list[GPUModel], tokens: list[int], position: int) -> np.ndarray:
@@ -139,12 +159,11 @@ def host_pass(models: list[GPUModel], tokens: list[int], position: int) -> np.nd
     for layer in range(spec.n_layers):
         model = models[layer % len(models)]
         if layer and len(models) > 1:
-            model.put_hidden(hidden.address)
+            model.put_hidden(hidden.device_address)
         model.front(layer)
-        route = route_exact(model.scores(layer), spec.moe.top_k)
-        model.back(layer, route.ids, route.weights)
+        model.back(layer, *host_routes(model, layer))
         if len(models) > 1:
-            model.take_hidden(hidden.address)
+            model.take_hidden(hidden.device_address)
     logits = model.logits(range(len(tokens))).copy()
     models[0].runtime.unpin(hidden)
     return logits
@@ -164,6 +183,16 @@ def test_the_hosts_routes_on_one_device_and_on_two() -> None:
             prompt = host_pass(models, tokens[:7], 0)
             rows = [host_pass(models, [token], 7 + i) for i, token in enumerate(tokens[7:])]
             found.append(np.concatenate([prompt, *rows]))
+            if len(models) == 1:
+                models[0].reset(0)
+                host_pass(models, tokens[:7], 0)
+                joined = [joined_pass(models[0], t, 7 + i) for i, t in enumerate(tokens[7:])]
+                np.testing.assert_array_equal(joined, rows)
+                models[0].reset(0)
+                whole = decode_logits(models[0], tokens[:2])
+                models[0].reset(0)
+                chosen = [joined_pass(models[0], tokens[i], i, own=True)[0] for i in (0, 1)]
+                np.testing.assert_array_equal(chosen, whole)
     np.testing.assert_array_equal(*found)
     assert relative_l2(found[0], expected).max() <= BOUND["f32"]
 
@@ -320,7 +349,14 @@ def test_the_plan_holds_what_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"layers": (1, 0)}, {"layers": (0, 9)}, {"kv_dtype": "q8_0"}, {"n_states": 0}]
+    "wrong",
+    [
+        {"layers": (1, 0)},
+        {"layers": (0, 9)},
+        {"kv_dtype": "q8_0"},
+        {"n_states": 0},
+        {"part": "half"},
+    ],
 )
 def test_parts_that_no_model_has_are_refused(wrong: dict[str, object]) -> None:
     path, _, _ = golden("f32_tied")

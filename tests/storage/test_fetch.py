@@ -191,25 +191,71 @@ def test_a_running_prefetch_that_is_demanded_is_read_once(bench: Bench) -> None:
     assert [fetch.generation for fetch, _ in bench.landed] == [prefetch.generation, 99]
 
 
-def test_a_read_that_is_being_announced_is_read_again(bench: Bench) -> None:
-    announcing = threading.Event()
-    go_on = threading.Event()
-    calls: list[Fetch] = []
+class Announcing:
+    """Holds up the announcement of every landing until `go_on` is set."""
 
-    def land(fetch: Fetch, error: StorageError | None) -> None:
-        calls.append(fetch)
-        announcing.set()
-        assert go_on.wait(10)
+    def __init__(self, bench: Bench) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.calls: list[tuple[Fetch, bool]] = []
+        self.queue = FetchQueue(bench.reader, bench.segment, self._land, 1)
 
-    queue = FetchQueue(bench.reader, bench.segment, land, 1)
-    fetch = bench.fetch(0)
-    queue.submit([fetch])
-    assert announcing.wait(10)
-    queue.submit([fetch])
-    go_on.set()
-    assert queue.drain(10)
-    assert queue.close()
-    assert calls == [fetch, fetch]
+    def _land(self, fetch: Fetch, error: StorageError | None) -> None:
+        self.calls.append((fetch, error is None))
+        self.begun.set()
+        assert self.go_on.wait(10)
+
+    def end(self) -> list[tuple[Fetch, bool]]:
+        self.go_on.set()
+        assert self.queue.drain(10)
+        assert self.queue.close()
+        return self.calls
+
+
+def test_a_guess_that_is_demanded_while_it_is_announced_is_read_once(bench: Bench) -> None:
+    announcing = Announcing(bench)
+    guess = bench.fetch(0, priority=PREFETCH)
+    announcing.queue.submit([guess])
+    assert announcing.begun.wait(10)
+    assert announcing.queue.submit([replace(guess, priority=DEMAND)]) == ()
+    assert announcing.end() == [(guess, True)]
+    assert announcing.queue.counters.met == [0, 0, 1]
+
+
+def test_a_failure_that_is_being_announced_is_tried_again(bench: Bench) -> None:
+    announcing = Announcing(bench)
+    for shard in bench.model.file.shards:
+        with shard.open("r+b") as file:
+            file.truncate(0)
+    guess = bench.fetch(0, priority=PREFETCH)
+    demand = replace(guess, priority=DEMAND)
+    announcing.queue.submit([guess])
+    assert announcing.begun.wait(10)
+    announcing.queue.submit([demand])
+    assert announcing.end() == [(guess, False), (demand, False)]
+
+
+def test_what_a_slot_holds_is_not_read_again(bench: Bench) -> None:
+    with bench.queue() as queue:
+        guess, other = bench.fetch(0, 1, 2, priority=PREFETCH), bench.fetch(0, 1, 3)
+        again = replace(guess, priority=DEMAND)
+        for fetches in ([guess], [again], [other], [guess]):
+            queue.submit(fetches)
+            assert queue.drain(10)
+    assert [fetch for fetch, _ in bench.landed] == [guess, other, guess]
+    assert queue.counters.met == [0, 0, 1]
+    assert bench.model.in_slot(1, 2, bench.slot(0))
+
+
+def test_what_a_later_read_is_to_overwrite_is_read_again(bench: Bench) -> None:
+    with bench.queue() as queue:
+        first, other = bench.fetch(0, 1, 2), bench.fetch(0, 1, 3)
+        queue.submit([first])
+        assert queue.drain(10)
+        bench.gate.clear()
+        queue.submit([other, first])
+        bench.gate.set()
+        assert queue.drain(10)
+    assert [fetch for fetch, _ in bench.landed] == [first, other, first]
 
 
 def test_cancel_prefetch(bench: Bench) -> None:
@@ -263,7 +309,7 @@ def test_prefetches_that_demand_meets_are_counted(bench: Bench) -> None:
         wait_until(lambda: len(bench.started) == 1)
         queue.submit([queued])
         queue.submit([replace(fetch, priority=DEMAND) for fetch in (begun, queued)])
-        assert queue.counters.met == [1, 1]
+        assert queue.counters.met == [1, 1, 0]
         bench.gate.set()
         assert queue.drain(10)
 

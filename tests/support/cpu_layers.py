@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from fomoe.actors import layers
+from fomoe.actors import driver_dense, layers
 from fomoe.actors.driver import DriverActor
-from fomoe.actors.expert_copies import part_bytes
+from fomoe.actors.expert_parts import part_bytes
 from fomoe.actors.layers import LayerActor
 from fomoe.engine import hosting
 from fomoe.engine.experts import expert_shape
@@ -113,16 +113,19 @@ class CpuSlots:
 
 
 class CpuLayers:
-    """See `fomoe.actors.layer_device.LayerModel`."""
+    """See `fomoe.actors.layer_model.LayerModel`; half of it where `options.part` says so."""
 
     stream = 1
 
-    def __init__(self, file, spec, options, counts):
+    def __init__(self, file, spec, options, counts=()):
         self.runtime = CpuRuntime()
         table = ExpertTable.from_gguf(file, spec.n_layers)
-        self.slots = CpuSlots(table, options.layers, counts)
+        if options.has_experts:
+            self.slots = CpuSlots(table, options.layers, counts)
         self.spec, self.options = spec, options
-        self._model = DenseModel(file, spec, options.max_tokens, int8=options.int8)
+        if options.is_dense:
+            self._model = DenseModel(file, spec, options.max_tokens, int8=options.int8)
+        self._places = None
         self._device = open_device("cpu", threads=1, int8=options.int8)
         self._shapes = [expert_shape(table, spec, i) for i in range(spec.n_layers)]
         self._states = [
@@ -132,10 +135,15 @@ class CpuLayers:
         self._foreseen = None
         self.calls = []
 
+    def lend(self, places):
+        assert places.shift == 0
+        self._places = places
+
     def begin(self, tokens, position, state):
         self.calls.append("begin")
         own = self._states[state]
-        own.length = position
+        if self.options.is_dense:
+            own.length = position
         self._batch = Batch.of([(own, tokens.tolist())])
         self._x = np.zeros((len(tokens), self.spec.hidden), np.float32)
 
@@ -155,6 +163,9 @@ class CpuLayers:
         assert layer in self.options.layers
         self._model.mix(layer, self._x, self._batch)
         self._h, self._scores = self._model.scores(layer, self._x)
+        if self._places is not None:
+            self._places.x[: len(self._h)] = self._h
+            self._places.scores[: len(self._h)] = self._scores
         self._ahead = None
         wanted = self.options.ahead and not gives_input
         if wanted and len(self._x) == 1 and layer + 1 < self.spec.n_layers:
@@ -172,6 +183,23 @@ class CpuLayers:
     def add(self, address):
         self._x += np.ctypeslib.as_array((ctypes.c_float * self.spec.hidden).from_address(address))
 
+    def _take_input(self):
+        """Experts alone know what the other process has left."""
+        if not self.options.is_dense:
+            tokens = len(self._x)
+            self._h, self._scores = self._places.x[:tokens], self._places.scores[:tokens]
+
+    def _end(self, layer, routed):
+        if self.options.is_dense:
+            self._model.close(self._x, routed, self._model.shared(layer, self._h))
+        else:
+            self._x = routed
+
+    def close_layer(self, layer):
+        assert not self.options.has_experts
+        self._end(layer, self._places.sums[: len(self._x)].copy())
+        self._foresee(layer + 1)
+
     def foreseen(self):
         found, self._foreseen = self._foreseen, None
         return found
@@ -181,6 +209,7 @@ class CpuLayers:
             self._foreseen = layer, self._model.look_ahead(layer, self._x).copy()
 
     def gather(self, layer):
+        self._take_input()
         self._route = route_exact(self._scores, self.spec.moe.top_k)
         self._groups = group_by_expert(self._route.ids)
         self._pairs = np.full((self._route.ids.size, self.spec.hidden), np.nan, np.float32)
@@ -203,15 +232,16 @@ class CpuLayers:
         groups = self._groups
         weights = groups.arrange(self._route.weights)
         self._device.reduce(self._pairs, groups.order, weights, routed)
-        self._model.close(self._x, routed, self._model.shared(layer, self._h))
+        self._end(layer, routed)
 
     def back(self, layer, ids, weights, *, by_host=True):
+        self._take_input()
         tokens, k = ids.shape
         assert tokens > 1 or (np.diff(ids[0]) > 0).all()
         routed = np.zeros((tokens, self.spec.hidden), np.float32)
         if k:
             self._run_experts(layer, ids, weights, routed, by_host=by_host)
-        self._model.close(self._x, routed, self._model.shared(layer, self._h))
+        self._end(layer, routed)
         self._foresee(layer + 1)
 
     def _run_experts(self, layer, ids, weights, out, *, by_host):
@@ -222,6 +252,18 @@ class CpuLayers:
             self._h, groups.pair_start, groups.pair_token, pairs,
         )  # fmt: skip
         self._device.reduce(pairs, groups.order, groups.arrange(weights), out)
+
+    def begin_and_front(self, tokens, position, state):
+        self.begin(tokens, position, state)
+        self.embed()
+        self.front(0)
+
+    def back_and_front(self, layer, routes):
+        if routes:
+            self.back(layer, *routes)
+        else:
+            self.own_back(layer)
+        self.front(layer + 1)
 
     def prefill(self, tokens, position, state):
         self.begin(tokens, position, state)
@@ -235,6 +277,7 @@ class CpuLayers:
         return chosen
 
     def own_back(self, layer):
+        self._take_input()
         route = route_exact(self._scores, self.spec.moe.top_k)
         order = np.argsort(route.ids, axis=1)
         ids, weights = (np.take_along_axis(a, order, 1) for a in (route.ids, route.weights))
@@ -268,13 +311,18 @@ def open_model(file, spec, config, device, slots):
     return CpuLayers(file, spec, hosting.host_options(config, spec)[device], slots)
 
 
+def open_dense(file, spec, device, options):
+    return CpuLayers(file, spec, options)
+
+
 def planned_bytes(file, spec, options):
-    return DENSE_BYTES
+    return DENSE_BYTES if options.part == "all" else DENSE_BYTES // 2
 
 
 def install():
     """Put these devices in the place of GPUs, for the rest of this process."""
     layers.open_model = open_model
+    driver_dense.open_dense = open_dense
     hosting.planned_bytes = planned_bytes
 
 
@@ -302,6 +350,11 @@ def play_devices(monkeypatch):
         found.append(open_model(*args))
         return found[-1]
 
+    def open_dense_and_keep(*args):
+        found.append(open_dense(*args))
+        return found[-1]
+
     monkeypatch.setattr(layers, "open_model", open_and_keep)
+    monkeypatch.setattr(driver_dense, "open_dense", open_dense_and_keep)
     monkeypatch.setattr(hosting, "planned_bytes", planned_bytes)
     return found

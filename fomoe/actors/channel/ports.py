@@ -71,8 +71,8 @@ class RingSender:
 
     def send(self, tag: int, payload: Buffer, regions: Regions = (), timeout_s: float = 5) -> None:
         """See `Sender`."""
-        if self.try_send(tag, payload, regions):
-            return
+        if not self._ring.consumer_gone() and self._ring.try_send(tag, payload):
+            return  # nearly always, and a layer waits for it
         started = time.monotonic()
         while True:
             left = started + timeout_s - time.monotonic()

@@ -18,8 +18,9 @@ from fomoe.kernels.gpu.step import Rows
 
 # Contexts from which on more query heads of a group read the same keys. For short ones few heads
 # are best: their sums are short, and their parts are soon put together.
-_LONG_CTX = {1: 2, 1 << 14: 4, 1 << 17: 8}
-_DOUBLE_CTX = 1 << 14  # from here on two groups of a core hide each other's waits
+_LONG_CTX = {1: 2, 1 << 14: 8}
+# From here on two groups of a core hide each other's waits, unless one has heads enough for that.
+_DOUBLE_CTX, _MANY_ROWS = 1 << 14, 8
 _CHUNK_ROWS = 16  # query vectors of a group in float32
 _TILE_ROWS, _TILE_WAVES = 16, 4  # query vectors of a wave on matrix units, waves of a group
 MOST_SPLITS = 128  # parts of a context
@@ -83,11 +84,16 @@ def attend_plan(spec: AttentionShape, place: KVPlace, runtime: Runtime) -> Atten
     shared = spec.n_heads // spec.n_kv_heads
     most = max(rows for ctx, rows in _LONG_CTX.items() if place.ctx >= ctx)
     rows = divisor(shared, most if place.kv_dtype == "f16" else 2)  # floats fill the registers
-    fill = 2 if place.ctx >= _DOUBLE_CTX else 1
+    fill = 2 if place.ctx >= _DOUBLE_CTX and rows < _MANY_ROWS else 1
     splits = fill * _filling(spec, rows, runtime.cores)
-    # Two tiles more than fill the registers of AMD's cards, as floats or more rows do elsewhere.
-    roomy = runtime.target.startswith("sm_") and place.kv_dtype == "f16" and rows <= 2
-    return AttendPlan(rows, min(splits, MOST_SPLITS, -(-place.ctx // TILE)), 2 if roomy else 1)
+    tiles = -(-place.ctx // TILE)
+    return AttendPlan(rows, min(splits, MOST_SPLITS, tiles), _most_ahead(place, rows, runtime))
+
+
+def _most_ahead(place: KVPlace, rows: int, runtime: Runtime) -> int:
+    """Tiles that registers have room for: two of float16 and few rows, but not on AMD's cards."""
+    roomy = not runtime.target.startswith("gfx") and place.kv_dtype == "f16" and rows <= 2
+    return 2 if roomy else 1
 
 
 def _filling(spec: AttentionShape, rows: int, cores: int) -> int:
@@ -107,9 +113,11 @@ def attend(
     """
     rows, splits, ahead = plan or attend_plan(spec, call.place, gpu.runtime)
     shared = spec.n_heads // spec.n_kv_heads
+    most = _most_ahead(call.place, rows, gpu.runtime)
     check(
         (shared % rows == 0, f"{rows} of {shared} query heads of a kv head a group: not a divisor"),
         (1 <= splits <= MOST_SPLITS, f"{splits} splits: from 1 to {MOST_SPLITS}"),
+        (1 <= ahead <= most, f"{ahead} tiles of {rows} rows ahead: registers have room for {most}"),
     )
     few = min(splits, _filling(spec, rows, gpu.runtime.cores))
     split = {"ROWS": rows, "SPLITS": splits, "FEW": few, "AHEAD": ahead}

@@ -1,4 +1,4 @@
-"""Small things from the host to the device by kernels, beside what the copy engine has to do."""
+"""Small things between host and device by kernels, beside what the copy engine has to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WORD = 4
 
 
 def bring(gpu: GPU, to: int, source: int, nbytes: int) -> Launch:
-    """Return the launch that copies to `to`, out of pinned host memory as the device sees it.
+    """Return the launch that copies to `to`; one end is pinned host memory as the device sees it.
 
     Raises:
         DeviceError: the addresses or the bytes are not in words of 4.

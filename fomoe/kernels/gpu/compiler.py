@@ -18,7 +18,7 @@ from fomoe.kernels.gpu import rtc, sources
 
 COMPILE_S = 120.0
 _AT_ONCE = min(16, os.cpu_count() or 1)  # compilers that run side by side
-_FORMAT = "1"  # of the key
+_FORMAT = "2"  # of the key
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Compiler:
             DeviceError: it does not compile; the message holds the compiler's log.
         """
         source = sources.source_of(unit, defines, self.target, self.units)
-        parts = (_FORMAT, self.kind, self.version, self.target, source)
+        parts = (_FORMAT, self.kind, self.version, self.target, *rtc.OPTIONS[self.kind], source)
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
         path = self.cache / f"{unit}-{self.target}-{key[:32]}.bin"
         if path.is_file():

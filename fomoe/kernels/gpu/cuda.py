@@ -17,8 +17,6 @@ _NOT_READY = cu.CUresult.CUDA_ERROR_NOT_READY
 _NO_TIMING = int(cu.CUevent_flags.CU_EVENT_DISABLE_TIMING)
 _NON_BLOCKING = int(cu.CUstream_flags.CU_STREAM_NON_BLOCKING)
 _MAPPED = 3  # CU_MEMHOSTALLOC_PORTABLE | _DEVICEMAP, the same for CU_MEMHOSTREGISTER
-_LAZY_PEER = int(cu.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)
-_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _THIS_THREAD = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 _STATIC_SHARED = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 _DYNAMIC_SHARED = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -68,7 +66,11 @@ class CudaRuntime:
                 f"{self.name}: NVIDIA's driver library libcuda.so.1 cannot be loaded ({problem}); "
                 "install NVIDIA's driver, release 580 or newer"
             ) from None
-        return int(self._call(cu.cuDeviceGetCount)) if error == _OK else 0
+        if error == cu.CUresult.CUDA_ERROR_NO_DEVICE:
+            return 0
+        if error != _OK:
+            self._fail("cuInit", error)
+        return int(self._call(cu.cuDeviceGetCount))
 
     def _attribute(self, name: str) -> int:
         key = getattr(cu.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
@@ -104,18 +106,6 @@ class CudaRuntime:
 
     def free(self, address: int) -> None:
         self._call(cu.cuMemFree, address)
-
-    def share(self, address: int) -> bytes:
-        handle = self._call(cu.cuIpcGetMemHandle, address)
-        return ctypes.string_at(handle.getPtr(), _HANDLE_BYTES)
-
-    def open_shared(self, name: bytes) -> int:
-        handle = cu.CUipcMemHandle()
-        ctypes.memmove(handle.getPtr(), name, _HANDLE_BYTES)
-        return int(self._call(cu.cuIpcOpenMemHandle, handle, _LAZY_PEER))
-
-    def close_shared(self, address: int) -> None:
-        self._call(cu.cuIpcCloseMemHandle, address)
 
     def pinned(self, nbytes: int) -> Pinned:
         address = int(self._call(cu.cuMemHostAlloc, nbytes, _MAPPED))

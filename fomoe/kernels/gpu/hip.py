@@ -18,7 +18,6 @@ _ANY_WAY = hip.hipMemcpyKind.hipMemcpyDefault
 _NO_TIMING = 2  # hipEventDisableTiming
 _NON_BLOCKING = 1  # hipStreamNonBlocking
 _MAPPED = 3  # hipHostMallocPortable | hipHostMallocMapped, the same for hipHostRegister
-_LAZY_PEER = 1  # hipIpcMemLazyEnablePeerAccess
 _THIS_THREAD = hip.hipStreamCaptureMode.hipStreamCaptureModeThreadLocal
 
 
@@ -51,7 +50,11 @@ class HipRuntime:
                 f"{self.name}: AMD's HIP runtime cannot be loaded ({problem}); install ROCm 6.4 or "
                 "newer (libamdhip64), and set ROCM_PATH where it is not in /opt/rocm"
             ) from None
-        return int(count) if error == _OK else 0
+        if error == hip.hipError_t.hipErrorNoDevice:
+            return 0
+        if error != _OK:
+            self._fail("hipGetDeviceCount", error)
+        return int(count)
 
     def _call(self, function: Any, *args: Any) -> Any:
         error, *values = function(*args)
@@ -83,16 +86,6 @@ class HipRuntime:
 
     def free(self, address: int) -> None:
         self._call(hip.hipFree, address)
-
-    def share(self, address: int) -> bytes:
-        return bytes(self._call(hip.hipIpcGetMemHandle, address).reserved)
-
-    def open_shared(self, name: bytes) -> int:
-        handle = hip.hipIpcMemHandle_st.fromObj(bytearray(name))
-        return int(self._call(hip.hipIpcOpenMemHandle, handle, _LAZY_PEER))
-
-    def close_shared(self, address: int) -> None:
-        self._call(hip.hipIpcCloseMemHandle, address)
 
     def pinned(self, nbytes: int) -> Pinned:
         address = int(self._call(hip.hipHostMalloc, nbytes, _MAPPED))

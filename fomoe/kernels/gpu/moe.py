@@ -16,6 +16,8 @@ from fomoe.kernels.gpu.products import DEFAULT, Options, project
 from fomoe.kernels.gpu.step import Rows, picks
 from fomoe.kernels.gpu.tuning import RowShape, Tuning, fit, group_bytes, tuning_of
 
+_ROUTED, _SHARED = 1, 2  # FM_PARTS of experts_out.hip
+
 
 @dataclass(frozen=True, slots=True)
 class SharedMatrices:
@@ -108,37 +110,74 @@ def experts_in(
 
 
 def experts_out(
-    gpu: GPU, layout: ExpertLayout, picked: tuple[int, int], shared_down: Matrix,
+    gpu: GPU, layout: ExpertLayout, picked: tuple[int, int], shared_down: Matrix | None,
     buffers: MoEBuffers, x: int, *, options: Options = DEFAULT,
 ) -> Launch:  # fmt: skip
     """Return x = (sum of weight * down inner, ascending by id, + shared expert) + x, float32 [D].
 
     `picked` is top_k and the address of the picks. The routed sum is a chain of fma from zero; the
-    shared expert's output is multiplied with the sigmoid of its logit.
+    shared expert's output is multiplied with the sigmoid of its logit. Without `shared_down` x is
+    the routed sum alone, and `shared_out` does the rest.
     """
     top_k, picks_address = picked
     wave = gpu.runtime.wave
     routed = RowShape(GGMLType(layout.types[2]), layout.width, options.int8)
-    shared = RowShape(GGMLType(shared_down.type), shared_down.cols, options.int8)
+    shared = routed if shared_down is None else _row_shape(shared_down, options)
     wanted = options.tuning or tuning_of(gpu.runtime, "experts_out", layout.types[2])
     side = max(shape.rows(wave, wanted.tile) for shape in (routed, shared))
     rows = -(-layout.hidden // (gpu.runtime.cores * wanted.per_core * side)) * side
     inputs = _pick_bytes(top_k) + aligned(4 * ((top_k + 2) * rows + 1), 16)
-    inputs += top_k * routed.input_bytes + shared.input_bytes
+    inputs += top_k * routed.input_bytes + (shared.input_bytes if shared_down else 0)
     plan = _plan(gpu, [routed, shared], inputs, wanted)
     defines = _expert_defines(layout, top_k, plan, options)
     defines |= {
         "FM_ROWS": rows,
         "FM_TYPE_DOWN": layout.types[2],
-        "FM_SHARED_WIDTH": shared_down.cols,
-        "FM_TYPE_SHARED": shared_down.type,
+        "FM_SHARED_WIDTH": shared.cols,
+        "FM_TYPE_SHARED": int(shared.qtype),
+        "FM_PARTS": _ROUTED | _SHARED if shared_down else _ROUTED,
     }
     kernel = gpu.kernel("experts_out", "experts_out", defines)
-    second = pointers(buffers.gate, buffers.up, buffers.scale, shared_down.address)
+    down = shared_down.address if shared_down else 0
+    second = pointers(buffers.gate, buffers.up, buffers.scale, down)
     groups = -(-layout.hidden // rows)
     threads, early = plan.tuning.waves * wave, plan.tuning.early
     args = [picks_address, buffers.inner, second, x]
     return Launch(kernel, groups, threads, plan.shared_bytes, args, early)
+
+
+def shared_out(
+    gpu: GPU, layout: ExpertLayout, sums: int, shared_down: Matrix, buffers: MoEBuffers, x: int, *,
+    options: Options = DEFAULT,
+) -> Launch:  # fmt: skip
+    """Return x = (sums + shared expert) + x, with the routed `sums` float32 [D] of `experts_out`.
+
+    The two together have the bits of the one launch: `layout` is that of the routed experts, by
+    which all of it is tuned.
+    """
+    wave, shape = gpu.runtime.wave, _row_shape(shared_down, options)
+    wanted = options.tuning or tuning_of(gpu.runtime, "experts_out", layout.types[2])
+    side = shape.rows(wave, wanted.tile)
+    rows = -(-layout.hidden // (gpu.runtime.cores * wanted.per_core * side)) * side
+    inputs = _pick_bytes(1) + aligned(4 * (3 * rows + 1), 16) + shape.input_bytes
+    plan = _plan(gpu, [shape], inputs, wanted)
+    of_routed = {"FM_WIDTH": shape.cols, "FM_TYPE_DOWN": int(shape.qtype)}  # of nothing
+    defines = _expert_defines(layout, 1, plan, options) | of_routed
+    defines |= {
+        "FM_ROWS": rows,
+        "FM_SHARED_WIDTH": shape.cols,
+        "FM_TYPE_SHARED": int(shape.qtype),
+        "FM_PARTS": _SHARED,
+    }
+    kernel = gpu.kernel("experts_out", "experts_out", defines)
+    second = pointers(buffers.gate, buffers.up, buffers.scale, shared_down.address)
+    args = [0, sums, second, x]
+    threads, early = plan.tuning.waves * wave, plan.tuning.early
+    return Launch(kernel, -(-layout.hidden // rows), threads, plan.shared_bytes, args, early)
+
+
+def _row_shape(matrix: Matrix, options: Options) -> RowShape:
+    return RowShape(GGMLType(matrix.type), matrix.cols, options.int8)
 
 
 @dataclass(frozen=True, slots=True)

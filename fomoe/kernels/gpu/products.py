@@ -12,7 +12,7 @@ from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import Matrix
 from fomoe.kernels.gpu.step import Rows
-from fomoe.kernels.gpu.tuning import RowShape, Tuning, fit, group_bytes, tuning_of
+from fomoe.kernels.gpu.tuning import Kernel, RowShape, Tuning, fit, group_bytes, tuning_of
 
 Part = tuple[Matrix, int]  # W, and where y = W h float32 [rows] goes
 
@@ -52,9 +52,9 @@ def project(
     """
     if any(keep) and not all(keep):
         raise DeviceError(f"{keep}: h is kept in all forms (x, q and s), or in none")
-    plan = _plan(gpu, parts, options, {})
+    plan = _plan(gpu, "project", parts, options)
     args = [x, norm, ctypes.c_float(eps), keep.x, keep.q, keep.s]
-    return _launch(gpu, "project", plan, args)
+    return _launch(gpu, plan, args)
 
 
 def project_rows(
@@ -65,10 +65,10 @@ def project_rows(
 
     `rows` needs `x` for float matrices (or without int8), else `q` and `s`.
     """
-    plan = _plan(gpu, [(matrix, x)], options, {"FM_ADD": int(add)})
+    plan = _plan(gpu, "project_rows", [(matrix, x)], options, add=add)
     if not (rows.q and rows.s if plan.shapes[0].is_int8 else rows.x):
         raise DeviceError(f"activations for a {plan.shapes[0].qtype.name} matrix are missing")
-    return _launch(gpu, "project_rows", plan, list(rows))
+    return _launch(gpu, plan, list(rows))
 
 
 class _Part(ctypes.Structure):
@@ -86,8 +86,9 @@ class _Part(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A launch but for the kernel's name and its vectors."""
+    """A launch but for its vectors."""
 
+    kernel: Kernel
     parts: Sequence[Part]
     shapes: Sequence[RowShape]
     tuning: Tuning
@@ -96,12 +97,14 @@ class _Plan:
     shared_bytes: int
 
 
-def _plan(gpu: GPU, parts: Sequence[Part], options: Options, defines: dict[str, int]) -> _Plan:
+def _plan(
+    gpu: GPU, kernel: Kernel, parts: Sequence[Part], options: Options, *, add: bool = False
+) -> _Plan:
     cols = {matrix.cols for matrix, _ in parts}
     if len(cols) != 1:
         raise DeviceError(f"matrices of one launch have {sorted(cols)} columns; they must agree")
     most_bytes = max((matrix for matrix, _ in parts), key=lambda m: m.nbytes)
-    wanted = options.tuning or tuning_of(gpu.runtime, "project", most_bytes.type)
+    wanted = options.tuning or tuning_of(gpu.runtime, kernel, most_bytes.type)
     wave = gpu.runtime.wave
     shapes = [RowShape(GGMLType(m.type), m.cols, options.int8) for m, _ in parts]
     stage = max(shape.stage_bytes(wave, wanted.tile) for shape in shapes)
@@ -109,14 +112,12 @@ def _plan(gpu: GPU, parts: Sequence[Part], options: Options, defines: dict[str, 
     tuning = fit(wanted, gpu.runtime, _SCRATCH_BYTES + input_bytes, stage)
     made = {
         **tuning.defines(stage),
-        "FM_ADD": 0,
-        "FM_OF_TWO": int(tuning.lean),
+        "FM_ADD": int(add),
         "FM_INT8": int(options.int8),
         "FM_COLS": cols.pop(),
         "FM_PARTS": len(parts),
         "FM_TYPES": sum({1 << shape.qtype for shape in shapes}),
         "FM_INPUT_BYTES": input_bytes,
-        **defines,
     }
     most = [
         -(-matrix.rows // shape.rows(wave, tuning.tile))
@@ -126,7 +127,8 @@ def _plan(gpu: GPU, parts: Sequence[Part], options: Options, defines: dict[str, 
         [matrix.nbytes for matrix, _ in parts], most, gpu.runtime.cores * tuning.per_core
     )
     shared = _SCRATCH_BYTES + input_bytes + tuning.waves * tuning.stages * stage
-    return _Plan(parts, shapes, tuning, groups, made, group_bytes(tuning, gpu.runtime, shared))
+    shared = group_bytes(tuning, gpu.runtime, shared)
+    return _Plan(kernel, parts, shapes, tuning, groups, made, shared)
 
 
 def share_groups(nbytes: Sequence[int], most: Sequence[int], groups: int) -> list[int]:
@@ -143,13 +145,13 @@ def share_groups(nbytes: Sequence[int], most: Sequence[int], groups: int) -> lis
     return given
 
 
-def _launch(gpu: GPU, name: str, plan: _Plan, args: list[object]) -> Launch:
+def _launch(gpu: GPU, plan: _Plan, args: list[object]) -> Launch:
     table, first = (_Part * len(plan.parts))(), 0
     for entry, (matrix, out), groups in zip(table, plan.parts, plan.groups, strict=True):
         entry.weights, entry.out = matrix.address, out
         entry.rows, entry.type = matrix.rows, matrix.type
         entry.first, entry.groups = first, groups
         first += groups
-    kernel = gpu.kernel("project", name, plan.defines)
+    kernel = gpu.kernel("project", plan.kernel, plan.defines)
     threads = plan.tuning.waves * gpu.runtime.wave
     return Launch(kernel, first, threads, plan.shared_bytes, [*args, table], plan.tuning.early)

@@ -160,16 +160,28 @@ class Shared(NamedTuple):
 
 def combine(
     gpu: GPU, chunk: Chunk, experts: Experts, pairs: Pairs, routed: tuple[int, int],
-    shared: Shared, x: int,
+    shared: Shared | None, x: int,
 ) -> Launch:  # fmt: skip
     """Return x = (weighted pairs of each token in its ids' order + shared * sigmoid(scale)) + x.
 
     `routed` are the weights float32 [T, K] and the pairs' outputs [T * K, D]; x float32 [T, D].
+    Without `shared` x is the weighted sum alone, and `add_shared` does the rest.
     """
-    hidden = experts.layout.hidden
-    defines = {"THREADS": _COMBINE_THREADS, "HIDDEN": hidden, "TOP_K": experts.top_k}
-    function = gpu.kernel("rows", "combine", defines)
     weights, outputs = routed
-    args = [chunk.step, outputs, pairs.lists.place, weights, shared.out, shared.scale, x]
+    of_shared = shared or Shared(0, 0)
+    args = [outputs, pairs.lists.place, weights, *of_shared, x]
+    sizes = experts.layout.hidden, experts.top_k
+    return _combine(gpu, chunk, sizes, 1 if shared is None else 3, args)
+
+
+def add_shared(gpu: GPU, chunk: Chunk, hidden: int, sums: int, shared: Shared, x: int) -> Launch:
+    """Return x = (sums + shared * sigmoid(scale)) + x, with `sums` float32 [T, D] of `combine`."""
+    return _combine(gpu, chunk, (hidden, 0), 2, [sums, 0, 0, *shared, x])
+
+
+def _combine(gpu: GPU, chunk: Chunk, sizes: tuple[int, int], parts: int, args: list[int]) -> Launch:
+    hidden, top_k = sizes
+    defines = {"THREADS": _COMBINE_THREADS, "HIDDEN": hidden, "TOP_K": top_k, "PARTS": parts}
+    function = gpu.kernel("rows", "combine", defines)
     grid = (ceil_div(hidden // 4, _COMBINE_THREADS), chunk.tokens)
-    return Launch(function, grid, _COMBINE_THREADS, 0, args)
+    return Launch(function, grid, _COMBINE_THREADS, 0, [chunk.step, *args])

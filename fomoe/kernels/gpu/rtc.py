@@ -14,6 +14,9 @@ from typing import Any
 
 from fomoe.errors import DeviceError
 
+# What each compiler is given beside the target.
+OPTIONS = {"hip": ("-O3", "-std=c++17", "-fno-strict-aliasing"), "cuda": ("-std=c++17",)}
+
 
 def hip_version() -> str:
     """Return hiprtc's version; DeviceError where it is not installed."""
@@ -33,10 +36,9 @@ def hip_compile(source: str, target: str) -> bytes:
     """Return the code object of a source for e.g. "gfx1200"."""
     from hip import hiprtc
 
-    options = [f"--offload-arch={target}", "-O3", "-std=c++17", "-fno-strict-aliasing"]
     program = _values(hiprtc.hiprtcCreateProgram(source.encode(), b"kernel.hip", 0, None, None))[0]
-    encoded = [option.encode() for option in options]
-    (result,) = hiprtc.hiprtcCompileProgram(program, len(encoded), encoded)
+    options = [each.encode() for each in (f"--offload-arch={target}", *OPTIONS["hip"])]
+    (result,) = hiprtc.hiprtcCompileProgram(program, len(options), options)
     if int(result) != 0:
         log = bytearray(_values(hiprtc.hiprtcGetProgramLogSize(program))[0])
         hiprtc.hiprtcGetProgramLog(program, log)
@@ -66,7 +68,7 @@ def cuda_compile(source: str, target: str) -> bytes:
     known = _values(nvrtc.nvrtcGetSupportedArchs())[-1]
     if int(target.removeprefix("sm_")) not in known:
         raise DeviceError(f"{cuda_version()} does not know {target}; pip install -U 'fomoe[cuda]'")
-    options = [f"--gpu-architecture={target}".encode(), b"-std=c++17"]
+    options = [each.encode() for each in (f"--gpu-architecture={target}", *OPTIONS["cuda"])]
     program = _values(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.hip", 0, [], []))[0]
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(result) != 0:

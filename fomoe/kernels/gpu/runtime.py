@@ -60,15 +60,6 @@ class Runtime(Protocol):
     def free(self, address: int) -> None:
         """Give back what `alloc` returned."""
 
-    def share(self, address: int) -> bytes:
-        """Return a name for memory from `alloc` that another process can open."""
-
-    def open_shared(self, name: bytes) -> int:
-        """Return the address here of memory that another process shared, on any device."""
-
-    def close_shared(self, address: int) -> None:
-        """Undo `open_shared`."""
-
     def pinned(self, nbytes: int) -> Pinned:
         """Return new pinned host memory, which stands until `unpin` or `close`."""
 

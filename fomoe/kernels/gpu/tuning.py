@@ -25,7 +25,6 @@ class Tuning:
         tile: bytes of a tile at most, where a row is longer.
         held: 4-byte words of activations that a lane may keep in registers.
         early: start beside the launch before, with weights that nobody writes.
-        lean: dense products leave half of a core's registers free, for a mixer that starts beside.
     """
 
     waves: int = 8
@@ -34,7 +33,6 @@ class Tuning:
     tile: int = 2304
     held: int = 96
     early: bool = False
-    lean: bool = False
 
     def defines(self, stage_bytes: int) -> dict[str, int]:
         """What the kernels' sources call these numbers."""
@@ -47,7 +45,7 @@ class Tuning:
         }
 
 
-Kernel = Literal["project", "experts_in", "experts_out"]
+Kernel = Literal["project", "project_rows", "experts_in", "experts_out"]
 
 # By the first letters of a target. NVIDIA's copies into shared memory cost no registers and bypass
 # L1, so that a few waves with deep rings fill the bus; AMD's cards should need waves for that.
@@ -65,17 +63,30 @@ _RESERVED_BYTES = 1024  # of shared memory for each group, beside its own
 
 _SM = _TUNINGS["sm_"]
 _FEW_LARGE = replace(_SM, stages=2, tile=4608)
+_SMALL = replace(_SM, stages=4, tile=1280)
 _DEEP = replace(_SM, stages=4)
+_IN_PAIRS = replace(_SM, per_core=2, stages=2)
+# More waves than 20 leave too few registers for a row's 8,192 activations: they are not held.
+_MANY_WAVES = replace(_SM, waves=24, stages=2, held=40)
 
 # What was measured for a kernel and the type of most of its weights, where it is not the above:
-# `benchmarks/gpu/products.py --tune` on an NVIDIA H200.
+# `benchmarks/gpu/products.py --tune` on an NVIDIA H200. Where a type is a layer's, whole layers
+# decide; else 600 MB of it do, for both dense kernels.
 _MEASURED: Mapping[str, Mapping[tuple[Kernel, GGMLType], Tuning]] = {
     "sm_": {
-        ("project", GGMLType.Q4_K): _FEW_LARGE,
-        ("project", GGMLType.Q8_0): _DEEP,
-        ("experts_in", GGMLType.Q4_K): _FEW_LARGE,
-        ("experts_out", GGMLType.Q5_K): _FEW_LARGE,
-        ("experts_out", GGMLType.Q6_K): _DEEP,
+        ("project", GGMLType.Q4_K): _IN_PAIRS,
+        ("project", GGMLType.Q5_K): _MANY_WAVES,
+        ("project", GGMLType.Q6_K): _DEEP,
+        ("project", GGMLType.Q8_0): _SMALL,
+        ("project", GGMLType.IQ4_XS): _FEW_LARGE,
+        ("project_rows", GGMLType.Q4_K): _DEEP,
+        ("project_rows", GGMLType.Q5_K): _MANY_WAVES,
+        ("project_rows", GGMLType.Q6_K): _DEEP,
+        ("project_rows", GGMLType.Q8_0): _SMALL,
+        ("project_rows", GGMLType.IQ4_XS): _FEW_LARGE,
+        ("experts_in", GGMLType.Q4_K): _DEEP,
+        ("experts_out", GGMLType.Q5_K): _DEEP,
+        ("experts_out", GGMLType.Q6_K): _MANY_WAVES,
     }
 }
 
@@ -94,7 +105,9 @@ def _line_of(runtime: Runtime) -> str:
 
 
 def fit(tuning: Tuning, runtime: Runtime, input_bytes: int, stage_bytes: int) -> Tuning:
-    """Return the tuning with as many waves as the device has shared memory for.
+    """Return the tuning with as many waves of a group as the device has shared memory for.
+
+    Of groups that start early, a core gets no more than it has room for at a time.
 
     Raises:
         DeviceError: not even one wave fits.
@@ -106,7 +119,11 @@ def fit(tuning: Tuning, runtime: Runtime, input_bytes: int, stage_bytes: int) ->
             f"{runtime.name}: a product wants {input_bytes + tuning.stages * stage_bytes:,} bytes "
             f"of shared memory, {runtime.shared_bytes:,} are there; use cpu devices for this model"
         )
-    return tuning if waves == tuning.waves else replace(tuning, waves=1 << (waves.bit_length() - 1))
+    if waves < tuning.waves:
+        waves = 1 << (waves.bit_length() - 1)
+    group = input_bytes + waves * tuning.stages * stage_bytes + _RESERVED_BYTES
+    most = (runtime.shared_bytes + _RESERVED_BYTES) // group if tuning.early else tuning.per_core
+    return replace(tuning, waves=waves, per_core=min(tuning.per_core, most))
 
 
 def group_bytes(tuning: Tuning, runtime: Runtime, shared_bytes: int) -> int:

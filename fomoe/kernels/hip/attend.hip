@@ -1,10 +1,10 @@
 // One token of an attention layer in one launch: norms, rotation, cache, attention, gate, rows.
 //
 // Grid (HEADS / ROWS, SPLITS): a group attends ROWS query heads of a kv head to its share of the
-// positions, AHEAD tiles of which are on their way, and the last of those that share heads puts the parts together. What earlier tokens
-// and the weights have is asked for before the launch that makes the inputs has ended: other
-// launches that write this cache belong to other passes, and a copy, that of the step block,
-// separates passes.
+// positions, AHEAD tiles of which are on their way, and the last of those that share heads puts the
+// parts together. What earlier tokens and the weights have is asked for before the launch that makes
+// the inputs has ended: other launches that write this cache belong to other passes, and a copy,
+// that of the step block, separates passes.
 #include "attend_span.h"
 #include "last.h"
 
@@ -107,54 +107,47 @@ struct PartShares {
   }
 };
 
-// Sums of several parts that are on their way at a time.
+// Sums of several parts, of all rows, that are on their way at a time.
 struct PartSums {
-  static constexpr int kAtOnce = ROWS <= 2 ? 16 : 8;
-  static constexpr bool kEarly = ROWS <= 2;  // while the shares are made; more would not be held
-  float of[kAtOnce];
+  static constexpr int kAtOnce = ROWS <= 2 ? 16 : ROWS <= 16 ? 32 / ROWS : 1;
+  float of[kAtOnce][ROWS];
 
-  FM_DEV void ask(const Part* parts, int first, int active, int row, int dim) {
+  FM_DEV void ask(const Part* parts, int first, int active, int dim) {
     FM_UNROLL
     for (int j = 0; j < kAtOnce; ++j)
-      of[j] = first + j < active ? parts[first + j].sum[row][dim] : 0.0f;
+      FM_UNROLL
+      for (int r = 0; r < ROWS; ++r)
+        of[j][r] = first + j < active ? parts[first + j].sum[r][dim] : 0.0f;
   }
-  FM_DEV float join(const PartShares& shares, int first, int active, int row, float sum) const {
+  FM_DEV void join(const PartShares& shares, int first, int active, float* sum) const {
     FM_UNROLL
     for (int j = 0; j < kAtOnce; ++j)
-      sum = first + j < active ? fm_fma(of[j], shares.share[first + j][row], sum) : sum;
-    return sum;
+      FM_UNROLL
+      for (int r = 0; r < ROWS; ++r)
+        sum[r] = first + j < active ? fm_fma(of[j][r], shares.share[first + j][r], sum[r]) : sum[r];
   }
 };
 
-// The parts' sums of a row in ascending order; `sums` are the first ones.
-FM_DEV float join(PartSums sums, const Part* parts, int active, const PartShares& shares, int row,
-                  int dim) {
-  float sum = sums.join(shares, 0, active, row, 0.0f);
-  for (int s = PartSums::kAtOnce; s < active; s += PartSums::kAtOnce) {
-    sums.ask(parts, s, active, row, dim);
-    sum = sums.join(shares, s, active, row, sum);
-  }
-  return sum;
-}
-
-// Row by row: a thread has a dimension, a unit one or more blocks of 32 of them.
+// A thread has a dimension, a unit one or more blocks of 32 of them; parts in ascending order.
 FM_DEV void combine(const Part* parts, int active, PartShares& of, const AttendInputs& in, int head,
                     const RowsOut& out) {
   const int dim = Tiles::dim();
-  float gate[ROWS];
-  PartSums sums[ROWS];
+  float gate[ROWS], sum[ROWS];
   FM_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     gate[r] = in.q[(2 * (head + r) + 1) * HEAD_DIM + dim];
-    if (PartSums::kEarly) sums[r].ask(parts, 0, active, r, dim);
+    sum[r] = 0.0f;
   }
+  PartSums sums;
+  sums.ask(parts, 0, active, dim);  // the first ones, while the shares are made
   of.make(parts, active);
-  FM_UNROLL
-  for (int r = 0; r < ROWS; ++r) {
-    if (!PartSums::kEarly) sums[r].ask(parts, 0, active, r, dim);
-    const float sum = join(sums[r], parts, active, of, r, dim) * sigmoid(gate[r]);
-    put_one(out, (head + r) * HEAD_DIM + dim, sum, threadIdx.x < HEAD_DIM);
+  for (int s = 0; s < active; s += PartSums::kAtOnce) {
+    if (s) sums.ask(parts, s, active, dim);
+    sums.join(of, s, active, sum);
   }
+  FM_UNROLL
+  for (int r = 0; r < ROWS; ++r)
+    put_one(out, (head + r) * HEAD_DIM + dim, sum[r] * sigmoid(gate[r]), threadIdx.x < HEAD_DIM);
 }
 
 FM_KERNEL(THREADS)

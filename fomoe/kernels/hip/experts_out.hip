@@ -2,8 +2,11 @@
 //
 // A group writes FM_ROWS rows of all: its waves take the experts' rows in turns, and their products
 // are added up in the end, so that the order of the sum is always the same.
-// Defines: those of experts.h, FM_TYPE_DOWN, FM_SHARED_WIDTH, FM_TYPE_SHARED, FM_ROWS.
+// Defines: those of experts.h, FM_TYPE_DOWN, FM_SHARED_WIDTH, FM_TYPE_SHARED, FM_ROWS, FM_PARTS: 1 writes
+// the routed sum alone; 2 takes that sum as `inner`, adds the rest, and reads no picks; 3 does both.
 #include "experts.h"
+
+constexpr bool kHasRouted = FM_PARTS & 1, kHasShared = FM_PARTS & 2;
 
 using Down = Product<FM_TYPE_DOWN>;
 using SharedDown = Product<FM_TYPE_SHARED>;
@@ -14,7 +17,7 @@ using SharedTiles = RowTiles<SharedDown, FM_SHARED_WIDTH>;
 // then those of each routed one in turn, set by set.
 struct DownStream {
   static constexpr int kSets = ceil_div(FM_ROWS, DownTiles::kRows);
-  static constexpr int kSharedSets = ceil_div(FM_ROWS, SharedTiles::kRows);
+  static constexpr int kSharedSets = kHasShared ? ceil_div(FM_ROWS, SharedTiles::kRows) : 0;
   Ring ring;
   const Picks& picks;
   const char* shared;
@@ -24,7 +27,7 @@ struct DownStream {
 
   FM_DEV DownStream(Ring r, const Picks& p, const void* down)
       : ring(r), picks(p), shared((const char*)down), task(wave_index()), segment(0), begun(0) {}
-  FM_DEV int tasks() const { return kSharedSets + computed.count() * kSets; }
+  FM_DEV int tasks() const { return kSharedSets + (kHasRouted ? computed.count() * kSets : 0); }
   FM_DEV static int expert(int task) { return (task - kSharedSets) / kSets; }
   FM_DEV static int set(int task) { return (task - kSharedSets) % kSets; }
 
@@ -74,10 +77,11 @@ struct DownStream {
 struct Inners {
   using Size = InputSize<Down, FM_WIDTH>;
   using SharedSize = InputSize<SharedDown, FM_SHARED_WIDTH>;
-  static constexpr int kBytes = FM_K * Size::kBytes + SharedSize::kBytes;
+  static constexpr int kRoutedBytes = kHasRouted ? FM_K * Size::kBytes : 0;
+  static constexpr int kBytes = kRoutedBytes + (kHasShared ? SharedSize::kBytes : 0);
   char* memory;
   FM_DEV Input routed(int expert) const { return Size::in(memory + expert * Size::kBytes); }
-  FM_DEV Input shared() const { return SharedSize::in(memory + FM_K * Size::kBytes); }
+  FM_DEV Input shared() const { return SharedSize::in(memory + kRoutedBytes); }
 
   FM_DEV void put(const Spread<FM_K * FM_WIDTH>& inner) const {
     using All = Spread<FM_K * FM_WIDTH>;
@@ -122,16 +126,20 @@ void experts_out(const Picks* picks, const float* inner, SharedExpert shared, fl
   Spread<FM_K * FM_WIDTH> routed;
   fm_release_next();
   fm_wait_before();
-  copy_picks(mine, *picks);
-  routed.read(inner);
+  if (kHasRouted) {
+    copy_picks(mine, *picks);
+    routed.read(inner);
+  }
   fm_barrier();
   stream.start();
   Spread<FM_SHARED_WIDTH> gate, up;
-  gate.read(shared.gate), up.read(shared.up);
-  inners.put(routed);
-  inners.put_shared(gate, up);
-  if (threadIdx.x == 0) *logit = *shared.scale;
-  for (int i = threadIdx.x; i < rows; i += kThreads) before[i] = x[first + i];
+  if (kHasShared) gate.read(shared.gate), up.read(shared.up);
+  if (kHasRouted) inners.put(routed);
+  if (kHasShared) {
+    inners.put_shared(gate, up);
+    if (threadIdx.x == 0) *logit = *shared.scale;
+    for (int i = threadIdx.x; i < rows; i += kThreads) before[i] = x[first + i];
+  }
   fm_barrier();
 
   using S = DownStream;
@@ -144,11 +152,13 @@ void experts_out(const Picks* picks, const float* inner, SharedExpert shared, fl
     }
   }
   fm_barrier();
-  const float scale = 1.0f / (1.0f + fm_exp(-*logit));
+  const float scale = kHasShared ? 1.0f / (1.0f + fm_exp(-*logit)) : 0.0f;
   for (int i = threadIdx.x; i < rows; i += kThreads) {
-    float sum = 0.0f;
-    FM_UNROLL for (int e = 0; e < FM_K; ++e)
-      if (e < stream.computed.count()) sum = fm_fma(mine.weight[e], out[e * FM_ROWS + i], sum);
-    x[first + i] = (sum + shared_out[i] * scale) + before[i];
+    float sum = kHasRouted ? 0.0f : inner[first + i];
+    if (kHasRouted) {
+      FM_UNROLL for (int e = 0; e < FM_K; ++e)
+        if (e < stream.computed.count()) sum = fm_fma(mine.weight[e], out[e * FM_ROWS + i], sum);
+    }
+    x[first + i] = kHasShared ? (sum + shared_out[i] * scale) + before[i] : sum;
   }
 }

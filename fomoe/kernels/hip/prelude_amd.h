@@ -36,7 +36,6 @@ static const __device__ fm_grid_size gridDim{};
 #endif
 
 #define FM_KERNEL(max_threads) extern "C" __global__ __launch_bounds__(max_threads)
-#define FM_KERNEL_OF_TWO(max_threads) FM_KERNEL(max_threads)  // nothing starts beside a launch here
 #define FM_DEV __device__ __forceinline__
 #define FM_SHARED static __shared__ __attribute__((aligned(16)))
 #define FM_DYN_SHARED(T, name)                                                  \

@@ -1,6 +1,7 @@
 // The names of a kernel's world where a CPU stands in for a GPU; see cpu_engine.h for who runs it.
 // Built by g++; FM_WAVE is 32 or 64.
 #pragma once
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS  // C's own: C++'s takes longer than most kernels do
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -39,7 +40,6 @@ unsigned sizes(void (*)(A...), unsigned* out) {
 
 // ---- declarations
 #define FM_KERNEL(max_threads) extern "C" __attribute__((annotate("fm_kernel")))
-#define FM_KERNEL_OF_TWO(max_threads) FM_KERNEL(max_threads)
 #define FM_DEV inline
 #define FM_SHARED alignas(16) __attribute__((section("fm_shared"))) static
 #define FM_DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(fm_engine->dynamic)

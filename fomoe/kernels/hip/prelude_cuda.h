@@ -7,8 +7,6 @@
 
 // ---- declarations
 #define FM_KERNEL(max_threads) extern "C" __global__ __launch_bounds__(max_threads)
-// The same with so few registers that two groups find room on a core.
-#define FM_KERNEL_OF_TWO(max_threads) extern "C" __global__ __launch_bounds__(max_threads, 2)
 #define FM_DEV __device__ __forceinline__
 #define FM_SHARED static __shared__ __align__(16)
 #define FM_DYN_SHARED(T, name)                                   \

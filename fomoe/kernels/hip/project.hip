@@ -6,14 +6,6 @@
 // FM_INPUT_BYTES of shared memory for the vector.
 #include "stream.h"
 
-// FM_OF_TWO: half of a core's registers stay free, for a mixer that starts early beside the launch and
-// asks for its state while this one reads weights.
-#if FM_OF_TWO
-#define FM_PROJECT_KERNEL FM_KERNEL_OF_TWO
-#else
-#define FM_PROJECT_KERNEL FM_KERNEL
-#endif
-
 struct Part {
   const void* weights;
   float* out;
@@ -98,7 +90,7 @@ struct Normed {
 };
 
 // y = W h for each matrix, where h = x * norm / sqrt(mean(x^2) + eps); h is written where asked for.
-FM_PROJECT_KERNEL(FM_WAVES * FM_WAVE)
+FM_KERNEL(FM_WAVES * FM_WAVE)
 void project(const float* x, const float* norm, float eps, float* hx, unsigned* hq, fm_f2* hs, Parts parts) {
   FM_DYN_SHARED(char, memory);
   const Part part = part_of(parts, blockIdx.x);

@@ -85,22 +85,30 @@ FM_DEV void add_weighted(fm_f4& sum, float weight, const fm_f4& v) {
 
 // x [T][HIDDEN] = (the weighted sum of a token's TOP_K pairs, in their order, + shared *
 // sigmoid(scale)) + x. `place` [T][TOP_K] is where each of them lies in `pairs` [..][HIDDEN].
+// PARTS: 1 writes that sum alone; 2 takes it as `pairs` [T][HIDDEN] and adds the rest; 3 does both.
 FM_KERNEL(THREADS) void combine(const fm_step* step, const float* pairs, const int* place, const float* weights,
                                 const float* shared, const float* scale, float* x) {
     const int token = blockIdx.y, four = blockIdx.x * THREADS + fm_thread();
     if (token >= step->tokens || four >= HIDDEN / 4) return;
+    const long long at = (long long)token * (HIDDEN / 4) + four;
     fm_f4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#if PARTS & 1
     for (int k = 0; k < TOP_K; k++) {
         const int pair = token * TOP_K + k;
         const fm_f4* const row = reinterpret_cast<const fm_f4*>(pairs + (long long)place[pair] * HIDDEN);
         add_weighted(sum, weights[pair], row[four]);
     }
-    const long long at = (long long)token * (HIDDEN / 4) + four;
+#else
+    sum = reinterpret_cast<const fm_f4*>(pairs)[at];
+#endif
+    fm_f4* const out = reinterpret_cast<fm_f4*>(x) + at;
+#if PARTS & 2
     const float part = 1.0f / (1.0f + fm_exp(-scale[token]));
     const fm_f4 other = reinterpret_cast<const fm_f4*>(shared)[at];
-    fm_f4* const out = reinterpret_cast<fm_f4*>(x) + at;
     const fm_f4 before = *out;
-    *out = fm_f4{(sum.x + other.x * part) + before.x, (sum.y + other.y * part) + before.y,
-                 (sum.z + other.z * part) + before.z, (sum.w + other.w * part) + before.w};
+    sum = fm_f4{(sum.x + other.x * part) + before.x, (sum.y + other.y * part) + before.y,
+                (sum.z + other.z * part) + before.z, (sum.w + other.w * part) + before.w};
+#endif
+    *out = sum;
 }
 #endif

@@ -9,6 +9,7 @@ from fomoe.kernels.gpu.attention import AttendCall, AttendInputs, AttendWeights,
 from fomoe.kernels.gpu.delta import DeltaCall, DeltaInputs, DeltaWeights, delta
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
+from fomoe.kernels.gpu.matrices import ExpertLayout
 from fomoe.kernels.gpu.moe import Choose, SharedMatrices
 from fomoe.kernels.gpu.products import Options, Part, project, project_rows
 from fomoe.kernels.gpu.state import DeltaPlace, KVPlace
@@ -101,20 +102,28 @@ def look_ahead(desk: Desk, router: RouterMatrices, out: int) -> Launch:
 
 
 def decode_back(
-    desk: Desk, weights: LayerMatrices, slots: ExpertSlots, layer: int, picks: int, *,
+    desk: Desk, weights: LayerMatrices | None, slots: ExpertSlots, layer: int, picks: int, *,
     choose: bool, partial: bool = False,
 ) -> list[Step]:  # fmt: skip
     """Return two launches: experts in, experts out with shared expert and residual.
 
     `picks` is the address of the layer's `step.picks`; with `choose` the device writes them, with
-    `partial` those without an address are not of this device.
+    `partial` those without an address are not of this device. Without `weights` the stream becomes
+    the sum of the routed experts alone, for `decode_close`.
     """
     gpu, spec, work = desk.gpu, desk.spec, desk.work
     options = Options(int8=desk.int8, partial=partial)
     layout, top_k = slots.layout(layer), spec.moe.top_k
     table = Choose(slots.row_address(layer), spec.moe.n_experts) if choose else None
+    down = None if weights is None else weights.moe.down
     into = moe.experts_in(gpu, layout, top_k, picks, work.moe, choose=table, options=options)
-    out = moe.experts_out(
-        gpu, layout, (top_k, picks), weights.moe.down, work.moe, work.x, options=options
-    )
+    out = moe.experts_out(gpu, layout, (top_k, picks), down, work.moe, work.x, options=options)
     return [Step("experts in", into), Step("experts out", out)]
+
+
+def decode_close(desk: Desk, weights: LayerMatrices, layout: ExpertLayout) -> Step:
+    """Return the launch of the shared expert, with the routed sum of another process."""
+    work, options = desk.work, Options(int8=desk.int8)
+    return Step("shared out", moe.shared_out(
+        desk.gpu, layout, work.sums, weights.moe.down, work.moe, work.x, options=options
+    ))  # fmt: skip

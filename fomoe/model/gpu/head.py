@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from fomoe.errors import DeviceError
 from fomoe.kernels.gpu import prompt
@@ -21,7 +22,28 @@ from fomoe.model.gpu.weights import EndMatrices
 from fomoe.model.gpu.work import form
 from fomoe.model.layers import HEAD_ROWS
 
+I32 = npt.NDArray[np.int32]
+
 _F32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a decode step by the device's own choice came to.
+
+    Attributes:
+        token: the id of the largest logit (ties: the lower id).
+        logit: its logit.
+        log_sum: logarithm of the sum of all logits' exponentials.
+        ids: int32 [L, K], each layer's experts, ascending.
+        weights: float32 [L, K], in the order of `ids`.
+    """
+
+    token: int
+    logit: float
+    log_sum: float
+    ids: I32
+    weights: F32
 
 
 @dataclass(frozen=True, slots=True)

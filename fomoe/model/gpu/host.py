@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,21 +10,27 @@ import numpy.typing as npt
 from fomoe.errors import DeviceError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
+from fomoe.kernels.gpu.bring import bring
 from fomoe.kernels.gpu.gpu import GPU
-from fomoe.kernels.gpu.rehearsal import Rehearsal
+from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.runtime import Runtime
 from fomoe.kernels.gpu.step import STEP
 from fomoe.model.buffers import F32
+from fomoe.model.gpu.building import rehearsed
 from fomoe.model.gpu.decode import Desk
-from fomoe.model.gpu.head import Head, HeadMail
+from fomoe.model.gpu.handover import Handover
+from fomoe.model.gpu.head import Decoded, Head
+from fomoe.model.gpu.held import Held
 from fomoe.model.gpu.loading import load_all, slot_counts
+from fomoe.model.gpu.mail import Mail
 from fomoe.model.gpu.options import HostOptions
-from fomoe.model.gpu.passes import Held, Mail, Passes, build
+from fomoe.model.gpu.places import Places
 from fomoe.model.gpu.planning import planned_bytes, resident_bytes, slots_bytes
 from fomoe.model.gpu.program import time_program, time_steps
 from fomoe.model.gpu.routes import Routes
-from fomoe.model.gpu.slots import U8, ExpertSlots
-from fomoe.model.gpu.states import States, StateSnapshot
+from fomoe.model.gpu.slots import ExpertSlots
+from fomoe.model.gpu.speech import Speech
+from fomoe.model.gpu.states import States
 from fomoe.model.gpu.transfer import Mirror, Signal
 from fomoe.model.gpu.weights import place_ends, place_layer, place_routers, place_turns
 from fomoe.model.gpu.work import Work
@@ -39,25 +44,6 @@ I32 = npt.NDArray[np.int32]
 _F32_BYTES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """What a decode step by the device's own choice came to.
-
-    Attributes:
-        token: the id of the largest logit (ties: the lower id).
-        logit: its logit.
-        log_sum: logarithm of the sum of all logits' exponentials.
-        ids: int32 [L, K], each layer's experts, ascending.
-        weights: float32 [L, K], in the order of `ids`.
-    """
-
-    token: int
-    logit: float
-    log_sum: float
-    ids: I32
-    weights: F32
-
-
 class GPUModel:
     """Hosts `options.layers` of a model; verbs queue work, those that return something wait.
 
@@ -67,7 +53,7 @@ class GPUModel:
     """
 
     def __init__(self, gpu: GPU, file: GGUFFile, spec: ModelSpec, options: HostOptions) -> None:
-        """Load dense weights and take all memory but the expert slots.
+        """Load dense weights, if they are wanted, and take all memory but the expert slots.
 
         Raises:
             DeviceError: the arena is too small, or a tensor's type has no kernel.
@@ -78,30 +64,35 @@ class GPUModel:
         self.slots = ExpertSlots(gpu, self._table, spec, options.layers)
         self.states = States(gpu, spec, options)
         weights = Weights(file)
-        layers = {layer: place_layer(gpu, weights, spec, layer) for layer in options.layers}
+        dense = options.layers if options.is_dense else ()
+        layers = {layer: place_layer(gpu, weights, spec, layer) for layer in dense}
+        step, self._work = Mirror(gpu, (1,), STEP), Work.take(gpu, spec, options)
+        self._handover: Handover | None = None
+        if options.part != "all":
+            self._handover = Handover(gpu, self._work, int8=options.int8)
         held = Held(
             layers,
             place_ends(gpu, weights, spec, embedding=options.embedding, head=options.head),
             self.states,
             self.slots,
             place_routers(gpu, weights, spec, layers) if options.ahead else {},
+            self._handover,
             options.arm,
         )
-        step, self._work = Mirror(gpu, (1,), STEP), Work.take(gpu, spec, options)
         desk = Desk(
             gpu, spec, options.int8, options.max_tokens, self._work, step.address,
             place_turns(gpu, spec),
         )  # fmt: skip
         self._mail = Mail.of(desk, step, options)
         self._routes = Routes(self._mail, self.slots, options.layers)
-        self._passes = _rehearsed(desk, self._mail, held, graphs=options.graphs)
+        self._passes = rehearsed(desk, self._mail, held, graphs=options.graphs)
         self._head: Head | None = self._passes.head
-        self._begun, self._scored, self._ended, self._spoken = (
-            Signal(gpu, options.wait_s) for _ in range(4)
-        )
-        self._foreseen = -1  # the layer whose router is to speak about the stream that goes into it
+        self._begun, self._ended = (Signal(gpu, options.wait_s) for _ in range(2))
+        self._speech = Speech(gpu, spec, options, self._mail, self._handover)
+        self._step_in = step.bring(gpu)  # a copy would stand behind those of experts
+        self._carriers: dict[tuple[int, int], Launch] = {}  # by where to and where from
         self._tokens = 1
-        self._has_logits = self._looks_ahead = self._gives_input = False
+        self._has_logits = False
 
     @property
     def runtime(self) -> Runtime:
@@ -121,30 +112,23 @@ class GPUModel:
         """Take a slot for every expert of the hosted layers."""
         self.add_slots(slot_counts(self.slots, self._table, self.options.layers))
 
-    def load_expert(self, layer: int, expert: int, slot: int, blocks: Sequence[U8]) -> None:
-        """Write an expert's gate, up and down blocks into a slot, and publish it; waits."""
-        self.slots.load(layer, expert, slot, blocks)
-        self.slots.publish(layer)
-
     def load_experts(self) -> None:
         """Read every expert of the hosted layers into a slot of its own."""
         load_all(self.slots, self._file, self._table, self.options.layers)
 
     def reset(self, state: int) -> None:
-        """Empty a state."""
-        self.states.reset(state)
+        """Empty a state; half a model without its dense part has none."""
+        if self.options.is_dense:
+            self.states.reset(state)
 
     def copy_state(self, to: int, origin: int, length: int) -> None:
         """Make a state what another one is after `length` tokens."""
         self.states.copy(to, origin, length)
 
-    def snapshot(self, state: int, length: int) -> StateSnapshot:
-        """Return a copy of a state after `length` tokens; waits for it."""
-        return self.states.snapshot(state, length)
-
-    def restore(self, state: int, snapshot: StateSnapshot) -> None:
-        """Return a state to a snapshot; waits for it."""
-        self.states.restore(state, snapshot)
+    def lend(self, places: Places) -> None:
+        """Hand layers over through these, once, before any pass: the other half is elsewhere."""
+        assert self._handover is not None
+        self._handover.lend(places)
 
     def begin(self, tokens: I32, position: int, state: int = 0) -> None:
         """Begin a pass of int32 [T] at a position of a state.
@@ -157,8 +141,10 @@ class GPUModel:
             self._check_token(int(tokens.min()))
             self._check_token(int(tokens.max()))
         self._write_step(count, int(tokens[0]) if count else 0, position, state)
-        self._mail.step.send()
-        if count > 1:
+        if count == 1:
+            self.gpu.launch(self._step_in)
+        else:
+            self._mail.step.send()
             self._mail.tokens.host[:count] = tokens
             self._mail.tokens.send(0, tokens.itemsize * count)
         self._begun.mark()
@@ -166,45 +152,44 @@ class GPUModel:
     def embed(self) -> None:
         """Take the tokens' embedding as the residual stream."""
         self._passes.embed(self._tokens).run()
-        self._foresee(0)
+        self._speech.end_stream(0, self._tokens)
 
     def put_hidden(self, address: int) -> None:
         """Take float32 [T, D] of registered host memory, at the device's address of it."""
-        if self._tokens == 1:
-            self.gpu.launch(self._passes.bringing(address))
-            return
-        self.runtime.copy(self._work.x, address, self._hidden_bytes, self.gpu.stream)
+        self._carry(self._work.x, address)
 
     def take_hidden(self, address: int) -> None:
-        """Write the residual stream to an address of registered host memory; waits for it."""
-        self.runtime.copy(address, self._work.x, self._hidden_bytes, self.gpu.stream)
+        """Write the residual stream to such an address; waits for it."""
+        self._carry(address, self._work.x)
         self._ended.mark()
         self._ended.wait("a residual stream")
 
+    def _carry(self, to: int, source: int) -> None:
+        """Queue a copy of the residual stream; a token's passes by the copies of experts."""
+        if self._tokens > 1:
+            self.runtime.copy(to, source, self._hidden_bytes, self.gpu.stream)
+            return
+        if (to, source) not in self._carriers:
+            self._carriers[to, source] = bring(self.gpu, to, source, self._hidden_bytes)
+        self.gpu.launch(self._carriers[to, source])
+
     def front(self, layer: int, *, gives_input: bool = False) -> None:
         """Run a layer up to the router's scores; a token's can leave `input`, then not `ahead`."""
-        looks_ahead = self.options.ahead and layer + 1 < self.spec.n_layers
-        self._looks_ahead, self._gives_input = looks_ahead and not gives_input, gives_input
         self._passes.front(layer, self._tokens, gives_input=gives_input).run()
-        if self._tokens > 1:
-            self._mail.scores.fetch(0, _F32_BYTES * self._tokens * self.spec.moe.n_experts)
-        self._scored.mark()
+        self._speech.end_front(
+            layer, self.slots.layout(layer), self._tokens, gives_input=gives_input
+        )
 
     def scores(self, layer: int) -> F32:
         """Return the scores float32 [T, E] of the layer whose front ran last; waits for them."""
-        self._scored.wait(f"the router's scores of layer {layer}")
-        scores: F32 = self._mail.scores.host[: self._tokens]
-        return scores
+        return self._speech.scores(layer, self._tokens)
 
     def ahead(self) -> F32 | None:
         """Return the next layer's scores float32 [1, E] by a token's stream, with `scores`.
 
         None where the options do not ask for them, after the last layer, and for prompts.
         """
-        if self._tokens > 1 or not self._looks_ahead:
-            return None
-        scores: F32 = self._mail.ahead.host
-        return scores
+        return self._speech.ahead()
 
     def input(self) -> F32:
         """Return what a token's experts see, float32 [1, D], with `scores` where asked for."""
@@ -216,20 +201,11 @@ class GPUModel:
 
         float32 [1, E], once for each layer, as soon as the device has it; None until then.
         """
-        if self._foreseen < 0 or not self._spoken.passed:
-            return None
-        layer, self._foreseen = self._foreseen, -1
-        return layer, self._mail.foreseen.host
-
-    def _foresee(self, layer: int) -> None:
-        """Note what the program that was queued last ends with."""
-        speaks = self.options.ahead and not self._gives_input and layer < self.spec.n_layers
-        if self._tokens == 1 and speaks:
-            self._spoken.mark()
-            self._foreseen = layer
+        return self._speech.foreseen()
 
     def gather(self, layer: int) -> None:
         """Begin the experts of a prompt's chunk by its own choice: sort the pairs by expert."""
+        self._take_prompt(layer)
         self._passes.gather(layer, self._tokens).run()
 
     def wave(self, layer: int, experts: I32, slots: I32) -> None:
@@ -237,12 +213,7 @@ class GPUModel:
 
         The next call waits for nothing: the work must have ended by then.
         """
-        table = self._mail.wave.host
-        table[:] = 0
-        size_class, offsets = self.slots.class_of(layer), self.slots.layout(layer).offsets
-        for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
-            base = self.slots.slot_address(size_class, slot)
-            table[:, expert] = [base + offset for offset in offsets]
+        self.slots.write_wave(self._mail.wave.host, layer, zip(experts, slots, strict=True))
         self._passes.wave(layer, self._tokens).run()
 
     def combine(self, layer: int) -> None:
@@ -257,13 +228,14 @@ class GPUModel:
         Raises:
             DeviceError: one of them is not resident.
         """
-        if self._tokens > 1:
-            self._routes.send_prompt(layer, ids, weights)
-        else:
-            self._routes.write_token(layer, ids[0], weights[0])
         is_part = ids.shape[1] < self.spec.moe.top_k
+        if self._tokens == 1:
+            self._routes.write_token(layer, ids[0], weights[0])
+        else:
+            self._take_prompt(layer)
+            self._routes.send_prompt(layer, ids, weights)
         self._passes.back(layer, self._tokens, is_part=is_part).run()
-        self._foresee(layer + 1)
+        self._speech.end_stream(layer + 1, self._tokens)
 
     def add(self, address: int) -> None:
         """Add float32 [D] of registered host memory to a token's residual stream."""
@@ -274,8 +246,44 @@ class GPUModel:
 
         All that it chooses must be resident, and published.
         """
+        self._take_prompt(layer)
         self._passes.own_back(layer, self._tokens).run()
-        self._foresee(layer + 1)
+        self._speech.end_stream(layer + 1, self._tokens)
+
+    def close_layer(self, layer: int) -> None:
+        """Close a layer whose routed experts another process has run, with their sums."""
+        if self._tokens > 1 and self._handover is not None:
+            self._handover.take_sums(self._tokens)
+        self._passes.close(layer, self._tokens).run()
+        self._speech.end_stream(layer + 1, self._tokens)
+
+    def _take_prompt(self, layer: int) -> None:
+        """Bring a prompt's input from another process; a token's comes with the layer's program."""
+        if self._tokens > 1 and self._handover is not None:
+            self._handover.take(self.slots.layout(layer), self._tokens)
+
+    def begin_and_front(self, tokens: I32, position: int, state: int) -> None:
+        """Run `begin` of one token, `embed` and the first layer's front as one."""
+        if self.options.ahead:
+            self.begin(tokens, position, state)
+            self.embed()
+            self.front(0)
+            return
+        self._write_step(1, int(tokens[0]), position, state)
+        self._passes.begin_and_front().run()
+        self._begun.mark()
+        self._speech.end_front(0, self.slots.layout(0), 1)
+
+    def back_and_front(self, layer: int, routes: tuple[I32, F32] | None) -> None:
+        """Run `back` of a token, `own_back` without routes, and the next layer's front as one."""
+        if self.options.ahead:  # what the back foresees is to be heard before the front ends
+            self.own_back(layer) if routes is None else self.back(layer, *routes)
+            self.front(layer + 1)
+            return
+        if routes is not None:
+            self._routes.write_token(layer, routes[0][0], routes[1][0])
+        self._passes.back_and_front(layer, choose=routes is None).run()
+        self._speech.end_front(layer + 1, self.slots.layout(layer + 1), 1)
 
     def decode(self, token: int, position: int, state: int = 0) -> None:
         """Run one token through all layers and the head, by the device's own choice."""
@@ -316,12 +324,10 @@ class GPUModel:
         Raises:
             DeviceError: the pass has no such row, too many are asked for, or no head is here.
         """
-        if self._head is None:
-            raise DeviceError("this device hosts no head; ask the one with the last layer")
-        self._check_rows(rows)
+        head = self._head_of(rows)
         if not self._has_logits or len(rows) > 1:
-            self._head.run([int(row) for row in rows])
-        logits = self._head.fetch(len(rows))
+            head.run([int(row) for row in rows])
+        logits = head.fetch(len(rows))
         self._ended.mark()
         self._ended.wait("logits")
         return logits
@@ -334,23 +340,23 @@ class GPUModel:
         Raises:
             DeviceError: the pass has no such row, or the device no head.
         """
-        if self._head is None:
-            raise DeviceError("this device hosts no head; ask the one with the last layer")
-        if row is not None:
-            self._check_rows([row])
-            if not self._has_logits:
-                self._head.run([row])
+        head = self._head_of([] if row is None else [row])
+        if row is not None and not self._has_logits:
+            head.run([row])
         self._ended.mark()
         self._ended.wait("the largest logit")
-        return self._head.largest()
+        return head.largest()
 
-    def _check_rows(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> None:
+    def _head_of(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> Head:
+        if self._head is None:
+            raise DeviceError("this device hosts no head; ask the one with the last layer")
         if any(not 0 <= row < self._tokens for row in rows):
             raise DeviceError(f"logits of rows {list(rows)}: the pass has {self._tokens}")
+        return self._head
 
     def launches(self) -> dict[int, int]:
         """Return the kernels of a decode step by the device's own choice, by layer."""
-        return {layer: self._passes.n_launches(layer) for layer in self.options.layers}
+        return self._passes.launches()
 
     def time_launches(self, token: int, position: int, state: int = 0) -> list[tuple[str, float]]:
         """Return name and microseconds on the device of each step of a decode step, in order."""
@@ -387,13 +393,5 @@ class GPUModel:
         self._check_token(token)
         self._begun.wait("the pass before")
         self._tokens, self._has_logits = count, False
-        self._mail.step.host[0] = (token, position, count, 0, self.states.base(state))
-
-
-def _rehearsed(desk: Desk, mail: Mail, held: Held, *, graphs: bool) -> Passes:
-    """Return all passes, built twice: the first time shows what to compile side by side."""
-    head = HeadMail.of(desk) if held.ends.head is not None else None
-    rehearsal = Rehearsal(desk.gpu)
-    build(replace(desk, gpu=rehearsal), mail, held, head, graphs=False)
-    desk.gpu.prepare(rehearsal.jobs)
-    return build(desk, mail, held, head, graphs=graphs)
+        base = self.states.base(state) if options.is_dense else 0
+        self._mail.step.host[0] = (token, position, count, 0, base)

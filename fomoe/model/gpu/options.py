@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from fomoe.errors import ConfigError
 from fomoe.model.spec import ModelSpec
 
 KV_DTYPES = ("f16", "f32")
+HostPart = Literal["all", "dense", "experts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +18,8 @@ class HostOptions:
 
     Attributes:
         layers: numbers of the hosted layers, ascending.
+        part: what is hosted of them: "all"; or "dense", all but the routed experts; or "experts",
+            which has neither states nor ends.
         ctx_size: positions of a sequence's keys and values.
         kv_dtype: "f16" or "f32".
         int8: quantise activations to int8 per 32 values, and let prompts' attention round queries
@@ -31,6 +35,7 @@ class HostOptions:
     """
 
     layers: tuple[int, ...]
+    part: HostPart = "all"
     ctx_size: int
     kv_dtype: str = "f16"
     int8: bool = True
@@ -43,6 +48,16 @@ class HostOptions:
     graphs: bool = True
     wait_s: float = 30.0
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether a layer's mixer, router and shared expert are here."""
+        return self.part != "experts"
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a layer's routed experts are here."""
+        return self.part != "dense"
+
     def check(self, spec: ModelSpec) -> None:
         """Raise ConfigError where the model has no such part."""
         outside = [layer for layer in self.layers if not 0 <= layer < spec.n_layers]
@@ -54,6 +69,10 @@ class HostOptions:
         if self.kv_dtype not in KV_DTYPES:
             raise ConfigError(
                 f"keys and values as {self.kv_dtype!r}: a GPU keeps them as {', '.join(KV_DTYPES)}"
+            )
+        if self.part not in get_args(HostPart):
+            raise ConfigError(
+                f"part {self.part!r} of layers: one of {', '.join(get_args(HostPart))}"
             )
         for name in ("ctx_size", "max_tokens", "n_states"):
             if getattr(self, name) < 1:

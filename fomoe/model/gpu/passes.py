@@ -3,83 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-
-import numpy as np
 
 from fomoe.errors import DeviceError
-from fomoe.kernels.gpu.bring import add, bring
+from fomoe.kernels.gpu.bring import add
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.prompt import Chunk
 from fomoe.kernels.gpu.prompt_experts import Experts, pair_buffers
-from fomoe.kernels.gpu.step import picks
-from fomoe.model.gpu.decode import Desk, decode_back, decode_front, look_ahead
-from fomoe.model.gpu.head import Head, HeadMail, embed_steps
-from fomoe.model.gpu.options import HostOptions
+from fomoe.model.gpu.decode import Desk, decode_back, decode_close, decode_front, look_ahead
+from fomoe.model.gpu.head import Head, embed_steps
+from fomoe.model.gpu.held import Held
+from fomoe.model.gpu.mail import Mail
 from fomoe.model.gpu.program import Program, Step
 from fomoe.model.gpu.prompt import (
     Bucket,
     prompt_back,
     prompt_choose,
+    prompt_close,
     prompt_combine,
     prompt_front,
     prompt_gather,
     prompt_wave,
 )
-from fomoe.model.gpu.slots import ExpertSlots
-from fomoe.model.gpu.states import States
 from fomoe.model.gpu.transfer import Mirror
-from fomoe.model.gpu.weights import EndMatrices, LayerMatrices, RouterMatrices
 
 _LEAST_BUCKET = 32
 _BUCKET_STEP = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Mail:
-    """What passes bring from the host and back.
-
-    Attributes:
-        step: the step block, STEP [1].
-        tokens: int32 [T].
-        scores: float32 [T, E].
-        picks: `step.picks` [L], of one token.
-        ids: int32 [L, T, K], of a prompt.
-        weights: float32 [T, K], of a prompt's layer.
-        wave: uint64 [3, E], where the experts of a prompt's wave lie; zeros for all others.
-        ahead: float32 [1, E], scores of the next layer's router.
-        foreseen: the same, by the residual stream that goes into that layer.
-        input: float32 [1, D], what a token's experts see.
-    """
-
-    step: Mirror
-    tokens: Mirror
-    scores: Mirror
-    picks: Mirror
-    ids: Mirror
-    weights: Mirror
-    wave: Mirror
-    ahead: Mirror
-    input: Mirror
-    foreseen: Mirror
-
-    @classmethod
-    def of(cls, desk: Desk, step: Mirror, options: HostOptions) -> Mail:
-        """Take the memory on both sides."""
-        gpu, moe, tokens = desk.gpu, desk.spec.moe, options.max_tokens
-        n_layers, prompt = len(options.layers), tokens if tokens > 1 else 0
-        return cls(
-            step=step,
-            tokens=Mirror(gpu, (tokens,), np.int32),
-            scores=Mirror(gpu, (tokens, moe.n_experts), np.float32, desk.work.moe.scores),
-            picks=Mirror(gpu, (n_layers,), picks(moe.top_k)),
-            ids=Mirror(gpu, (n_layers, max(1, prompt), moe.top_k), np.int32),
-            weights=Mirror(gpu, (max(1, prompt), moe.top_k), np.float32, desk.work.weights),
-            wave=Mirror(gpu, (3, moe.n_experts), np.uint64),
-            ahead=Mirror(gpu, (1, moe.n_experts), np.float32),
-            input=Mirror(gpu, (1, desk.spec.hidden), np.float32, desk.work.moe.h.x),
-            foreseen=Mirror(gpu, (1, moe.n_experts), np.float32),
-        )
 
 
 def bucket_sizes(max_tokens: int) -> list[int]:
@@ -93,32 +41,6 @@ def bucket_sizes(max_tokens: int) -> list[int]:
     return found[::-1]
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What a device holds, as the builders of passes want it; `ahead` are next layers' routers.
-
-    Those are by the layer before; the first layer's own, where it is here, stands at -1. `arm` says
-    that the host may compute some of a token's experts.
-    """
-
-    layers: dict[int, LayerMatrices]
-    ends: EndMatrices
-    states: States
-    slots: ExpertSlots
-    ahead: dict[int, RouterMatrices]
-    arm: bool = False
-
-
-def build(
-    desk: Desk, mail: Mail, held: Held, head_mail: HeadMail | None, *, graphs: bool
-) -> Passes:
-    """Return the passes of a device with every program made."""
-    head = None if head_mail is None else Head(desk, held.ends, head_mail)
-    passes = Passes(desk, mail, held, head, graphs=graphs)
-    passes.make_all()
-    return passes
-
-
 class Passes:
     """Programs by layer and number of tokens; made when they are first asked for."""
 
@@ -130,18 +52,18 @@ class Passes:
         self._mail = mail
         self._held = held
         self._graphs = graphs
+        self._layers = held.slots.layers
         self._one, self._many = embed_steps(desk, held.ends, mail.tokens.address)
         self._buckets = [self._bucket(tokens) for tokens in bucket_sizes(desk.tokens)]
         self._fronts: dict[tuple[int, int], list[Step]] = {}
         self._programs: dict[tuple[str, int, int], Program] = {}
-        self._bringing: dict[int, Launch] = {}  # one for each device that hands over
         self._adding: dict[int, Launch] = {}
 
     def _bucket(self, tokens: int) -> Bucket:
         desk, moe = self._desk, self._desk.spec.moe
         chunk = Chunk(desk.step, tokens, desk.int8)
         pairs = {}
-        for layer in self._held.layers:
+        for layer in self._layers if self._held.has_experts else ():
             layout = self._held.slots.layout(layer)
             if layout.types not in pairs:
                 experts = Experts(layout, moe.n_experts, moe.top_k)
@@ -153,27 +75,48 @@ class Passes:
         for size in [1, *(bucket.tokens for bucket in self._buckets)]:
             if self._one:
                 self.embed(size)
-            for layer in self._held.layers:
-                self.front(layer, size)
-                self.back(layer, size)
-                self.own_back(layer, size)
-                if size > 1:
-                    self.gather(layer, size)
-                    self.wave(layer, size)
-                    self.combine(layer, size)
+            for layer in self._layers:
+                self._make(layer, size)
             if self._is_whole:
                 self.whole(size)
+        if self._one and self._held.has_experts and not self._held.ahead:
+            self.begin_and_front()
         if self._held.arm:
             self.adding(0)
-            for layer in self._held.layers:
-                self.front(layer, 1, gives_input=True)
-                self.back(layer, 1, is_part=True)
+
+    def _make(self, layer: int, size: int) -> None:
+        held = self._held
+        if held.layers:
+            self.front(layer, size)
+        if not held.has_experts:
+            self.close(layer, size)
+            return
+        self.back(layer, size)
+        self.own_back(layer, size)
+        if size == 1 and held.arm:
+            self.front(layer, 1, gives_input=True)
+            self.back(layer, 1, is_part=True)
+        if size == 1 and layer + 1 in held.layers and not held.ahead:
+            self.back_and_front(layer, choose=False)
+            self.back_and_front(layer, choose=True)
+        if size > 1:
+            self.gather(layer, size)
+            self.wave(layer, size)
+            self.combine(layer, size)
 
     @property
     def _is_whole(self) -> bool:
         """Whether a pass begins and ends on this device."""
-        whole = len(self._held.layers) == self._desk.spec.n_layers
-        return whole and self.head is not None and bool(self._one)
+        held = self._held
+        whole = len(held.layers) == self._desk.spec.n_layers
+        return whole and held.has_experts and self.head is not None and bool(self._one)
+
+    def launches(self) -> dict[int, int]:
+        """Return the kernels of a decode step by the device's own choice, by layer."""
+        return {
+            layer: self.front(layer, 1).n_launches + self.own_back(layer, 1).n_launches
+            for layer in self._layers
+        }
 
     def embed(self, tokens: int) -> Program:
         """The embedding of a pass's tokens; DeviceError where another device has it."""
@@ -186,19 +129,23 @@ class Passes:
     def front(self, layer: int, tokens: int, *, gives_input: bool = False) -> Program:
         """A layer up to its router's scores; one token's are copied to the host, too.
 
-        So is its experts' input, if asked for, in place of the next layer's scores.
+        So is its experts' input, if asked for, in place of the next layer's scores; and where
+        another process has the experts.
         """
         size = self._size(tokens)
 
         def steps() -> list[Step]:
-            n_scores = 4 * self._desk.spec.moe.n_experts
-            fetch = Step("copy", lambda: self._mail.scores.fetch(0, n_scores))
-            front = self._front(layer, size)
+            front, handover = self._front(layer, size), self._held.handover
             if size > 1:
                 return front
+            if handover is None:
+                n_scores = 4 * self._desk.spec.moe.n_experts
+                out = Step("copy", self._mail.scores.giving(self._desk.gpu, n_scores))
+            else:
+                out = handover.given(self._held.slots.layout(layer))
             if gives_input:
-                return [*front, fetch, Step("copy", self._mail.input.fetch)]
-            return [*front, fetch, *self._spoken(layer, self._mail.ahead)]
+                return [*front, out, Step("copy", self._mail.input.giving(self._desk.gpu))]
+            return [*front, out, *self._spoken(layer, self._mail.ahead)]
 
         return self._program("front with input" if gives_input else "front", layer, size, steps)
 
@@ -208,15 +155,11 @@ class Passes:
         if router is None:
             return []
         return [Step("ahead", look_ahead(self._desk, router, mail.address)),
-                Step("copy", mail.fetch)]  # fmt: skip
+                Step("copy", mail.giving(self._desk.gpu))]  # fmt: skip
 
     def _foresee(self, layer: int) -> list[Step]:
         """The same of a stream that goes into the next layer."""
         return self._spoken(layer, self._mail.foreseen)
-
-    def n_launches(self, layer: int) -> int:
-        """Return the kernels of a token's layer by its own choice."""
-        return self.front(layer, 1).n_launches + self.own_back(layer, 1).n_launches
 
     def gather(self, layer: int, tokens: int) -> Program:
         """A prompt's layer from its scores up to its pairs sorted by expert, by its own choice."""
@@ -226,7 +169,8 @@ class Passes:
             bucket, held, ids = self._buckets_of(size), self._held, self._ids(layer)
             layout = held.slots.layout(layer)
             choose = prompt_choose(self._desk, bucket, ids)
-            return [choose, *prompt_gather(self._desk, bucket, held.layers[layer], layout, ids)]
+            weights = held.layers.get(layer)
+            return [choose, *prompt_gather(self._desk, bucket, weights, layout, ids)]
 
         return self._program("gather", layer, size, steps)
 
@@ -247,10 +191,28 @@ class Passes:
         size = self._size(tokens)
 
         def steps() -> list[Step]:
-            layout = self._held.slots.layout(layer)
-            return [prompt_combine(self._desk, self._buckets_of(size), layout)]
+            held, bucket = self._held, self._buckets_of(size)
+            has_shared = layer in held.layers
+            layout = held.slots.layout(layer)
+            return [prompt_combine(self._desk, bucket, layout, has_shared=has_shared)]
 
         return self._program("combine", layer, size, steps)
+
+    def close(self, layer: int, tokens: int) -> Program:
+        """The end of a layer whose routed experts another process has run."""
+        size = self._size(tokens)
+
+        def steps() -> list[Step]:
+            held = self._held
+            weights, handover = held.layers[layer], held.handover
+            if size > 1:
+                return prompt_close(self._desk, self._buckets_of(size), weights)
+            assert handover is not None
+            layout = held.slots.layout(layer)
+            close = decode_close(self._desk, weights, layout)
+            return [handover.sums_step(), close, *self._foresee(layer)]
+
+        return self._program("close", layer, size, steps)
 
     def back(self, layer: int, tokens: int, *, is_part: bool = False) -> Program:
         """A layer from routes that the host has written into the mail to its end.
@@ -268,15 +230,8 @@ class Passes:
 
         return self._program("part back" if is_part else "back", layer, size, steps)
 
-    def bringing(self, address: int) -> Launch:
-        """What takes float32 [D] of pinned memory, as the device sees it, as a token's stream."""
-        if address not in self._bringing:
-            desk = self._desk
-            self._bringing[address] = bring(desk.gpu, desk.work.x, address, 4 * desk.spec.hidden)
-        return self._bringing[address]
-
     def adding(self, address: int) -> Launch:
-        """What adds such to a token's stream."""
+        """What adds float32 [D] of pinned memory, as the device sees it, to a token's stream."""
         if address not in self._adding:
             desk = self._desk
             self._adding[address] = add(desk.gpu, desk.work.x, address, desk.spec.hidden)
@@ -293,6 +248,24 @@ class Passes:
             return [choose, *self._prompt_back(layer, size)]
 
         return self._program("own back", layer, size, steps)
+
+    def begin_and_front(self) -> Program:
+        """A token's step block, its embedding and the first layer's front."""
+
+        def steps() -> list[Step]:
+            step = Step("copy", self._mail.step.bring(self._desk.gpu))
+            return [step, *self.embed(1).steps, *self.front(0, 1).steps]
+
+        return self._program("begin and front", 0, 1, steps)
+
+    def back_and_front(self, layer: int, *, choose: bool) -> Program:
+        """A token's `back`, or `own_back`, and the front of the next layer: one graph to launch."""
+
+        def steps() -> list[Step]:
+            back = self.own_back(layer, 1) if choose else self.back(layer, 1)
+            return [*back.steps, *self.front(layer + 1, 1).steps]
+
+        return self._program(f"back and front {choose}", layer, 1, steps)
 
     def whole(self, tokens: int) -> Program:
         """All layers by the device's own choice; one token's program begins with the step block.
@@ -342,24 +315,26 @@ class Passes:
     def _decode_back(self, layer: int, *, choose: bool, partial: bool = False) -> list[Step]:
         picked = self._mail.picks
         address = picked.address + self._row(layer) * picked.host.itemsize
-        held = self._held
-        return decode_back(
-            self._desk, held.layers[layer], held.slots, layer, address, choose=choose,
-            partial=partial,
-        )  # fmt: skip
+        held, layout = self._held, self._held.slots.layout(layer)
+        own = held.layers.get(layer)
+        back = decode_back(
+            self._desk, own, held.slots, layer, address, choose=choose, partial=partial
+        )
+        if held.handover is None:
+            return back
+        return [held.handover.taken(layout), *back]
 
     def _prompt_back(self, layer: int, size: int) -> list[Step]:
         held, bucket = self._held, self._buckets_of(size)
-        return prompt_back(
-            self._desk, bucket, held.layers[layer], held.slots, layer, self._ids(layer)
-        )
+        weights = held.layers.get(layer)
+        return prompt_back(self._desk, bucket, weights, held.slots, layer, self._ids(layer))
 
     def _ids(self, layer: int) -> int:
         ids = self._mail.ids
         return ids.address + self._row(layer) * int(ids.host[0].nbytes)
 
     def _row(self, layer: int) -> int:
-        return list(self._held.layers).index(layer)
+        return self._layers.index(layer)
 
     def _size(self, tokens: int) -> int:
         """Return 1, or the size of the smallest bucket that holds so many tokens."""

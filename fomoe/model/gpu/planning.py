@@ -26,13 +26,13 @@ _SMALL_BYTES = 256 << 10  # step blocks, counters, what kernels leave for their 
 def planned_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
     """Return what weights, states and work take of an arena, rounded up; no expert slots."""
     options.check(spec)
-    states = options.n_states * aligned(state_layout(spec, options).nbytes)
-    parts = (
-        _dense_bytes(file, spec, options), states, work_bytes(spec, options),
-        _mail_bytes(spec, options), _mixer_bytes(spec, options),
-        _pair_bytes(file, spec, options), _SMALL_BYTES,
-    )  # fmt: skip
-    return sum(parts)
+    total = work_bytes(spec, options) + _mail_bytes(spec, options) + _SMALL_BYTES
+    if options.is_dense:
+        total += options.n_states * aligned(state_layout(spec, options).nbytes)
+        total += _dense_bytes(file, spec, options) + _mixer_bytes(spec, options)
+    if options.has_experts:
+        total += _pair_bytes(file, spec, options)
+    return total
 
 
 def resident_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
@@ -76,7 +76,7 @@ def _dense_bytes(file: GGUFFile, spec: ModelSpec, options: HostOptions) -> int:
 
 def _mail_bytes(spec: ModelSpec, options: HostOptions) -> int:
     moe, n_layers = spec.moe, len(options.layers)
-    ids = 4 * n_layers * options.max_tokens * moe.top_k
+    ids = 4 * n_layers * moe.top_k * (options.max_tokens if options.has_experts else 1)
     table = 3 * 8 * (n_layers + 1) * moe.n_experts + ALIGN + 4 * moe.n_experts
     small = 4 * options.max_tokens, n_layers * picks(moe.top_k).itemsize, 4 * moe.n_experts
     return sum(map(aligned, (ids, table, *small)))

@@ -12,7 +12,7 @@ from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.runtime import Graph
 
-_AHEAD = 8  # runs that keep a device busy while the host queues the launches that are timed
+_AHEAD = 8  # runs that keep a device busy while the host queues launches to be timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,13 @@ class Program:
 
 
 def time_steps(gpu: GPU, program: Program) -> list[tuple[str, float]]:
-    """Return name and microseconds on the device of each step, one after the other."""
-    runtime, stream = gpu.runtime, gpu.stream
-    events = [runtime.event(timing=True) for _ in range(len(program.steps) + 1)]
+    """Return name and microseconds on the device of each step of a program, one after the other.
+
+    Whole runs come first and keep the device busy while the host queues the steps: without them the
+    time of a short launch would be the host's.
+    """
+    runtime, stream, steps = gpu.runtime, gpu.stream, program.steps
+    events = [runtime.event(timing=True) for _ in range(len(steps) + 1)]
     for _ in range(_AHEAD):
         program.run()
     runtime.record(events[0], stream)
@@ -79,7 +83,7 @@ def time_steps(gpu: GPU, program: Program) -> list[tuple[str, float]]:
         runtime.record(event, stream)
     runtime.synchronize(stream)
     times = [1e3 * runtime.elapsed_ms(first, second) for first, second in pairwise(events)]
-    return [(step.name, time) for step, time in zip(program.steps, times, strict=True)]
+    return [(step.name, time) for step, time in zip(steps, times, strict=True)]
 
 
 def time_program(gpu: GPU, program: Program, count: int) -> float:

@@ -86,31 +86,43 @@ def prompt_choose(desk: Desk, bucket: Bucket, ids: int) -> Step:
 
 
 def prompt_back(
-    desk: Desk, bucket: Bucket, weights: LayerMatrices, slots: ExpertSlots, layer: int, ids: int
-) -> list[Step]:
-    """Return the launches from ids int32 [T, K], ascending, and weights to the residual stream."""
-    table = slots.row_address(layer)
+    desk: Desk, bucket: Bucket, weights: LayerMatrices | None, slots: ExpertSlots, layer: int,
+    ids: int,
+) -> list[Step]:  # fmt: skip
+    """Return the launches from ids int32 [T, K], ascending, and weights to the residual stream.
+
+    Without `weights`, here and below, it becomes the sums of the routed experts alone, for
+    `prompt_close`.
+    """
+    table, layout = slots.row_address(layer), slots.layout(layer)
     return [
-        *prompt_gather(desk, bucket, weights, slots.layout(layer), ids),
-        *prompt_wave(desk, bucket, slots.layout(layer), table),
-        prompt_combine(desk, bucket, slots.layout(layer)),
+        *prompt_gather(desk, bucket, weights, layout, ids),
+        *prompt_wave(desk, bucket, layout, table),
+        prompt_combine(desk, bucket, layout, has_shared=weights is not None),
     ]
 
 
 def prompt_gather(
-    desk: Desk, bucket: Bucket, weights: LayerMatrices, layout: ExpertLayout, ids: int
+    desk: Desk, bucket: Bucket, weights: LayerMatrices | None, layout: ExpertLayout, ids: int
 ) -> list[Step]:
     """Return the launches of the shared expert, and those that sort the pairs by expert."""
+    experts, pairs = _experts(desk, layout), bucket.pairs[layout.types]
+    group = prompt_experts.group_pairs(desk.gpu, bucket.chunk, experts, ids, pairs)
+    return [
+        *([] if weights is None else _shared(desk, bucket, weights)), *_named("group", group)
+    ]  # fmt: skip
+
+
+def _shared(desk: Desk, bucket: Bucket, weights: LayerMatrices) -> list[Step]:
+    """Return the launches of the shared expert, without its weight."""
     gpu, work, chunk, dense = desk.gpu, desk.work, bucket.chunk, weights.moe
     shared_types = dense.gate.type, dense.up.type, dense.down.type
     shared_in = _of_types(chunk, work.shared_hidden, shared_types)
     alike = replace(chunk, int8=chunk.is_int8(*shared_types))
-    experts, pairs = _experts(desk, layout), bucket.pairs[layout.types]
     return [
         Step("shared in", prompt.swiglu(gpu, alike, work.moe.h, dense.gate, dense.up, shared_in)),
         Step("shared out", prompt.matmul(gpu, alike, shared_in, dense.down, work.shared_out)),
         Step("shared scale", _scale(desk, chunk, weights)),
-        *_named("group", prompt_experts.group_pairs(gpu, chunk, experts, ids, pairs)),
     ]
 
 
@@ -126,9 +138,19 @@ def prompt_wave(desk: Desk, bucket: Bucket, layout: ExpertLayout, table: int) ->
     return [Step("experts in", into), Step("experts out", out)]
 
 
-def prompt_combine(desk: Desk, bucket: Bucket, layout: ExpertLayout) -> Step:
-    """Return the launch that adds all pairs, ascending, and the shared expert to the stream."""
+def prompt_close(desk: Desk, bucket: Bucket, weights: LayerMatrices) -> list[Step]:
+    """Return the launches of the shared expert, with the routed sums of another process."""
     work, shared = desk.work, Shared(desk.work.shared_out, desk.work.moe.scale)
+    add = prompt_experts.add_shared(
+        desk.gpu, bucket.chunk, desk.spec.hidden, work.sums, shared, work.x
+    )
+    return [*_shared(desk, bucket, weights), Step("add", add)]
+
+
+def prompt_combine(desk: Desk, bucket: Bucket, layout: ExpertLayout, *, has_shared: bool) -> Step:
+    """Return the launch that adds all pairs, ascending, and the shared expert to the stream."""
+    work = desk.work
+    shared = Shared(work.shared_out, work.moe.scale) if has_shared else None
     return Step("combine", prompt_experts.combine(
         desk.gpu, bucket.chunk, _experts(desk, layout), bucket.pairs[layout.types],
         (work.weights, work.pair_out), shared, work.x,

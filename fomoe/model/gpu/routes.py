@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fomoe.errors import DeviceError
 from fomoe.model.buffers import F32
-from fomoe.model.gpu.passes import Mail
+from fomoe.model.gpu.mail import Mail
 from fomoe.model.gpu.slots import ExpertSlots
 
 I32 = npt.NDArray[np.int32]
@@ -30,13 +30,13 @@ class Routes:
         self._mail = mail
         self._row = {layer: row for row, layer in enumerate(layers)}
         self._tables = list(slots.host_table)
-        self._addresses = list(mail.picks.host["address"])
+        self._tokens = list(zip(mail.picks.host["address"], self.ids, self.weights, strict=True))
         self._row_bytes = int(mail.ids.host[0].nbytes)
 
     def write_token(self, layer: int, ids: I32, weights: F32) -> None:
-        """Write a token's int32 [K] and float32 [K], with where the experts lie.
+        """Write a token's int32 [K], ascending, and float32 [K], with where the experts lie.
 
-        There may be fewer of them, ascending: those that are this device's.
+        There may be fewer of them: those that are this device's.
 
         Raises:
             DeviceError: one of them is not resident.
@@ -45,20 +45,19 @@ class Routes:
         if len(ids) < self.ids.shape[1]:
             self._write_part(layer, row, ids, weights)
             return
-        if (ids[1:] < ids[:-1]).any():
-            order = np.argsort(ids)
-            ids, weights = ids[order], weights[order]
-        found = np.take(self._tables[row], ids, axis=1, out=self._addresses[row])
-        if not found.all():
+        found = self._tables[row].take(ids, 1)
+        if np.count_nonzero(found) < found.size:
             _refuse(layer, ids[found[0] == 0])
-        self.ids[row], self.weights[row] = ids, weights
+        addresses, own_ids, own_weights = self._tokens[row]
+        addresses[:], own_ids[:], own_weights[:] = found, ids, weights
 
     def _write_part(self, layer: int, row: int, ids: I32, weights: F32) -> None:
-        found, addresses, count = self._tables[row][:, ids], self._addresses[row], len(ids)
-        if not found.all():
+        found, count = self._tables[row].take(ids, 1), len(ids)
+        if np.count_nonzero(found) < found.size:
             _refuse(layer, ids[found[0] == 0])
+        addresses, own_ids, own_weights = self._tokens[row]
         addresses[:, :count], addresses[:, count:] = found, 0
-        self.ids[row, :count], self.weights[row, :count] = ids, weights
+        own_ids[:count], own_weights[:count] = ids, weights
 
     def send_prompt(self, layer: int, ids: I32, weights: F32) -> None:
         """Queue the copy of int32 and float32 [T, K].

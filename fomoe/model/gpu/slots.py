@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,9 @@ class ExpertSlots:
         self._counts: list[int] = []
         self._layer_bytes = _PARTS * spec.moe.n_experts * _ADDRESS_BYTES
         self._table = Mirror(gpu, (len(layers), _PARTS, spec.moe.n_experts), np.uint64)
+        self._words: memoryview = self._table.host.reshape(-1).data  # an array's stores take longer
+        self._n_experts = spec.moe.n_experts
+        self._offsets = {layer: layout.offsets for layer, layout in self._layouts.items()}
         self._table.send()
         self._bring = {
             layer: self._table.bring(gpu, row * self._layer_bytes, self._layer_bytes)
@@ -74,6 +77,11 @@ class ExpertSlots:
             for count, stride in zip(counts, self._stride, strict=True)
         ]
         self._counts = list(counts)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers, in the table's order."""
+        return tuple(self._row)
 
     @property
     def host_table(self) -> U64:
@@ -99,17 +107,25 @@ class ExpertSlots:
             raise DeviceError(f"slot {slot} of class {size_class}: there are {count}")
         return self._bases[size_class] + slot * self._stride[size_class]
 
+    def write_wave(self, table: U64, layer: int, places: Iterable[tuple[int, int]]) -> None:
+        """Write uint64 [3, E] with these (expert, slot) of the layer, and zeros for all others."""
+        table[:] = 0
+        for expert, slot in places:
+            base = self.slot_address(self._class[layer], int(slot))
+            table[:, expert] = [base + offset for offset in self._layouts[layer].offsets]
+
     def set(self, layer: int, expert: int, slot: int | None) -> None:
         """Note that the expert lies in a slot of its layer's class, or (None) nowhere.
 
         The device learns of it by `publish`.
         """
-        entry = self._table.host[self._row[layer], :, expert]
+        words, n = self._words, self._n_experts
+        at = _PARTS * n * self._row[layer] + expert
         if slot is None:
-            entry[:] = 0
-        else:
-            base = self.slot_address(self._class[layer], slot)
-            entry[:] = [base + offset for offset in self._layouts[layer].offsets]
+            words[at] = words[at + n] = words[at + 2 * n] = 0
+            return
+        base, (gate, up, down) = self.slot_address(self._class[layer], slot), self._offsets[layer]
+        words[at], words[at + n], words[at + 2 * n] = base + gate, base + up, base + down
 
     def publish(self, layer: int | None = None) -> None:
         """Queue a copy of a layer's part (None: of the whole table) to the device."""

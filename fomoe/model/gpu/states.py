@@ -37,8 +37,9 @@ class States:
         self._places = dict(zip(options.layers, self._layout.layers, strict=True))
         self._attention = spec.attention
         self._ctx = options.ctx_size
-        self._bases = [gpu.arena.take(self._layout.nbytes) for _ in range(options.n_states)]
-        for state in range(options.n_states):
+        count = options.n_states if options.is_dense else 0
+        self._bases = [gpu.arena.take(self._layout.nbytes) for _ in range(count)]
+        for state in range(count):
             self.reset(state)
 
     def base(self, state: int) -> int:

@@ -21,6 +21,10 @@ _BLOCK = 32
 
 Sizes = dict[str, int]
 
+# What only one half of a layer works with.
+_OF_EXPERTS = ("inner", "pair_", "weights")
+_OF_DENSE = ("inputs", "mixed", "gate", "up", "scale", "scratch", "shared_", "head_", "logits")
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -36,6 +40,7 @@ class Work:
         shared_hidden, shared_out: the shared expert over a prompt.
         pair_hidden, pair_out: rows of (token, expert) pairs, T * K of them.
         weights: float32 [T, K].
+        sums: of routed experts that another process computes, float32 [T, D].
         head_x: float32 [HEAD_ROWS, D], rows that the head is asked for; `head_h` normed.
         logits: float32 [HEAD_ROWS, V]; 0 as `head_x` without a head.
     """
@@ -50,6 +55,7 @@ class Work:
     pair_hidden: Rows
     pair_out: int
     weights: int
+    sums: int
     head_x: int
     head_h: Rows
     logits: int
@@ -72,6 +78,7 @@ class Work:
             pair_hidden=_rows(at, "pair_hidden"),
             pair_out=at["pair_out"],
             weights=at["weights"],
+            sums=at["sums"],
             head_x=at["head_x"],
             head_h=_rows(at, "head_h"),
             logits=at["logits"],
@@ -84,7 +91,7 @@ def work_bytes(spec: ModelSpec, options: HostOptions) -> int:
 
 
 def sizes(spec: ModelSpec, options: HostOptions) -> Sizes:
-    """Return the bytes of each part by name; those of prompts have none for passes of one token."""
+    """Return the bytes of each part by name; 0 for what prompts alone want, or the other half."""
     tokens, moe = options.max_tokens, spec.moe
     width = max(spec.delta.inner, spec.attention.n_heads * spec.attention.head_dim)
     inputs = max(_end(delta_parts(spec), tokens), _end(attention_parts(spec), tokens))
@@ -93,7 +100,7 @@ def sizes(spec: ModelSpec, options: HostOptions) -> Sizes:
     scratch = max(
         delta_scratch_bytes(spec.delta, prompt), attend_scratch_bytes(spec.attention, prompt)
     )
-    return {
+    found = {
         "x": _F32 * tokens * spec.hidden,
         "inputs": inputs,
         "scores": _F32 * tokens * moe.n_experts,
@@ -105,6 +112,7 @@ def sizes(spec: ModelSpec, options: HostOptions) -> Sizes:
         "shared_out": _F32 * prompt * spec.hidden,
         "pair_out": _F32 * prompt * moe.top_k * spec.hidden,
         "weights": _F32 * prompt * moe.top_k,
+        "sums": _F32 * tokens * spec.hidden if options.part == "dense" else 0,
         "head_x": _F32 * head * spec.hidden,
         "logits": _F32 * head * spec.vocab,
         **_row_sizes("h", tokens, spec.hidden),
@@ -113,6 +121,8 @@ def sizes(spec: ModelSpec, options: HostOptions) -> Sizes:
         **_row_sizes("pair_hidden", prompt * moe.top_k, moe.expert_width),
         **_row_sizes("head_h", head, spec.hidden),
     }
+    absent: tuple[str, ...] = {"all": (), "dense": _OF_EXPERTS, "experts": _OF_DENSE}[options.part]
+    return {name: 0 if name.startswith(absent) else nbytes for name, nbytes in found.items()}
 
 
 def delta_parts(spec: ModelSpec) -> tuple[int, ...]:

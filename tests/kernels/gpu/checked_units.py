@@ -45,7 +45,7 @@ _WAVES = {
     "FM_HELD": 96,
     "FM_INT8": 1,
 }
-_PROJECT = {**_WAVES, "FM_ADD": 0, "FM_OF_TWO": 0, "FM_PARTS": 4}
+_PROJECT = {**_WAVES, "FM_ADD": 0, "FM_PARTS": 4}
 _EXPERTS = {
     **_WAVES,
     "FM_HIDDEN": 4096,
@@ -54,7 +54,8 @@ _EXPERTS = {
     "FM_PARTIAL": 0,
     "FM_STAGE_BYTES": 3392,
 }
-_OUT = {**_EXPERTS, "FM_STAGES": 3, "FM_SHARED_WIDTH": 1024, "FM_TYPE_SHARED": 8, "FM_ROWS": 64}
+_SHARED = {"FM_SHARED_WIDTH": 1024, "FM_TYPE_SHARED": 8, "FM_PARTS": 3}
+_OUT = {**_EXPERTS, **_SHARED, "FM_STAGES": 3, "FM_ROWS": 64}
 _QUANTS = (6, 8, 12, 13, 14, 23)
 
 
@@ -85,12 +86,12 @@ CHECKS = (
     Check("swiglu", _tiled((8, 6), _TILE), tiles=True),
     Check("group_pairs", {"EXPERTS": 512, "TOP_K": 10, "TILE_TOKENS": 32, "THREADS": 512}),
     Check("rows", {"THREADS": 256, "COLS": 4096, "FLOAT_ROWS": 1, "INT8": 1}),
-    Check("rows", {"THREADS": 256, "HIDDEN": 4096, "TOP_K": 10}),
+    Check("rows", {"THREADS": 256, "HIDDEN": 4096, "TOP_K": 10, "PARTS": 3}),
     *(Check("project", _project((t,), 4096), dots=True) for t in _QUANTS),
     Check("project", {**_project((8, 12, 14), 8192), "FM_HELD": 48}, dots=True),
     Check("project", _project((0, 1), 4096)),
     Check("project", _project((30,), 4096)),
-    Check("project", {**_project((0, 12, 14), 4096), "FM_WAVES": 16, "FM_OF_TWO": 1}, only="sm_"),
+    Check("project", {**_project((0, 13), 4096), "FM_WAVES": 24, "FM_HELD": 40}, only="sm_"),
     Check("project", {**_project(_QUANTS, 2048), "FM_INT8": 0}),
     Check("experts_in", {**_EXPERTS, "FM_TYPE_IN": 12, "FM_EXPERTS": 512}, dots=True),
     Check(
@@ -98,6 +99,11 @@ CHECKS = (
     ),
     *(Check("experts_out", {**_OUT, "FM_TYPE_DOWN": t}, dots=True) for t in (12, 14)),
     Check("experts_out", {**_OUT, "FM_TYPE_DOWN": 13, "FM_PARTIAL": 1}, dots=True),
+    Check(
+        "experts_out",
+        {**_OUT, "FM_TYPE_DOWN": 14, "FM_WAVES": 24, "FM_STAGES": 2, "FM_HELD": 40},
+        only="sm_",
+    ),
     Check("delay"),
     Check("bring", {"THREADS": 256}),
     Check("names", dots=True, tiles=True, folder=OWN),

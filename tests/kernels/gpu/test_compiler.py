@@ -42,7 +42,9 @@ class TestCache:
         hip.image("probe", defines(FM_WAVE=64))
         hip.image("probe", defines(SCALE=3))
         Compiler("hip", "cpu", "another version", OWN, hip.cache).image("probe", defines())
-        assert len(list(hip.cache.iterdir())) == 4
+        monkeypatch.setitem(rtc.OPTIONS, "hip", ("-O1",))
+        hip.image("probe", defines())
+        assert len(list(hip.cache.iterdir())) == 5
 
     def test_two_at_once_leave_one_whole_file(self, hip):
         with ThreadPoolExecutor(2) as pool:

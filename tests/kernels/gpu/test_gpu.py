@@ -10,7 +10,7 @@ from support.emulated_gpu import emulated_cuda, emulated_gpu, install_standin
 
 from fomoe.errors import DeviceError
 from fomoe.kernels.gpu import rtc
-from fomoe.kernels.gpu.gpu import open_gpu
+from fomoe.kernels.gpu.gpu import open_gpu, open_runtime
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.step import STEP
 
@@ -118,15 +118,27 @@ def test_host_memory_is_pinned_where_it_lies(gpu):
         gpu.runtime.unregister(host)
 
 
-def test_a_shared_name_leads_to_the_memory(gpu):
-    name = gpu.runtime.share(gpu.arena.base)
-    assert (type(name), len(name)) == (bytes, 64)
-    address = gpu.runtime.open_shared(name)
-    gpu.upload(gpu.arena.base, np.arange(9))
-    assert gpu.download(address, np.int64, 9).tolist() == [*range(9)]
-    gpu.runtime.close_shared(address)
-    with pytest.raises(DeviceError, match="invalid argument"):
-        gpu.runtime.open_shared(bytes(64))
+def test_a_driver_that_does_not_start_says_why(gpu, monkeypatch):
+    from cuda.bindings import driver
+    from hip import hip
+
+    refused = hip.hipError_t.hipErrorOutOfMemory, driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    monkeypatch.setattr(hip, "hipGetDeviceCount", lambda: (refused[0], 0))
+    monkeypatch.setattr(driver, "cuInit", lambda flags: (refused[1],))
+    name = gpu.runtime.name
+    with pytest.raises(DeviceError, match=rf"{name}: (hipGetDeviceCount|cuInit): out of mem.* \(2"):
+        open_runtime(name)
+
+
+def test_a_driver_without_devices_has_none(gpu, monkeypatch):
+    from cuda.bindings import driver
+    from hip import hip
+
+    none = hip.hipError_t.hipErrorNoDevice, driver.CUresult.CUDA_ERROR_NO_DEVICE
+    monkeypatch.setattr(hip, "hipGetDeviceCount", lambda: (none[0], 0))
+    monkeypatch.setattr(driver, "cuInit", lambda flags: (none[1],))
+    with pytest.raises(DeviceError, match=r"sees 0 devices; see `(rocminfo|nvidia-smi)`"):
+        open_runtime(gpu.runtime.name)
 
 
 def test_what_was_opened_is_given_back(gpu):

@@ -184,20 +184,6 @@ API hipError_t hipHostGetDevicePointer(void** device, void* host, unsigned) {
   if (!find(host, 1, outside)) return hipErrorInvalidValue;
   return *device = host, hipSuccess;
 }
-// Shared with this process alone: an address here means nothing elsewhere.
-API hipError_t hipIpcGetMemHandle(hipIpcMemHandle* handle, void* p) {
-  std::lock_guard lock(memory_mutex);
-  if (!memory.count(static_cast<char*>(p))) return hipErrorInvalidValue;
-  *handle = {};
-  memcpy(handle, &p, sizeof(p));
-  return hipSuccess;
-}
-API hipError_t hipIpcOpenMemHandle(void** p, hipIpcMemHandle handle, unsigned) {
-  std::lock_guard lock(memory_mutex);
-  memcpy(p, &handle, sizeof(*p));
-  return memory.count(static_cast<char*>(*p)) ? hipSuccess : hipErrorInvalidValue;
-}
-API hipError_t hipIpcCloseMemHandle(void*) { return hipSuccess; }
 
 // ---- streams and events
 API hipError_t hipStreamCreateWithFlags(void** stream, unsigned) {

@@ -12,9 +12,5 @@ constexpr size_t kPropBytes = 1472, kPropName = 0, kPropMemory = 288, kPropShare
                  kPropWave = 308, kPropThreads = 320, kPropCores = 388, kPropSharedOptIn = 696,
                  kPropArch = 1160;
 
-struct hipIpcMemHandle {
-  char reserved[64];
-};
-
 using hiprtcResult = int;
 constexpr hiprtcResult HIPRTC_SUCCESS = 0, HIPRTC_ERROR_COMPILATION = 6;

@@ -6,10 +6,6 @@
 
 #define API extern "C" __attribute__((visibility("default")))
 
-struct Handle {
-  char bytes[64];
-};
-
 extern "C" {  // of libamdhip64, which has the same error codes
 int hipSetDevice(int);
 int hipMemGetInfo(size_t*, size_t*);
@@ -20,9 +16,6 @@ int hipHostFree(void*);
 int hipHostRegister(void*, size_t, unsigned);
 int hipHostUnregister(void*);
 int hipHostGetDevicePointer(void**, void*, unsigned);
-int hipIpcGetMemHandle(Handle*, void*);
-int hipIpcOpenMemHandle(void**, Handle, unsigned);
-int hipIpcCloseMemHandle(void*);
 int hipStreamCreateWithFlags(void**, unsigned);
 int hipStreamDestroy(void*);
 int hipStreamQuery(void*);
@@ -112,11 +105,6 @@ API int cuMemHostUnregister(void* p) { return hipHostUnregister(p); }
 API int cuMemHostGetDevicePointer(void** device, void* host, unsigned flags) {
   return hipHostGetDevicePointer(device, host, flags);
 }
-API int cuIpcGetMemHandle(Handle* handle, void* p) { return hipIpcGetMemHandle(handle, p); }
-API int cuIpcOpenMemHandle(void** p, Handle handle, unsigned flags) {
-  return hipIpcOpenMemHandle(p, handle, flags);
-}
-API int cuIpcCloseMemHandle(void* p) { return hipIpcCloseMemHandle(p); }
 API int cuMemcpyAsync(void* to, const void* from, size_t n, void* stream) {
   return hipMemcpyAsync(to, from, n, 4, stream);
 }
