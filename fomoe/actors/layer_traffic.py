@@ -104,7 +104,7 @@ class LayerTraffic:
             link.sender.send(Tag.COPY, payload, (), SEND_BOUND_S)
 
     def give_up_guesses(self, layer: int) -> None:
-        """Take back what was guessed for a layer whose step was sent, as far as it has not begun."""
+        """Take back what was guessed for a step that was sent, as far as it has not begun."""
         self._placed.planner.give_up_guesses()
         self.bring(layer)
 

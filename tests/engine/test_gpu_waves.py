@@ -212,6 +212,8 @@ def test_long_histories(ram, policy, seed):
     for _ in range(25):
         tokens = 1 if rng.random() < 0.7 else int(rng.integers(1, MAX_TOKENS + 1))
         layer = int(rng.integers(twins.topology.n_layers))
+        if rng.random() < 0.3:
+            twins.look_ahead(layer, 1)
         twins.run(layer, tokens)
         if rng.random() < 0.1:
             twins.read_later(layer)
