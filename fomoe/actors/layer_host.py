@@ -149,7 +149,10 @@ class DeviceLayers:
 
     def _look_ahead(self, layer: int) -> None:
         """Bring what the next layer will want, by what its router says of this one's stream."""
-        if self.traffic.looks_ahead and self._calls.step.overlap and layer + 1 < len(self._home):
+        if not self.traffic.looks_ahead or not self._calls.step.overlap:
+            return
+        self.traffic.give_up_guesses(layer)
+        if layer + 1 < len(self._home):
             self.traffic.look_ahead(layer + 1, self._dense.ahead(layer), FROM_SCORES)
 
     def _foresee(self, layer: int, scores: F32) -> None:

@@ -103,6 +103,11 @@ class LayerTraffic:
             payload = copies[start : start + _BATCH].tobytes()
             link.sender.send(Tag.COPY, payload, (), SEND_BOUND_S)
 
+    def give_up_guesses(self, layer: int) -> None:
+        """Take back what was guessed for a step that was sent, as far as it has not begun."""
+        self._placed.planner.give_up_guesses()
+        self.bring(layer)
+
     def look_ahead(self, layer: int, scores: F32, origin: int) -> None:
         """Bring what the layer, the next one, will want, behind all demand.
 

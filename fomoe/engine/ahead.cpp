@@ -17,10 +17,11 @@ bool Ahead::note(int32_t layer, int32_t expert, int32_t level, int32_t depth, in
 bool Ahead::note_copy(int32_t layer, int32_t expert, int32_t level, int32_t depth) {
   if (open_[layer].size() < kMostOpen) open_[layer].push_back({expert, level, depth, true});
   const Tally& tally = copies_[depth][level];
-  return 2 * tally.wanted >= tally.named;
+  return 3 * tally.wanted >= tally.named;
 }
 
 void Ahead::score(int32_t layer, const int32_t* ids, int64_t n) {
+  in_vain_.clear();
   for (const Guess& guess : open_[layer]) {
     const bool is_wanted = std::find(ids, ids + n, guess.expert) != ids + n;
     if (guess.is_copy) {
@@ -28,6 +29,7 @@ void Ahead::score(int32_t layer, const int32_t* ids, int64_t n) {
       if (tally.named == kWindow) tally = {tally.named / 2, tally.wanted / 2};
       ++tally.named;
       tally.wanted += is_wanted;
+      if (!is_wanted) in_vain_.push_back(guess.expert);
     } else {
       ++a_.named.row(guess.depth)[guess.level];
       a_.wanted.row(guess.depth)[guess.level] += is_wanted;

@@ -38,11 +38,13 @@ class Ahead {
             int64_t reads);
 
   // As note(), of an expert in RAM whose copy into VRAM would be early: worth it where such copies
-  // were wanted at least every other time.
+  // were wanted at least every third time: in vain they cost a link that often has nothing to do.
   bool note_copy(int32_t layer, int32_t expert, int32_t level, int32_t depth);
 
   // Scores the layer's guesses against the experts of its step.
   void score(int32_t layer, const int32_t* ids, int64_t n);
+  // Experts in RAM that the guesses scored last named, and the step did not want.
+  const std::vector<int32_t>& in_vain() const { return in_vain_; }
 
   // A guess is being read.
   void spend(int32_t layer, int32_t expert, int64_t nbytes) {
@@ -66,6 +68,7 @@ class Ahead {
   const AheadArrays a_;
   const int64_t budget_permille_;
   std::vector<std::vector<Guess>> open_;  // by layer
+  std::vector<int32_t> in_vain_;
   Tally copies_[kDepths][kLevels];
 };
 

@@ -197,10 +197,13 @@ class GpuSegment(SegmentSlots):
         slot = int(self.slot_of[key.layer, key.expert])
         if slot < 0:
             return np.empty(0, COPY)
-        n = int(self.users[slot] > 0)
-        cancel = np.array([self._record(CopyKind.CANCEL, key, -1, slot)][:n], COPY)
+        cancel = np.array([self.cancel(key)][: int(self.users[slot] > 0)], COPY)
         self._release(key, slot)
         return cancel
+
+    def cancel(self, key: ExpertKey) -> tuple[int, ...]:
+        """Return the CANCEL of an expert that its device was to bring ahead."""
+        return self._record(CopyKind.CANCEL, key, -1, int(self.slot_of[key.layer, key.expert]))
 
     def all_landed(self) -> None:
         """Every read asked for so far has landed, as storage says after the initial fill."""

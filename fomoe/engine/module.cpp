@@ -370,6 +370,7 @@ NB_MODULE(_engine, m) {
       .def("answered", &py_answered, "device"_a, "aborted"_a)
       .def("is_tight", &py_is_tight, "layer"_a)
       .def("ended", &py_ended, "copies"_a)
+      .def("give_up_guesses", &WavePlanner::give_up_guesses)
       .def("look_ahead", &py_look_ahead, "layer"_a, "scores"_a, "depth"_a)
       .def_prop_ro("first", &WavePlanner::first)
       .def_prop_ro("end", &WavePlanner::end)

@@ -62,6 +62,13 @@ Copy VramSlots::load(const Planner& planner, int32_t layer, int32_t expert, bool
   return copy;
 }
 
+Copy VramSlots::cancel(int32_t layer, int32_t expert) const {
+  const int32_t slot = s_.slot_of.row(layer)[expert];
+  return {s_.address[slot], s_.generation[slot], *a_.ticket, a_.expert_bytes[layer],
+          kCancel,          layer,               expert,     -1,
+          slot,             kOpen};
+}
+
 Copy VramSlots::compute(int32_t layer, int32_t expert) const {
   return order(kCompute, layer, expert, -1, false);
 }

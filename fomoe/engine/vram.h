@@ -51,6 +51,8 @@ class VramSlots {
   Out follow(residency::Planner& planner, int32_t layer, int64_t fetches, bool ahead, Out out) const;
   // Orders the expert's bytes into its VRAM slot.
   Copy load(const residency::Planner& planner, int32_t layer, int32_t expert, bool ahead) const;
+  // Tells the device that nobody wants an expert any more that it was to bring ahead.
+  Copy cancel(int32_t layer, int32_t expert) const;
   // Keeps an expert's slot of the segment while it is computed there.
   Copy compute(int32_t layer, int32_t expert) const;
   // A record was answered; returns whether the residency had to forget its expert.

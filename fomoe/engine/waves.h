@@ -105,6 +105,10 @@ class WavePlanner {
   // reads.
   int64_t look_ahead(int32_t layer, int32_t depth, const float* scores, int64_t tokens);
 
+  // Takes back what was guessed for the layer of the last step, and not wanted: CANCELs for copies
+  // whose device has not answered.
+  void give_up_guesses();
+
   // Brings the layer's state near.
   void ask_for(int32_t layer) const {
     state().ask_for(layer);

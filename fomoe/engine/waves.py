@@ -235,6 +235,13 @@ class WavePlanner:
         """Return the CANCEL records that the device must be sent, each once."""
         return np.concatenate([np.empty(0, COPY), *self._cancelled.pop(device, [])])
 
+    def give_up_guesses(self) -> None:
+        """Take back what was guessed for the last step, not wanted, and is not known to have come.
+
+        `ahead_copies` are its CANCELs.
+        """
+        self._native.give_up_guesses()
+
     def look_ahead(self, layer: int, scores: npt.NDArray[np.float32], depth: int = 1) -> int:
         """Prefetch what the layer, `depth` further on, will want for sure enough.
 

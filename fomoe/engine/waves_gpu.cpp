@@ -113,6 +113,16 @@ bool WavePlanner::is_tight(int32_t layer) const {
   return std::any_of(open_.begin(), open_.end(), [](const auto& copies) { return !copies.empty(); });
 }
 
+void WavePlanner::give_up_guesses() {
+  clear();
+  const VramSlots* const slots = vram(layer_);
+  if (!slots) return;
+  for (const int32_t e : ahead_.in_vain())
+    if (state().device.slot(layer_, e) >= 0 && !slots->is_in_vram(planner_, layer_, e) &&
+        !a_.background.row(layer_)[e])
+      a_.copies[ahead_copies_++] = slots->cancel(layer_, e);
+}
+
 void WavePlanner::answered(int32_t device, bool aborted) {
   for (const Copy& copy : open_[device])
     if (vram(copy.layer)->end(planner_, copy, false, copy.kind == kDemote || !aborted))

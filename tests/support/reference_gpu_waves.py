@@ -15,6 +15,7 @@ class ReferenceGpuWaves(ReferenceWaves):
     def __init__(self, *args, arm):
         super().__init__(*args)
         self.arm, self.open = arm, {}
+        self.in_vain = []
         self.copy_guesses, self.tally = {}, np.zeros((2, LEVELS, 2), np.int64)
         self.step_copies = self.ahead_copies = np.empty(0, COPY)
 
@@ -23,7 +24,9 @@ class ReferenceGpuWaves(ReferenceWaves):
         in_ram = experts[self.residency.tier_of(layer)[experts] == Tier.RAM]
         n = self.arm[len(in_ram)] if len(route.ids) == 1 else 0
         self.stay = in_ram[len(in_ram) - n :].tolist()
-        for expert, level, depth in self.copy_guesses.pop(layer, []):
+        guesses = self.copy_guesses.pop(layer, [])
+        self.in_vain = [expert for expert, *_ in guesses if expert not in experts]
+        for expert, level, depth in guesses:
             self.tally[depth, level] += 1, expert in experts
         super().place(layer, route)
 
@@ -94,7 +97,7 @@ class ReferenceGpuWaves(ReferenceWaves):
             if tiers[expert] == Tier.RAM:
                 self.copy_guesses.setdefault(layer, []).append(guess)
                 named, wanted = self.tally[depth - 1, level]
-                sure += [expert] if 2 * wanted >= named else []
+                sure += [expert] if 3 * wanted >= named else []
             elif tiers[expert] == Tier.NVME:
                 self.guesses.setdefault(layer, []).append(guess)
                 affordable = self.ahead.credit[0] >= 2 * nbytes * (reads + 1)
@@ -116,6 +119,18 @@ class ReferenceGpuWaves(ReferenceWaves):
         self.is_ahead = True
         super().read_later(layer, experts)
         self.step_copies = step_copies
+
+    def give_up_guesses(self):
+        segment, cancels = self._segment(self.layer), []
+        for expert in self.in_vain:
+            key = ExpertKey(self.layer, expert)
+            is_placed = self.residency.device_slot(key) >= 0
+            is_wanted = self.background[self.layer, expert]
+            if is_placed and not is_wanted and not segment.is_in_vram(key, self.residency):
+                cancels.append(segment.cancel(key))
+        self.reads = self._records([], self.prefetch)
+        self.counts = np.zeros(16, np.int64)
+        self.step_copies, self.ahead_copies = np.empty(0, COPY), np.array(cancels, COPY)
 
     def answered(self, device, *, aborted):
         for record in self.open.pop(device, ()):
