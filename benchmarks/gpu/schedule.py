@@ -164,7 +164,7 @@ class CardLayers:
     def begin(self, tokens: Any, position: int, state: int) -> None:
         self._position, self._count = position, len(tokens)
 
-    def front(self, layer: int) -> None:
+    def front(self, layer: int, *, gives_input: bool = False) -> None:
         self._layer = layer
         self.runtime.kernel(self._half, f"front {layer}")
 

@@ -112,7 +112,7 @@ def test_experts_computed_in_ram_change_nothing_but_rounding(path, whole, monkey
     monkeypatch.setattr(LayerActor, "arm_costs", measure(LayerActor.arm_costs, (3.0, 1.0)))
     monkeypatch.setattr(StorageActor, "arm_cost", measure(StorageActor.arm_cost, 2.0))
     devices = ("hip:0",) * 2
-    budgets = share_of(path, devices, 0.3, 0.45)
+    budgets = share_of(path, devices, 0.3, 0.45, {})
     logits, rows, _, receipt = run(path, devices, cpu_arm="auto", **budgets)
     *of_devices, processor = measured
     assert len(of_devices) == 2
