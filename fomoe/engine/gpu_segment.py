@@ -163,8 +163,11 @@ class GpuSegment(SegmentSlots):
             if done:
                 self.holds[at] = self._number(key)
             elif residency.device_slot(key) == record["vram"]:
-                residency.forget(layer, np.array([key.expert], np.int32))
-                lost = True
+                is_here = self.slot_of[layer, key.expert] == slot
+                lies_here = is_here and self.reading[slot] == Reading.ENDED
+                lost = not (lies_here and residency.recall(key))
+                if lost:
+                    residency.forget(layer, np.array([key.expert], np.int32))
         if done and record["kind"] != CopyKind.DEMOTE:
             self.reading[slot] = Reading.ENDED
         if self.slot_of[layer, key.expert] == slot:

@@ -153,6 +153,14 @@ void py_forget(Planner& p, int32_t layer, Ids experts) {
   p.forget(layer, experts.data(), experts.size());
 }
 
+bool py_recall(Planner& p, int32_t layer, int32_t expert) {
+  check_layer(p, layer);
+  if (expert < 0 || expert >= p.state().n_experts)
+    throw std::invalid_argument("expert " + std::to_string(expert) + " of " +
+                                std::to_string(p.state().n_experts));
+  return p.recall(layer, expert);
+}
+
 void py_follow(Planner& p, std::optional<Array<const bool, 2>> resident) {
   if (!resident) return p.follow(nullptr);
   same("layers that are followed", resident->shape(0), p.state().n_layers);
@@ -264,6 +272,7 @@ NB_MODULE(_residency, m) {
       .def("release", &py_release, "layer"_a)
       .def("release_some", &py_release_some, "layer"_a, "experts"_a)
       .def("forget", &py_forget, "layer"_a, "experts"_a)
+      .def("recall", &py_recall, "layer"_a, "expert"_a)
       .def("capacity", &py_capacity, "layer"_a)
       .def("follow", &py_follow, nb::arg("resident").none());
   m.def("observe", &py_observe, "layer"_a, "ids"_a, "tokens"_a, "decision_hash"_a);

@@ -276,6 +276,14 @@ void Planner::forget(int32_t layer, const int32_t* experts, int64_t n) {
   }
 }
 
+bool Planner::recall(int32_t layer, int32_t expert) {
+  if (state_.ram.slot(layer, expert) < 0 || state_.device.slot(layer, expert) < 0) return false;
+  state_.device.give_up(layer, expert);
+  leave(layer, expert);
+  clear(state_.flags.pinned, state_.flags.n_pinned, layer, expert);
+  return true;
+}
+
 void Planner::drop_demoted(int32_t layer, int32_t expert) {
   state_.ram.give_up(layer, expert);
   --state_.counters.demotions[layer];

@@ -36,6 +36,9 @@ class Planner {
   void release(int32_t layer);
   void release(int32_t layer, const int32_t* experts, int64_t n);
   void forget(int32_t layer, const int32_t* experts, int64_t n);
+  // Takes an entry from the device whose bytes never came there, where RAM has it as well; returns
+  // whether it does.
+  bool recall(int32_t layer, int32_t expert);
   int64_t capacity(int32_t layer) const;
   // A victim's bytes find no place in RAM: the plan drops it instead.
   void drop_demoted(int32_t layer, int32_t expert);

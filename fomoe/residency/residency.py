@@ -193,6 +193,14 @@ class Residency:
         """Drop entries from both tiers, because their bytes never came (a read failed)."""
         self.native.forget(layer, np.ascontiguousarray(experts, dtype=np.int32))
 
+    def recall(self, key: ExpertKey) -> bool:
+        """Take an entry from the device whose bytes never came there, where RAM has it as well.
+
+        Returns:
+            Whether it does; otherwise nothing has changed.
+        """
+        return bool(self.native.recall(key.layer, key.expert))
+
     def fill(self, keys: Iterable[ExpertKey]) -> list[Placement]:
         """Place experts into free slots at the start, the first keys first.
 

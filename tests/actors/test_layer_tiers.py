@@ -2,11 +2,14 @@
 
 import random
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from support import cpu_layers
 from support.local_engine import local_engine, slot_bytes
 from support.local_model import finished, greedy, tokens_of, told
+from support.tiny_gguf import write_tiny
 
 from fomoe.actors.layer_traffic import FROM_SCORES, FROM_STREAM
 from fomoe.config import RoutingConfig
@@ -82,6 +85,26 @@ def test_text_and_decisions_are_those_of_the_cpu_path(
         at_rest(engine)
     assert tokens_of(events)
     assert all(device.closed and not device.runtime.registered for device in opened)
+
+
+def test_what_ram_has_is_never_read_again(tmp_path):
+    """Guesses whose copy was given up for another's leave VRAM, and RAM keeps them."""
+    path = write_tiny(
+        tmp_path / "m.gguf", layers=8, experts=64, top_k=8, quant="Q4_K", vocab=288,
+        attention_interval=4,
+    )  # fmt: skip
+    text = np.random.default_rng(0).integers(3, 280, 60).tolist()
+    with local_engine(
+        path, devices=("hip:0",) * 2, prefetch_budget=1.0, prefill_chunk=16, ctx_size=128,
+        ram_policy="inclusive", **budgets(path, 2, 0.15, 1.5),
+    ) as engine:  # fmt: skip
+        receipts = [
+            finished(list(engine.client.stream(replace(greedy([3], 60), forced=text)))).receipt
+            for _ in range(4)
+        ]
+    assert receipts[0].nvme_bytes > 0
+    assert [receipt.nvme_bytes for receipt in receipts[2:]] == [0, 0]
+    assert receipts[-1].hits_ram > receipts[-1].hits_device
 
 
 @pytest.mark.parametrize(("n_devices", "attention"), [(2, "device"), (1, "driver"), (2, "driver")])

@@ -105,8 +105,8 @@ class Pair:
         rng = self.rng
         layer = int(rng.integers(self.n_layers))
         act = rng.choice(
-            ["plan", "prefetch", "release", "some", "forget", "follow", "turn"],
-            p=[0.45, 0.2, 0.15, 0.05, 0.05, 0.05, 0.05],
+            ["plan", "prefetch", "release", "some", "forget", "recall", "follow", "turn"],
+            p=[0.4, 0.2, 0.15, 0.05, 0.05, 0.05, 0.05, 0.05],
         )
         if act == "plan":
             a, b = self.both(lambda r: r.capacity(layer))
@@ -127,6 +127,11 @@ class Pair:
         elif act == "follow":
             followed = self.resident if rng.random() < 0.7 else None
             self.both(lambda r: r.follow(followed))
+        elif act == "recall":
+            for expert in np.flatnonzero(self.native.slots(Tier.DEVICE)[layer] >= 0)[:2]:
+                key = ExpertKey(layer, int(expert))
+                a, b = self.both(lambda r, key=key: r.recall(key))
+                assert a == b == self.native.is_in_ram(key)
         elif act == "turn":  # both see a change of what they follow
             self.resident[layer] = rng.random(self.n_experts) < 0.4
         else:

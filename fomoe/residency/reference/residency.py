@@ -116,6 +116,18 @@ class ReferenceResidency(Residency):
         self._flags.pinned[layer, experts] = False
         self._flags.recount()
 
+    def recall(self, key: ExpertKey) -> bool:
+        """See `Residency.recall`."""
+        layer, expert = key.layer, key.expert
+        tables = self._device, self._ram.table
+        if any(table.slot_of[layer, expert] < 0 for table in tables):
+            return False
+        self._device.give_up(layer, expert)
+        self._leave(key)
+        self._flags.pinned[layer, expert] = False
+        self._flags.recount()
+        return True
+
     def capacity(self, layer: int) -> int:
         """See `Residency.capacity`."""
         others = [m for m in self._device.sharers(layer) if m != layer]
