@@ -87,7 +87,6 @@ def test_text_and_decisions_are_those_of_the_cpu_path(
     assert all(device.closed and not device.runtime.registered for device in opened)
 
 
-@pytest.mark.parametrize(("n_devices", "attention"), [(2, "device"), (1, "driver"), (2, "driver")])
 def test_what_ram_has_is_never_read_again(tmp_path):
     """Guesses whose copy was given up for another's leave VRAM, and RAM keeps them."""
     path = write_tiny(
@@ -108,6 +107,7 @@ def test_what_ram_has_is_never_read_again(tmp_path):
     assert receipts[-1].hits_ram > receipts[-1].hits_device
 
 
+@pytest.mark.parametrize(("n_devices", "attention"), [(2, "device"), (1, "driver"), (2, "driver")])
 def test_the_stream_that_goes_into_a_layer_is_heard_on_the_way(
     model_paths, prompt, n_devices, attention
 ):
