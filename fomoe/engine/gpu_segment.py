@@ -163,9 +163,7 @@ class GpuSegment(SegmentSlots):
             if done:
                 self.holds[at] = self._number(key)
             elif residency.device_slot(key) == record["vram"]:
-                is_here = self.slot_of[layer, key.expert] == slot
-                lies_here = is_here and self.reading[slot] == Reading.ENDED
-                lost = not (lies_here and residency.recall(key))
+                lost = not (self.stays_in_ram(key, residency) and residency.recall(key))
                 if lost:
                     residency.forget(layer, np.array([key.expert], np.int32))
         if done and record["kind"] != CopyKind.DEMOTE:
@@ -234,6 +232,11 @@ class GpuSegment(SegmentSlots):
         vram = residency.device_slot(key)
         at = self.pool_first[key.layer] + vram
         return vram >= 0 and bool(self.holds[at] == self._number(key))
+
+    def stays_in_ram(self, key: ExpertKey, residency: Residency) -> bool:
+        """Whether the expert's bytes are in the segment for good: RAM keeps it without a LOAD."""
+        slot = int(self.slot_of[key.layer, key.expert])
+        return slot >= 0 and self.reading[slot] == Reading.ENDED and residency.is_in_ram(key)
 
     def spare(self, layer: int, residency: Residency) -> int:
         """Return the slots of the layer's class that the RAM tier can do without."""

@@ -93,9 +93,8 @@ bool VramSlots::end(Planner& planner, const Copy& copy, bool ahead, bool done) c
     const bool is_last = a_.tickets[at] == copy.ticket;
     if (is_last && done) a_.holds[at] = key(copy.layer, copy.expert);
     lost = is_last && !done && planner.state().device.slot(copy.layer, copy.expert) == copy.vram;
-    const bool lies_here = s_.slot_of.row(copy.layer)[copy.expert] == copy.slot &&
-                           a_.reading[copy.slot] == kEnded;
-    if (lost && lies_here) lost = !planner.recall(copy.layer, copy.expert);
+    if (lost && stays_in_ram(planner, copy.layer, copy.expert))
+      lost = !planner.recall(copy.layer, copy.expert);
     if (lost) planner.forget(copy.layer, &copy.expert, 1);
   }
   // Its bytes were seen there.

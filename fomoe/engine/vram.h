@@ -65,6 +65,11 @@ class VramSlots {
     const int32_t vram = planner.state().device.slot(layer, expert);
     return vram >= 0 && a_.holds[a_.pool_first[layer] + vram] == key(layer, expert);
   }
+  // Whether the expert's bytes are in the segment for good: RAM keeps it if its LOAD is given up.
+  bool stays_in_ram(const residency::Planner& planner, int32_t layer, int32_t expert) const {
+    const int32_t slot = s_.slot_of.row(layer)[expert];
+    return slot >= 0 && a_.reading[slot] == kEnded && planner.state().ram.slot(layer, expert) >= 0;
+  }
   // Whether the expert's last LOAD was ordered after `ticket`.
   bool is_ordered(const residency::Planner& planner, int32_t layer, int32_t expert,
                   uint64_t ticket) const {

@@ -106,7 +106,7 @@ class WavePlanner {
   int64_t look_ahead(int32_t layer, int32_t depth, const float* scores, int64_t tokens);
 
   // Takes back what was guessed for the layer of the last step, and not wanted: CANCELs for copies
-  // whose device has not answered.
+  // whose device has not answered, of experts that RAM has as well.
   void give_up_guesses();
 
   // Brings the layer's state near.

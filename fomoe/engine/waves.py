@@ -238,7 +238,7 @@ class WavePlanner:
     def give_up_guesses(self) -> None:
         """Take back what was guessed for the last step, not wanted, and is not known to have come.
 
-        `ahead_copies` are its CANCELs.
+        `ahead_copies` are its CANCELs. Experts that RAM does not have as well are left to come.
         """
         self._native.give_up_guesses()
 

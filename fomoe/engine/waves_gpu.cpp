@@ -119,7 +119,7 @@ void WavePlanner::give_up_guesses() {
   if (!slots) return;
   for (const int32_t e : ahead_.in_vain())
     if (state().device.slot(layer_, e) >= 0 && !slots->is_in_vram(planner_, layer_, e) &&
-        !a_.background.row(layer_)[e])
+        slots->stays_in_ram(planner_, layer_, e) && !a_.background.row(layer_)[e])
       a_.copies[ahead_copies_++] = slots->cancel(layer_, e);
 }
 

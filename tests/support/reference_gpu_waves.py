@@ -125,8 +125,10 @@ class ReferenceGpuWaves(ReferenceWaves):
         for expert in self.in_vain:
             key = ExpertKey(self.layer, expert)
             is_placed = self.residency.device_slot(key) >= 0
-            is_wanted = self.background[self.layer, expert]
-            if is_placed and not is_wanted and not segment.is_in_vram(key, self.residency):
+            is_left = segment.is_in_vram(key, self.residency) or not segment.stays_in_ram(
+                key, self.residency
+            )
+            if is_placed and not self.background[self.layer, expert] and not is_left:
                 cancels.append(segment.cancel(key))
         self.reads = self._records([], self.prefetch)
         self.counts = np.zeros(16, np.int64)
