@@ -82,7 +82,7 @@ class LayerTraffic:
     def answered(self, layer: int, waited_s: float) -> None:
         """The step was answered; its device waited so long for storage."""
         self._answered = time.monotonic()
-        if layer:  # nobody can guess for the first
+        if layer:  # before the first one lies the end of the token before
             step, took = self._step, self._answered - self._step.at
             self._governor.step(step.window_s, took, waited_s, step.reads, step.guessed)
 
