@@ -16,10 +16,9 @@ from fomoe.actors.channel import Fabric
 from fomoe.actors.layer_calls import LayerCalls, Records
 from fomoe.actors.layer_dense import Foresee
 from fomoe.actors.layer_link import LayerLink
-from fomoe.actors.layer_model import DenseHalf
+from fomoe.actors.layer_model import DenseHalf, open_part
 from fomoe.actors.messages import Do
 from fomoe.config import EngineConfig
-from fomoe.devices import local_name
 from fomoe.engine.device_forward import Pass
 from fomoe.engine.hosting import driver_options
 from fomoe.engine.waterfall import Lap, Stopwatch
@@ -206,16 +205,5 @@ def open_devices(
 
 
 def open_dense(file: GGUFFile, spec: ModelSpec, device: str, options: HostOptions) -> DenseHalf:
-    """Open a device and read the dense part of its layers.
-
-    Imported here: who has no GPU needs no driver of one.
-    """
-    from fomoe.kernels.gpu.gpu import open_gpu
-    from fomoe.model.gpu.host import GPUModel, planned_bytes
-
-    gpu = open_gpu(local_name(device), planned_bytes(file, spec, options))
-    try:
-        return GPUModel(gpu, file, spec, options)
-    except BaseException:
-        gpu.close()
-        raise
+    """Open a device and read the dense part of its layers."""
+    return open_part(file, spec, device, options)

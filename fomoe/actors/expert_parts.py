@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from fomoe.gguf.extents import ExpertTable
+
+U64 = npt.NDArray[np.uint64]
 
 
 class SlotLayout(Protocol):
@@ -51,6 +56,15 @@ class ExpertParts:
         self.in_slot = slots.layout(layer).offsets
         self.in_segment: list[list[int]] = table.part_offset_array(layer).tolist()
         self.sizes = part_bytes(table, layer)
+
+
+def segment_parts(table: ExpertTable, first: int) -> list[U64]:
+    """Return where gate, up and down of experts lie in a segment whose first slot is at `first`.
+
+    Of each layer, uint64 [3, E], before the slot's own address is added.
+    """
+    offsets = (table.part_offset_array(i).T.astype(np.uint64) for i in range(table.n_layers))
+    return [np.ascontiguousarray(part) + np.uint64(first) for part in offsets]
 
 
 def part_bytes(table: ExpertTable, layer: int) -> tuple[int, int, int]:

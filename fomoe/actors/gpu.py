@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.actors.channel import Regions
+from fomoe.actors.expert_parts import segment_parts
 from fomoe.actors.layout import StepArena, StepViews
 from fomoe.actors.messages import DONE, STEP, STEP_FIRST, STEP_ID, STEP_LAST, Tag
 from fomoe.actors.process import FabricMember, LoopThread
@@ -95,9 +96,8 @@ class GPUActor(FabricMember):
         self._slots_at = self._segment.address + landed_bytes(plan.n_slots)
         table = ExpertTable.from_dict(plan.table)
         layers = range(plan.n_layers)
-        offsets = [table.part_offset_array(i).T.astype(np.uint64) for i in layers]
-        self._parts = [np.ascontiguousarray(part) + np.uint64(self._slots_at) for part in offsets]
-        self._shapes = [ExpertShape(_types(table, i), plan.hidden, plan.width) for i in layers]
+        self._parts = segment_parts(table, self._slots_at)
+        self._shapes = [ExpertShape.of(table, i, plan.hidden, plan.width) for i in layers]
         pairs = plan.max_tokens * plan.top_k
         self._pairs = np.zeros((pairs, plan.hidden), np.float32)
         most = min(pairs, plan.n_experts)
@@ -257,11 +257,6 @@ class GPUActor(FabricMember):
         super().leave()
         if self._segment is not None:
             self._segment.close()
-
-
-def _types(table: ExpertTable, layer: int) -> tuple[int, int, int]:
-    gate, up, down = table.types(layer)
-    return int(gate), int(up), int(down)
 
 
 def _runs(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> list[tuple[int, int]]:

@@ -8,11 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.actors.expert_parts import Slots
+from fomoe.devices import local_name
+from fomoe.gguf.reader import GGUFFile
 from fomoe.model.buffers import F32
+from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.places import Places
+from fomoe.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from fomoe.kernels.gpu.runtime import Runtime
+    from fomoe.model.gpu.host import GPUModel
 
 I32 = npt.NDArray[np.int32]
 
@@ -133,3 +138,30 @@ class LayerModel(DenseHalf, Protocol):
 
     def prefill(self, tokens: I32, position: int, state: int) -> I32:
         """Run a whole pass by the router's own choice; returns it, int32 [L, T, k], any order."""
+
+
+def open_part(
+    file: GGUFFile, spec: ModelSpec, device: str, options: HostOptions, slots: tuple[int, ...] = ()
+) -> GPUModel:
+    """Open a device and read its part of the model; it has `slots` of each class, if any.
+
+    Imported here: who has no GPU needs no driver of one.
+
+    Raises:
+        DeviceError: the device, its driver or its memory is not there; nothing is held then.
+    """
+    from fomoe.kernels.gpu.gpu import open_gpu
+    from fomoe.model.gpu.host import GPUModel, planned_bytes, slots_bytes
+
+    nbytes = planned_bytes(file, spec, options)
+    if slots:
+        nbytes += slots_bytes(file, spec, options, slots)
+    gpu = open_gpu(local_name(device), nbytes)
+    try:
+        model = GPUModel(gpu, file, spec, options)
+        if slots:
+            model.add_slots(slots)
+    except BaseException:
+        gpu.close()
+        raise
+    return model

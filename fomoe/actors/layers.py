@@ -13,14 +13,13 @@ from fomoe.actors.channel import Fabric
 from fomoe.actors.expert_copies import ExpertCopies, Source, as_records
 from fomoe.actors.layer_device import LayerServer
 from fomoe.actors.layer_layout import LayerArena, Neighbour
-from fomoe.actors.layer_model import LayerModel
+from fomoe.actors.layer_model import LayerModel, open_part
 from fomoe.actors.messages import LAYERS, STEP_ID, Tag
 from fomoe.actors.names import arena_name, device_name
 from fomoe.actors.process import FabricMember, LoopThread
 from fomoe.actors.shared_link import SharedLink
 from fomoe.actors.storage import landed_bytes
 from fomoe.config import EngineConfig
-from fomoe.devices import local_name
 from fomoe.engine.copies import COPY
 from fomoe.engine.hosting import host_options
 from fomoe.errors import DeviceError
@@ -265,22 +264,8 @@ def shared_link(fabric: Fabric, devices: list[Neighbour], number: int) -> Shared
 def open_model(
     file: GGUFFile, spec: ModelSpec, config: EngineConfig, device: int, slots: tuple[int, ...]
 ) -> LayerModel:
-    """Open a device and read its part of the model; it has so many expert slots of each class.
-
-    Imported here: who has no GPU needs no driver of one.
-    """
-    from fomoe.kernels.gpu.gpu import open_gpu
-    from fomoe.model.gpu.host import GPUModel, planned_bytes, slots_bytes
-
+    """Open a device and read its part of the model; it has so many expert slots of each class."""
     options = host_options(config, spec)[device]
     if sum(slots) >= len(options.layers) * spec.moe.n_experts:
         options = replace(options, ahead=False)  # everything is there
-    nbytes = planned_bytes(file, spec, options) + slots_bytes(file, spec, options, slots)
-    gpu = open_gpu(local_name(config.devices[device]), nbytes)
-    try:
-        model = GPUModel(gpu, file, spec, options)
-        model.add_slots(slots)
-    except BaseException:
-        gpu.close()
-        raise
-    return model
+    return open_part(file, spec, config.devices[device], options, slots)

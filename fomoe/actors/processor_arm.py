@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.actors.channel import Fabric, load_acquire_u64, store_release_u64
+from fomoe.actors.expert_parts import segment_parts
 from fomoe.actors.messages import ARM
 from fomoe.engine._engine import landed, part_addresses
 from fomoe.engine.transfers import ENTRY
@@ -81,10 +82,8 @@ class Experts:
         self._device: Device = open_device("cpu", threads=plan.threads, int8=plan.int8)
         self.top_k, self.hidden = plan.top_k, plan.hidden
         k, layers = plan.top_k, range(table.n_layers)
-        offsets = [table.part_offset_array(i).T.astype(np.uint64) for i in layers]
-        self._parts = [np.ascontiguousarray(part) + np.uint64(address) for part in offsets]
-        types = [tuple(int(qtype) for qtype in table.types(i)) for i in layers]
-        self._shapes = [ExpertShape((t[0], t[1], t[2]), plan.hidden, plan.width) for t in types]
+        self._parts = segment_parts(table, address)
+        self._shapes = [ExpertShape.of(table, i, plan.hidden, plan.width) for i in layers]
         self._addresses = np.zeros(3 * k, np.uint64)
         self._starts, self._order = np.arange(k + 1, dtype=np.int32), np.arange(k, dtype=np.int32)
         self._token = np.zeros(k, np.int32)

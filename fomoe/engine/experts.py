@@ -75,7 +75,8 @@ class ResidentExperts:
         self.expert_bytes = np.array(
             [table.expert_bytes(i) for i in range(spec.n_layers)], np.int64
         )
-        self._shapes = [expert_shape(table, spec, i) for i in range(spec.n_layers)]
+        sizes = spec.hidden, spec.moe.expert_width
+        self._shapes = [ExpertShape.of(table, i, *sizes) for i in range(spec.n_layers)]
         self._tensors: list[npt.NDArray[np.uint8]] = []
         self._addresses = [self._load(file, table, i) for i in range(spec.n_layers)]
         self._pairs = Buffer(max_tokens * spec.moe.top_k, spec.hidden)
@@ -149,9 +150,3 @@ class ResidentExperts:
     def finish(self) -> F32:
         """Return what `begin` computed."""
         return self._result
-
-
-def expert_shape(table: ExpertTable, spec: ModelSpec, layer: int) -> ExpertShape:
-    """Return what a device must know of a layer's experts."""
-    gate, up, down = table.types(layer)
-    return ExpertShape((int(gate), int(up), int(down)), spec.hidden, spec.moe.expert_width)

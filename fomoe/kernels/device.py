@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fomoe.gguf.extents import ExpertTable
+
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 U64 = npt.NDArray[np.uint64]
@@ -20,6 +22,12 @@ class ExpertShape:
     types: tuple[int, int, int]
     hidden: int
     width: int
+
+    @classmethod
+    def of(cls, table: ExpertTable, layer: int, hidden: int, width: int) -> ExpertShape:
+        """Return what a device must know of a layer's experts."""
+        gate, up, down = table.types(layer)
+        return cls((int(gate), int(up), int(down)), hidden, width)
 
 
 class WeightedPairs(NamedTuple):

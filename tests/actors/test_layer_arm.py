@@ -3,16 +3,13 @@
 import os
 import random
 import signal
-import sys
 import threading
 
 import pytest
 from support import cpu_layers
-from support import local_engine as support
 from support.local_engine import local_engine, slot_bytes
 from support.local_model import finished, greedy, tokens_of, told
 
-from fomoe.actors.processes import CLASSES, ProcessHandle
 from fomoe.config import RoutingConfig
 from fomoe.errors import ConfigError, StorageError
 
@@ -168,13 +165,7 @@ def test_kernels_that_fail_end_the_engine(model_paths, prompt, wait_for):
 
 
 def test_a_killed_storage(model_paths, prompt, monkeypatch, wait_for):
-    kinds = CLASSES | {
-        "driver": "support.cpu_layers:CpuDriver", "layers": "support.cpu_layers:CpuLayerActor",
-    }  # fmt: skip
-    for role, kind in kinds.items():
-        monkeypatch.setitem(support._CLASSES, role, lambda name, kind=kind: (kind, name))
-    monkeypatch.setattr(support, "ThreadHandle", lambda made: ProcessHandle(*made))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    cpu_layers.play_processes(monkeypatch)
     with start(model_paths["mixed"], 2) as engine:
         events = []
         for event in engine.client.stream(greedy(prompt, 4000)):

@@ -2,17 +2,14 @@
 
 import os
 import signal
-import sys
 
 import numpy as np
 import pytest
 from support import cpu_layers
-from support import local_engine as support
 from support.local_engine import local_engine
 from support.local_model import finished, greedy, tokens_of, told
 
 from fomoe.actors import driver_dense, layers
-from fomoe.actors.processes import CLASSES, ProcessHandle
 from fomoe.config import RoutingConfig
 from fomoe.engine import plan
 from fomoe.engine.local import local_logits
@@ -257,13 +254,7 @@ class TestFaults:
             pytest.fail("it came up")
 
     def test_a_killed_device(self, model_paths, prompt, monkeypatch, wait_for):
-        kinds = CLASSES | {
-            "driver": "support.cpu_layers:CpuDriver", "layers": "support.cpu_layers:CpuLayerActor",
-        }  # fmt: skip
-        for role, kind in kinds.items():
-            monkeypatch.setitem(support._CLASSES, role, lambda name, kind=kind: (kind, name))
-        monkeypatch.setattr(support, "ThreadHandle", lambda made: ProcessHandle(*made))
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        cpu_layers.play_processes(monkeypatch)
         with local_engine(
             model_paths["mixed"], devices=("hip:0", "hip:0"), vram=VRAM, attention="driver"
         ) as engine:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
+from support import local_engine
 
 from fomoe.actors import driver_dense, layers
 from fomoe.actors.driver import DriverActor
 from fomoe.actors.expert_parts import part_bytes
 from fomoe.actors.layers import LayerActor
+from fomoe.actors.processes import CLASSES, ProcessHandle
 from fomoe.engine import hosting
-from fomoe.engine.experts import expert_shape
 from fomoe.gguf.extents import ExpertTable
-from fomoe.kernels.device import open_device
+from fomoe.kernels.device import ExpertShape, open_device
 from fomoe.model.layers import DenseModel
 from fomoe.model.state import Batch, DeltaState, SequenceState
 from fomoe.routing import group_by_expert, route_exact
@@ -127,7 +130,8 @@ class CpuLayers:
             self._model = DenseModel(file, spec, options.max_tokens, int8=options.int8)
         self._places = None
         self._device = open_device("cpu", threads=1, int8=options.int8)
-        self._shapes = [expert_shape(table, spec, i) for i in range(spec.n_layers)]
+        sizes = spec.hidden, spec.moe.expert_width
+        self._shapes = [ExpertShape.of(table, i, *sizes) for i in range(spec.n_layers)]
         self._states = [
             SequenceState(spec, options.ctx_size, options.kv_dtype) for _ in range(options.n_states)
         ]
@@ -358,3 +362,14 @@ def play_devices(monkeypatch):
     monkeypatch.setattr(driver_dense, "open_dense", open_dense_and_keep)
     monkeypatch.setattr(hosting, "planned_bytes", planned_bytes)
     return found
+
+
+def play_processes(monkeypatch):
+    """Let engines of `local_engine` run in processes of their own, which play their devices."""
+    kinds = CLASSES | {
+        "driver": "support.cpu_layers:CpuDriver", "layers": "support.cpu_layers:CpuLayerActor",
+    }  # fmt: skip
+    for role, kind in kinds.items():
+        monkeypatch.setitem(local_engine._CLASSES, role, lambda name, kind=kind: (kind, name))
+    monkeypatch.setattr(local_engine, "ThreadHandle", lambda made: ProcessHandle(*made))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))

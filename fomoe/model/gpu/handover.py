@@ -14,13 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fomoe.gguf.quants import GGMLType
-from fomoe.kernels.gpu.bring import bring
 from fomoe.kernels.gpu.gpu import GPU
-from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import ExpertLayout
 from fomoe.model.buffers import F32
 from fomoe.model.gpu.places import Places
 from fomoe.model.gpu.program import Step
+from fomoe.model.gpu.transfer import Carrier
 from fomoe.model.gpu.work import Work
 
 
@@ -36,11 +35,10 @@ class Handover:
     """Copies between a device's work memory and `Places`, which are lent once, before any pass."""
 
     def __init__(self, gpu: GPU, work: Work, *, int8: bool) -> None:
-        self._gpu = gpu
         self._work = work
         self._int8 = int8
         self._places: Places | None = None
-        self._launches: dict[tuple[int, int], Launch] = {}  # of a token, by both ends
+        self._carrier = Carrier(gpu)
 
     def lend(self, places: Places) -> None:
         """Use these from the first pass on: captured launches keep their addresses."""
@@ -94,16 +92,10 @@ class Handover:
         return pieces
 
     def _move(self, piece: _Piece, tokens: int, *, to_host: bool) -> None:
-        gpu = self._gpu
         to, source = piece.device, piece.host + self._lent.shift
         if to_host:
             to, source = source, to
-        if tokens > 1:
-            gpu.runtime.copy(to, source, tokens * piece.nbytes, gpu.stream)
-            return
-        if (to, source) not in self._launches:
-            self._launches[to, source] = bring(gpu, to, source, piece.nbytes)
-        gpu.launch(self._launches[to, source])
+        self._carrier.carry(to, source, piece.nbytes, tokens)
 
 
 def _piece(device: int, array: npt.NDArray[np.generic]) -> _Piece:

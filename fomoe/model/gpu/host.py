@@ -10,9 +10,7 @@ import numpy.typing as npt
 from fomoe.errors import DeviceError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
-from fomoe.kernels.gpu.bring import bring
 from fomoe.kernels.gpu.gpu import GPU
-from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.runtime import Runtime
 from fomoe.kernels.gpu.step import STEP
 from fomoe.model.buffers import F32
@@ -31,7 +29,7 @@ from fomoe.model.gpu.routes import Routes
 from fomoe.model.gpu.slots import ExpertSlots
 from fomoe.model.gpu.speech import Speech
 from fomoe.model.gpu.states import States
-from fomoe.model.gpu.transfer import Mirror, Signal
+from fomoe.model.gpu.transfer import Carrier, Mirror, Signal
 from fomoe.model.gpu.weights import place_ends, place_layer, place_routers, place_turns
 from fomoe.model.gpu.work import Work
 from fomoe.model.linear import Weights
@@ -90,7 +88,7 @@ class GPUModel:
         self._begun, self._ended = (Signal(gpu, options.wait_s) for _ in range(2))
         self._speech = Speech(gpu, spec, options, self._mail, self._handover)
         self._step_in = step.bring(gpu)  # a copy would stand behind those of experts
-        self._carriers: dict[tuple[int, int], Launch] = {}  # by where to and where from
+        self._carrier = Carrier(gpu)
         self._tokens = 1
         self._has_logits = False
 
@@ -165,13 +163,8 @@ class GPUModel:
         self._ended.wait("a residual stream")
 
     def _carry(self, to: int, source: int) -> None:
-        """Queue a copy of the residual stream; a token's passes by the copies of experts."""
-        if self._tokens > 1:
-            self.runtime.copy(to, source, self._hidden_bytes, self.gpu.stream)
-            return
-        if (to, source) not in self._carriers:
-            self._carriers[to, source] = bring(self.gpu, to, source, self._hidden_bytes)
-        self.gpu.launch(self._carriers[to, source])
+        """Queue the way of the residual stream."""
+        self._carrier.carry(to, source, _F32_BYTES * self.spec.hidden, self._tokens)
 
     def front(self, layer: int, *, gives_input: bool = False) -> None:
         """Run a layer up to the router's scores; a token's can leave `input`, then not `ahead`."""
@@ -371,10 +364,6 @@ class GPUModel:
     def close(self) -> None:
         """Wait for the work and give the device's memory back."""
         self.gpu.close()
-
-    @property
-    def _hidden_bytes(self) -> int:
-        return _F32_BYTES * self._tokens * self.spec.hidden
 
     def _check_token(self, token: int) -> None:
         """Refuse what would be a row beyond the embedding: the kernel does not look."""

@@ -41,23 +41,17 @@ class Routes:
         Raises:
             DeviceError: one of them is not resident.
         """
-        row = self._row[layer]
-        if len(ids) < self.ids.shape[1]:
-            self._write_part(layer, row, ids, weights)
-            return
+        row, count = self._row[layer], len(ids)
         found = self._tables[row].take(ids, 1)
         if np.count_nonzero(found) < found.size:
             _refuse(layer, ids[found[0] == 0])
         addresses, own_ids, own_weights = self._tokens[row]
+        if count < len(own_ids):
+            addresses[:, count:] = 0
+            addresses, own_ids, own_weights = (
+                addresses[:, :count], own_ids[:count], own_weights[:count]
+            )  # fmt: skip
         addresses[:], own_ids[:], own_weights[:] = found, ids, weights
-
-    def _write_part(self, layer: int, row: int, ids: I32, weights: F32) -> None:
-        found, count = self._tables[row].take(ids, 1), len(ids)
-        if np.count_nonzero(found) < found.size:
-            _refuse(layer, ids[found[0] == 0])
-        addresses, own_ids, own_weights = self._tokens[row]
-        addresses[:, :count], addresses[:, count:] = found, 0
-        own_ids[:count], own_weights[:count] = ids, weights
 
     def send_prompt(self, layer: int, ids: I32, weights: F32) -> None:
         """Queue the copy of int32 and float32 [T, K].

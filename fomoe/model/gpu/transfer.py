@@ -61,6 +61,27 @@ class Mirror:
         self._gpu.runtime.copy(to + start, source + start, count, self._gpu.stream)
 
 
+class Carrier:
+    """Carries the same few arrays between device and pinned memory, pass after pass.
+
+    A token's go by kernels, past copies of experts that are under way; a prompt's are copied.
+    """
+
+    def __init__(self, gpu: GPU) -> None:
+        self._gpu = gpu
+        self._launches: dict[tuple[int, int], Launch] = {}  # of a token, by where to and where from
+
+    def carry(self, to: int, source: int, row_bytes: int, tokens: int) -> None:
+        """Queue the way of T rows; addresses as the device sees them."""
+        gpu = self._gpu
+        if tokens > 1:
+            gpu.runtime.copy(to, source, tokens * row_bytes, gpu.stream)
+            return
+        if (to, source) not in self._launches:
+            self._launches[to, source] = bring(gpu, to, source, row_bytes)
+        gpu.launch(self._launches[to, source])
+
+
 class Signal:
     """A point in the device's work; the host waits for it with a bound."""
 
