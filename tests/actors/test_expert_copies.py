@@ -16,6 +16,12 @@ def machine(seed, ram, **options):
     return ActorMachine(np.random.default_rng(seed), policy, ram, **options)
 
 
+def decode(m):
+    """One token goes through all layers."""
+    for layer in range(m.topology.n_layers):
+        m.decode(layer)
+
+
 @pytest.mark.parametrize("ram", ["exclusive", "inclusive"])
 @given(seed=seeds, staging=st.integers(2, 24))
 @settings(max_examples=40, deadline=None)
@@ -23,8 +29,7 @@ def test_each_expert_finds_its_own_bytes(ram, seed, staging):
     m = machine(seed, ram, staging=staging)
     m.fill()
     for _ in range(6):
-        for layer in range(m.topology.n_layers):
-            m.decode(layer)
+        decode(m)
     m.come_to_rest()
 
 
@@ -34,8 +39,7 @@ def test_each_expert_finds_its_own_bytes(ram, seed, staging):
 def test_reads_that_fail(ram, seed, staging):
     m = machine(seed, ram, staging=staging, fails=0.1)
     for _ in range(6):
-        for layer in range(m.topology.n_layers):
-            m.decode(layer)
+        decode(m)
     m.come_to_rest()
 
 
@@ -47,6 +51,5 @@ def test_prompts_between_answers(ram, seed, staging):
     m.fill()
     for _ in range(3):
         m.prompt(int(m.rng.integers(2, 20)))
-        for layer in range(m.topology.n_layers):
-            m.decode(layer)
+        decode(m)
     m.come_to_rest()
