@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -33,6 +33,7 @@ from fomoe.engine.loop import LayerLoop
 from fomoe.engine.meter import HostCounters
 from fomoe.engine.placed import Placed
 from fomoe.engine.plan import EnginePlan
+from fomoe.engine.transfers import SegmentSlots
 from fomoe.engine.waterfall import Stopwatch
 from fomoe.engine.waves import Priorities
 from fomoe.errors import PeerStalledError
@@ -152,10 +153,7 @@ class LayerHands:
         ahead = AheadArrays(spec.n_layers, spec.moe.n_experts, config.prefetch_budget)
         placed = Placed(plan, engine.residency(), spec.moe.top_k, _PRIORITIES, ahead)
         links = layer_links(fabric, engine)
-        nodes = [
-            NodeLink(name, fabric.sender(name), fabric.receiver(name), segment)
-            for name, segment in zip(map(storage_name, count()), placed.segments, strict=False)
-        ]
+        nodes = _node_links(fabric, placed.segments)
         governor = Governor(
             ahead, depth=min(1, config.prefetch_depth),
             expert_bytes=int(placed.expert_bytes.mean()),
@@ -215,6 +213,14 @@ def _placements(
     return residency.fill(fill_order(engine.plan.topology, frequencies))
 
 
+def _node_links(fabric: Fabric, segments: Sequence[SegmentSlots]) -> list[NodeLink]:
+    """Return the driver's ends of the nodes' storage, each with the accounts of its segment."""
+    return [
+        NodeLink(name, fabric.sender(name), fabric.receiver(name), segment)
+        for name, segment in zip(map(storage_name, count()), segments, strict=False)
+    ]
+
+
 def _connect_experts(fabric: Fabric, engine: Engine) -> TieredExperts:
     config, spec, plan = engine.config, engine.spec, engine.plan
     topology = plan.topology
@@ -227,12 +233,8 @@ def _connect_experts(fabric: Fabric, engine: Engine) -> TieredExperts:
         shares_cores = node == 0 and config.devices[i].startswith("cpu")
         devices.append(DeviceLink(name, node, shares_cores, fabric.sender(name),
                                   fabric.receiver(name), buffers))  # fmt: skip
-    nodes = []
-    for i in range(max(topology.device_node) + 1):
-        name = storage_name(i)
-        nodes.append(
-            NodeLink(name, fabric.sender(name), fabric.receiver(name), plan.segment_slots(i))
-        )
+    segments = [plan.segment_slots(i) for i in range(max(topology.device_node) + 1)]
+    nodes = _node_links(fabric, segments)
     sizes = [plan.table.expert_bytes(i) for i in range(spec.n_layers)]
     governor = Governor(
         AheadArrays(spec.n_layers, spec.moe.n_experts, config.prefetch_budget),
