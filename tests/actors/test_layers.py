@@ -1,6 +1,7 @@
 """Layers on devices: the bits, text and decisions of the CPU path, whatever way a pass takes."""
 
 import os
+import re
 import signal
 
 import numpy as np
@@ -206,7 +207,7 @@ class TestFaults:
         ("n_devices", "attention", "verb", "who"),
         [
             (1, "device", "back", "gpu-0: hip:0: "),
-            (2, "device", "back", "gpu-0: hip:0: "),
+            (2, "device", "back", "gpu-[01]: hip:0: "),  # whichever comes to it first
             (1, "driver", "back", "gpu-0: hip:0: "),
             (2, "driver", "close_layer", ""),  # real drivers say the device's name themselves
         ],
@@ -225,7 +226,7 @@ class TestFaults:
                 events.append(event)
                 if len(tokens_of(events)) == 3:
                     monkeypatch.setattr(cpu_layers.CpuLayers, verb, run_away)
-            assert f"{who}the kernel has run away" in finished(events).error
+            assert re.search(f"{who}the kernel has run away", finished(events).error)
             wait_for(lambda: engine.client.status().state == "degraded")
             assert "run away" in engine.client.status().detail
 
