@@ -18,8 +18,8 @@ from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import ExpertLayout, Matrix
 from fomoe.kernels.gpu.moe import (
-    Choose,
     MoEBuffers,
+    Resident,
     SharedMatrices,
     experts_in,
     experts_out,
@@ -240,10 +240,10 @@ class DecodeLayers:
         gpu, m, b, layout = self._gpu, self.model, self._buffers, self._layout
         down = self._weights.matrix(self.types.down, m.hidden, m.shared)
         gate_up = sum(layout.part_bytes[:2]) * m.top_k
-        choose = Choose(table, m.experts)
+        resident = Resident(table, m.experts)
         yield Work(
             "experts in", [],
-            lambda o: experts_in(gpu, layout, m.top_k, at, b, choose=choose, options=o),
+            lambda o: experts_in(gpu, layout, (m.top_k, at), b, resident=resident, options=o),
             gate_up,
         )  # fmt: skip
         yield Work(

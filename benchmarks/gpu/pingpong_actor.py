@@ -15,10 +15,14 @@ from fomoe.actors.storage import landed_bytes
 from fomoe.storage.segment import SegmentHandle
 
 COPIES = 256
+GATE_UP = 2 / 3  # of an expert's bytes, and so of a back's delay, which hits need not wait with
 
 
 class PingPongActor(LayerActor):
-    """A layer actor whose layers can take longer than they do, either half the same."""
+    """A layer actor whose layers can take longer than they do, either half the same.
+
+    Of a back in two turns each has its share: the first that of its experts' gate and up.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -28,10 +32,12 @@ class PingPongActor(LayerActor):
         """As ever, with a kernel in front of each half."""
         super().open(plan, segment)
         model: Any = self._model
-        self._per_us = ticks_per_us(model.gpu)
+        self._per_us, self._ticks, self._of_hits = ticks_per_us(model.gpu), 0, 0
         self._delay: Any = None
+        self._delays: dict[int, Any] = {}  # by ticks
         for half in ("front", "back", "own_back"):
             setattr(model, half, self._delayed(model, getattr(model, half)))
+        self._delay_turns(model)
         both, opening = model.back_and_front, model.begin_and_front
 
         def apart(layer: int, routes: Any) -> None:
@@ -59,12 +65,33 @@ class PingPongActor(LayerActor):
 
         return delayed
 
+    def _delay_turns(self, model: Any) -> None:
+        hits, rest = model.back_hits, model.back_late
+
+        def delayed_hits(layer: int, routes: Any, late: Any) -> None:
+            self._of_hits = round(GATE_UP * self._ticks * np.count_nonzero(~late) / late.size)
+            self._wait(model, self._of_hits)
+            hits(layer, routes, late)
+
+        def delayed_rest(layer: int) -> None:
+            self._wait(model, self._ticks - self._of_hits)
+            rest(layer)
+
+        model.back_hits, model.back_late = delayed_hits, delayed_rest
+
+    def _wait(self, model: Any, ticks: int) -> None:
+        if ticks:
+            if ticks not in self._delays:
+                self._delays[ticks] = ticks_launch(model.gpu, ticks)
+            model.gpu.launch(self._delays[ticks])
+
     def delay(self, microseconds: float) -> None:
         """Let each layer take so much longer, from now on."""
         model: Any = self._model
         model.runtime.attach()
-        ticks = round(microseconds / 2 * self._per_us)
-        self._delay = ticks_launch(model.gpu, ticks) if ticks else None
+        self._ticks = round(microseconds / 2 * self._per_us)
+        self._delays.clear()
+        self._delay = ticks_launch(model.gpu, self._ticks) if self._ticks else None
 
     def trace(self) -> list[tuple[str, str, int, int]]:
         """Return the calls since the last time; the first time, begin to note them."""

@@ -63,6 +63,7 @@ def note_device(who: str) -> Notes:
     """Note what a layer actor does, in this process."""
     notes, server, copies = Notes(who), layer_device.LayerServer, expert_copies.ExpertCopies
     notes.wrap(server, "serve", _message)
+    notes.wrap(server, "_begin_hits", lambda *_: "  hits")
     notes.wrap(server, "_bring", lambda *_: "  bring")
     notes.wrap(server, "_await_hidden", lambda *_: "  await hidden")
     notes.wrap(server, "_run", lambda *_: "  run")

@@ -205,7 +205,7 @@ class ExpertsCase:
         for picked, shared in zip(self._picks, self._shared_downs, strict=True):
             k, out = self._sizes.top_k, self._buffers
             if self.part != "out":
-                args = (self._layout, k, picked, out)
+                args = (self._layout, (k, picked), out)
                 made.append(experts_in(self._gpu, *args, options=first))
             if self.part != "in":
                 args = (self._layout, (k, picked), shared, out, self._x)

@@ -31,6 +31,7 @@ from fomoe.engine import hosting
 from fomoe.engine.requests import GenerateRequest, SamplingParams, TokenEvent
 
 EXPERTS, TOP_K, SKIP = 96, 10, 16
+GATE_UP = 2 / 3  # of an expert's time, which need not wait for the others' bytes
 Op = list[Any]  # kind, seconds left or event, turn, name
 
 
@@ -217,6 +218,15 @@ class CardLayers:
         self._foresee(layer + 1)
 
     own_back = back
+
+    def back_hits(self, layer: int, routes: Any, late: Any) -> None:
+        self._behind()
+        self._of_hits = GATE_UP * self._half * np.count_nonzero(~late) / late.size
+        self.runtime.kernel(self._of_hits, f"hits {layer}")
+
+    def back_late(self, layer: int) -> None:
+        self.runtime.kernel(self._half - self._of_hits, f"back {layer}")
+        self._foresee(layer + 1)
 
     def begin_and_front(self, tokens: Any, position: int, state: int) -> None:
         self.begin(tokens, position, state)

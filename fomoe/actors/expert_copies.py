@@ -159,6 +159,14 @@ class ExpertCopies:
         self._in_flight.pop(step, None)
         return True
 
+    def late(self, step: int, experts: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """Return for which experts int32 [K] loads of a step have not ended, bool [K]."""
+        jobs = self._in_flight.get(step, ())
+        coming = {
+            job.record[_EXPERT] for job in jobs if not job.ended and job.record[_KIND] == _LOAD
+        }
+        return np.array([expert in coming for expert in experts.tolist()], np.bool_)
+
     def hold(self, step: int, stream: int) -> None:
         """Let a stream wait for the loads of a step, all of which have begun."""
         at_work = [job.same or job for job in self._in_flight.get(step, ())]

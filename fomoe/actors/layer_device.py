@@ -19,6 +19,7 @@ from fomoe.engine.transfers import ENTRY
 from fomoe.errors import DeviceError
 
 U64 = npt.NDArray[np.uint64]
+Routes = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 _SPIN_US = 1000.0  # while a token is in flight: as long as a layer may take elsewhere
 _WAIT_MS = 20.0
@@ -66,6 +67,7 @@ class LayerServer:
         self._tokens = 1
         self._aborted = 0  # steps up to this one were given up
         self._waited = 0
+        self._has_hits = False  # of the back that a message asks for, these have been begun with
         self.steps = 0
         self.compute_ns = self.wait_ns = 0
 
@@ -96,16 +98,11 @@ class LayerServer:
             self._begin(do, tokens, position, state)
         if do & Do.EMBED and not _as_one(do, tokens, _OPENING):
             model.embed()
+        self._has_hits = bool(n_copies) and self._begin_hits(do, layer, step)
         is_here = self._bring(step) if n_copies else True
         if is_here and do & Do.TAKE:
             is_here = self._await_hidden(peer, awaited, step)
-        if not is_here:
-            self._give_up(step)
-            return
-        if do & Do.TAKE:
-            model.put_hidden(self._hidden[peer])
-        if not self._run(do, layer, message):
-            self._finish_computing()
+        if not is_here or not self._run(do, layer, peer, message):
             self._give_up(step)
             return
         if self._moves and do & _ENDS:
@@ -128,6 +125,20 @@ class LayerServer:
             np.copyto(self._mine.logits[:rows], model.logits(self._mine.rows[:rows]))
         if do & Do.LARGEST:
             self._mine.best[0], self._mine.best_logit[0], _ = model.largest(int(self._mine.rows[0]))
+
+    def _begin_hits(self, do: int, layer: int, step: int) -> bool:
+        """Begin a token's back with the experts that are there; False where that is not to be.
+
+        Late ones change nothing of what the others come to.
+        """
+        if self._tokens > 1 or not do & Do.BACK or do & Do.PART:
+            return False
+        late = self._copies.late(step, self._mine.ids[0])
+        if late.all() or not late.any():
+            return False
+        routes = self._routes(do, layer)
+        self._model.back_hits(layer, routes, late)
+        return True
 
     def _bring(self, step: int) -> bool:
         """Let the compute stream wait for a step's copies; False where they will never come."""
@@ -162,6 +173,7 @@ class LayerServer:
     def _give_up(self, step: int) -> None:
         """Answer for a step that nobody wants any more, once it touches no memory."""
         copies = self._copies
+        self._finish_computing()
         copies.abort(step)
         self._wait(lambda: copies.has_ended(step), "a copy")
         self._to_driver.send(Tag.DONE, DONE.pack(step, 1, 0, 0, 0), (), _SEND_BOUND_S)
@@ -199,8 +211,10 @@ class LayerServer:
         else:
             model.begin(ids, position, state)
 
-    def _run(self, do: int, layer: int, message: bytes | bytearray) -> bool:
+    def _run(self, do: int, layer: int, peer: int, message: bytes | bytearray) -> bool:
         """Compute what a message asks for; False where storage's part of it will never come."""
+        if do & Do.TAKE:
+            self._model.put_hidden(self._hidden[peer])
         if do & Do.GATHER:
             self._model.gather(layer)
         if do & Do.WAVE:
@@ -220,16 +234,26 @@ class LayerServer:
 
     def _run_back(self, do: int, layer: int) -> None:
         """Close a layer; a token's goes on to the scores of the next, where those are wanted."""
-        model, mine, tokens = self._model, self._mine, self._tokens
-        routes = None if do & Do.CHOOSE else (mine.ids[:tokens], mine.weights[:tokens])
-        if routes is None:
+        model = self._model
+        if self._has_hits:
             self._copies.publish(layer)
-        if _as_one(do, tokens, _HALVES):
+            model.back_late(layer)
+            return
+        routes = self._routes(do, layer)
+        if _as_one(do, self._tokens, _HALVES):
             model.back_and_front(layer, routes)
         elif routes is None:
             model.own_back(layer)
         else:
             model.back(layer, *routes)
+
+    def _routes(self, do: int, layer: int) -> Routes | None:
+        """Return what the driver has decided; None where the device chooses, by its own table."""
+        mine, tokens = self._mine, self._tokens
+        if not do & Do.CHOOSE:
+            return mine.ids[:tokens], mine.weights[:tokens]
+        self._copies.publish(layer)
+        return None
 
     def _run_part(self, layer: int, step: int) -> bool:
         """Run this device's part of a token's experts and add storage's, see `layer_arm`."""
@@ -251,7 +275,8 @@ class LayerServer:
     def _run_front(self, layer: int, do: int) -> None:
         model, mine, tokens = self._model, self._mine, self._tokens
         gives_input = bool(do & Do.INPUT) and tokens == 1
-        if not (_as_one(do, tokens, _HALVES) or _as_one(do, tokens, _OPENING)):
+        is_queued = _as_one(do, tokens, _HALVES) and not self._has_hits
+        if not is_queued and not _as_one(do, tokens, _OPENING):
             model.front(layer, gives_input=gives_input)
         if self._moves:  # what comes for later steps is not to wait for this one
             self._finish_computing()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fomoe.model.gpu.host import GPUModel
 
 I32 = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
 
 
 class Half(Protocol):
@@ -114,6 +115,15 @@ class LayerModel(DenseHalf, Protocol):
 
         One token's ids ascend; they may be fewer, or none, where others are added.
         """
+
+    def back_hits(self, layer: int, routes: tuple[I32, F32] | None, late: Bools) -> None:
+        """Begin `back` of a token, `own_back` without routes, with experts that are there.
+
+        `late` bool [K]: of the ids in ascending order, which bytes may still be on their way.
+        """
+
+    def back_late(self, layer: int) -> None:
+        """Do the rest of it: all that was late is there, and published."""
 
     def add(self, address: int) -> None:
         """Add float32 [1, D] to a token's residual stream."""

@@ -268,4 +268,6 @@ def open_model(
     options = host_options(config, spec)[device]
     if sum(slots) >= len(options.layers) * spec.moe.n_experts:
         options = replace(options, ahead=False)  # everything is there
+    else:
+        options = replace(options, late=True)
     return open_part(file, spec, config.devices[device], options, slots)

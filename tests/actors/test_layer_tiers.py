@@ -84,6 +84,7 @@ def test_text_and_decisions_are_those_of_the_cpu_path(
         assert receipt.hits_ram > 0
         at_rest(engine)
     assert tokens_of(events)
+    assert any("hits" in device.calls for device in opened), "nothing ran before all was there"
     assert all(device.closed and not device.runtime.registered for device in opened)
 
 

@@ -17,6 +17,7 @@ from fomoe.engine.hosting import dense_bytes
 from fomoe.engine.requests import TokenEvent
 from fomoe.gguf.reader import open_gguf
 from fomoe.model.archs import read_spec
+from fomoe.model.gpu.host import GPUModel
 
 pytestmark = pytest.mark.timeout(240)  # kernels are compiled where the cache has none
 
@@ -86,12 +87,19 @@ def shuffled(seed):
         (2, {"attention": "driver", "prefetch_budget": 1.0, "delay": shuffled(3)}),
     ],
 )
-def test_tiers_change_no_bit(path, whole, n_devices, options):
-    devices = ("hip:0",) * n_devices
+def test_tiers_change_no_bit(path, whole, monkeypatch, n_devices, options):
+    devices, hits, back_hits = ("hip:0",) * n_devices, [], GPUModel.back_hits
+
+    def noted(model, layer, routes, late):
+        hits.append(late)
+        back_hits(model, layer, routes, late)
+
+    monkeypatch.setattr(GPUModel, "back_hits", noted)
     logits, rows, tokens, receipt = run(
         path, devices, **options, **share_of(path, devices, 0.3, 0.45, options)
     )
     assert receipt.nvme_bytes > 0
+    assert hits, "nothing ran before all was there"
     assert rows == whole[1]
     assert tokens == whole[2]
     assert receipt.decision_hash == whole[3].decision_hash

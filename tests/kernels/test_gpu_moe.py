@@ -16,9 +16,10 @@ from fomoe.kernels import reference
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.matrices import ExpertLayout, place
 from fomoe.kernels.gpu.moe import (
-    Choose,
     MoEBuffers,
+    Resident,
     SharedMatrices,
+    Turn,
     experts_in,
     experts_out,
     scores,
@@ -28,6 +29,7 @@ from fomoe.kernels.gpu.products import Options
 from fomoe.kernels.gpu.step import Rows, picks
 
 EPS = 1e-6
+NO_BUFFERS = MoEBuffers(Rows(0, 0, 0), 0, 0, 0, 0, 0)
 F32 = np.ndarray
 
 
@@ -101,10 +103,12 @@ class Layer:
         self.outs = {name: Guarded.empty(gpu, (n,), np.float32) for name, n in sizes.items()}
         self.inner = Guarded.empty(gpu, (shape.top_k, shape.width), np.float32)
         self.h = RowsOut.empty(gpu, 1, shape.hidden, int8=True)
+        self.late = Guarded.empty(gpu, (1,), np.uint32)
         self.buffers = MoEBuffers(
             self.h.rows,
             *(self.outs[name].address for name in ("scores", "gate", "up", "scale")),
             self.inner.address,
+            self.late.address,
         )
 
     def run_scores(self) -> None:
@@ -190,7 +194,7 @@ def test_a_layer(gpu: GPU, shape: Shape, int8: bool) -> None:
     picked = Guarded.of(gpu, layer.picks_of(ids, weights))
     k = shape.top_k
     gpu.launch(
-        experts_in(gpu, layer.layout, k, picked.address, layer.buffers, options=layer.options)
+        experts_in(gpu, layer.layout, (k, picked.address), layer.buffers, options=layer.options)
     )
     inner = layer.inner.read()
     assert error(inner, layer.expected_inner(ids, h)) < 1e-5
@@ -214,10 +218,10 @@ def test_a_layer(gpu: GPU, shape: Shape, int8: bool) -> None:
 
     chosen = Guarded.empty(gpu, (1,), picks(k))
     table = Guarded.of(gpu, layer.table)
-    choose = Choose(table.address, shape.experts)
     launch = experts_in(
-        gpu, layer.layout, k, chosen.address, layer.buffers, choose=choose, options=layer.options
-    )
+        gpu, layer.layout, (k, chosen.address), layer.buffers,
+        resident=Resident(table.address, shape.experts), options=layer.options,
+    )  # fmt: skip
     gpu.launch(launch)
     got, wanted = chosen.read(), layer.picks_of(ids, weights)
     np.testing.assert_array_equal(got["id"], wanted["id"])
@@ -238,16 +242,51 @@ def test_a_part_of_a_token_s_experts(gpu: GPU, count: int) -> None:
     rest = np.full((ODD.top_k, ODD.width), np.nan, np.float32)
     gpu.upload(layer.inner.address, rest)
     part = Options(partial=True)
-    launch = experts_in(gpu, layer.layout, ODD.top_k, picked.address, layer.buffers, options=part)
-    gpu.launch(launch)
+    k_and_picks = ODD.top_k, picked.address
+    gpu.launch(experts_in(gpu, layer.layout, k_and_picks, layer.buffers, options=part))
     inner, h = layer.inner.read(), np.asarray(layer.h.x.read())
     assert np.isnan(inner[count:]).all()
     if count:
         assert error(inner[:count], layer.expected_inner(ids[:count], h)) < 1e-5
-    args = (ODD.top_k, picked.address), layer.shared_down, layer.buffers, x.address
+    args = k_and_picks, layer.shared_down, layer.buffers, x.address
     gpu.launch(experts_out(gpu, layer.layout, *args, options=part))
     expected = layer.expected_out(ids[:count], weights[:count], inner[:count])
     assert error(x.read()[0], expected) < ROUNDED
+
+
+@pytest.mark.parametrize("chooses", [False, True], ids=["told", "chooses"])
+@pytest.mark.parametrize("late", [0b010, 0b101, 0b000, 0b111], ids=bin)
+def test_experts_in_two_turns(gpu: GPU, late: int, *, chooses: bool) -> None:
+    """The first reads nothing of late experts, the second does the rest: the bits of one launch."""
+    layer = Layer(gpu, ODD, Options())
+    layer.run_scores()
+    k = ODD.top_k
+    ids, weights = top_of(layer.outs["scores"].read(), k)
+    wanted = Guarded.of(gpu, layer.picks_of(ids, weights))
+    table = Guarded.of(gpu, layer.table)
+    resident = Resident(table.address, ODD.experts)
+    args = {"resident": resident} if chooses else {}
+    gpu.launch(experts_in(gpu, layer.layout, (k, wanted.address), layer.buffers, **args))
+    inner, picked = layer.inner.read(), wanted.read()
+
+    is_late = np.array([late >> i & 1 for i in range(k)], np.bool_)
+    made, unknown = picked.copy(), layer.table.copy()
+    made["address"][0][:, is_late] = unknown[ids[is_late]] = 0  # what nobody may read
+    picks_in_turns = Guarded.of(gpu, made)
+    layer.inner.clear()
+    sentinels = layer.inner.read()
+    gpu.upload(layer.late.address, np.array([late], np.uint32))
+    gpu.upload(table.address, unknown)
+    in_turns = gpu, layer.layout, (k, picks_in_turns.address), layer.buffers
+    gpu.launch(experts_in(*in_turns, turn=Turn.HITS, **args))
+    first = layer.inner.read()
+    np.testing.assert_array_equal(first[~is_late], inner[~is_late])
+    np.testing.assert_array_equal(first[is_late], sentinels[is_late])
+
+    gpu.upload(table.address, layer.table)
+    gpu.launch(experts_in(*in_turns, turn=Turn.LATE, resident=resident))
+    np.testing.assert_array_equal(layer.inner.read(), inner)
+    np.testing.assert_array_equal(picks_in_turns.read(), picked)
 
 
 def test_routed_sum_is_a_chain_of_fma_in_ascending_id(gpu: GPU) -> None:
@@ -258,7 +297,7 @@ def test_routed_sum_is_a_chain_of_fma_in_ascending_id(gpu: GPU) -> None:
     single = []
     for weights in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (2.0**20, 1, -(2.0**20))):
         picked = Guarded.of(gpu, layer.picks_of(ids, np.array(weights, np.float32)))
-        gpu.launch(experts_in(gpu, layer.layout, 3, picked.address, layer.buffers))
+        gpu.launch(experts_in(gpu, layer.layout, (3, picked.address), layer.buffers))
         x = Guarded.of(gpu, np.zeros_like(layer.x))
         args = (3, picked.address), layer.shared_down, layer.buffers, x.address
         gpu.upload(layer.outs["scale"].address, np.array([-np.inf], np.float32))
@@ -277,7 +316,10 @@ def test_layouts_that_no_kernel_has_are_refused(gpu: GPU) -> None:
         ExpertLayout((0, 0, 0), 256, 48)
     mixed = ExpertLayout((int(Kind.Q4_K), int(Kind.Q6_K), int(Kind.Q6_K)), 256, 256)
     with pytest.raises(DeviceError, match="gate Q4_K and up Q6_K"):
-        experts_in(gpu, mixed, 2, 0, MoEBuffers(Rows(0, 0, 0), 0, 0, 0, 0, 0))
+        experts_in(gpu, mixed, (2, 0), NO_BUFFERS)
+    layout = ExpertLayout((int(Kind.F32), int(Kind.F32), int(Kind.F32)), 256, 256)
+    with pytest.raises(DeviceError, match="turns of 33 experts: 32 is the most"):
+        experts_in(gpu, layout, (33, 0), NO_BUFFERS, turn=Turn.HITS)
 
 
 def test_parts_of_a_slot_are_aligned() -> None:

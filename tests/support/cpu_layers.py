@@ -257,6 +257,34 @@ class CpuLayers:
         )  # fmt: skip
         self._device.reduce(pairs, groups.order, groups.arrange(weights), out)
 
+    def back_hits(self, layer, routes, late):
+        self._take_input()
+        self.calls.append("hits")
+        self._told = routes is not None
+        ids, weights = routes if self._told else self._own_choice()
+        self._half = ids[0].copy(), weights.copy(), late
+        self._pairs = np.full((late.size, self.spec.hidden), np.nan, np.float32)
+        self._run_some(layer, ~late, by_host=self._told)
+
+    def back_late(self, layer):
+        ids, weights, late = self._half
+        self._run_some(layer, late, by_host=False)
+        routed = np.zeros((1, self.spec.hidden), np.float32)
+        order = np.arange(len(ids), dtype=np.int32)[None]
+        self._device.reduce(self._pairs, order, weights, routed)
+        self._end(layer, routed)
+        self._foresee(layer + 1)
+
+    def _run_some(self, layer, which, *, by_host):
+        """Run some of a token's experts; bytes of the others may be anything."""
+        ids, rows = self._half[0][which], np.flatnonzero(which)
+        pairs = np.zeros((len(ids), self.spec.hidden), np.float32)
+        self._device.experts(
+            self._shapes[layer], self.slots.addresses(layer, ids, by_host=by_host), self._h,
+            np.arange(len(ids) + 1, dtype=np.int32), np.zeros(len(ids), np.int32), pairs,
+        )  # fmt: skip
+        self._pairs[rows] = pairs
+
     def begin_and_front(self, tokens, position, state):
         self.begin(tokens, position, state)
         self.embed()
@@ -282,11 +310,15 @@ class CpuLayers:
 
     def own_back(self, layer):
         self._take_input()
+        ids, weights = self._own_choice()
+        self.back(layer, ids, weights, by_host=False)
+        return ids
+
+    def _own_choice(self):
         route = route_exact(self._scores, self.spec.moe.top_k)
         order = np.argsort(route.ids, axis=1)
         ids, weights = (np.take_along_axis(a, order, 1) for a in (route.ids, route.weights))
-        self.back(layer, ids, weights, by_host=False)
-        return ids
+        return ids, weights
 
     def logits(self, rows):
         assert self.options.head

@@ -162,7 +162,7 @@ class ActorGpu:
         self._uid += 1
         step = SimpleNamespace(
             id=step_id, uid=self._uid, layer=layer, entries=entries.copy(), aborted=False,
-            queued=False, computed=[],
+            hits=entries[:0] if adds else None, rest=entries.copy(), queued=False, computed=[],
         )  # fmt: skip
         self.steps.append(step)
         self.executor.order(records, step.uid)
@@ -186,28 +186,38 @@ class ActorGpu:
     def _look(self):
         self.executor.advance()
         step = self.steps[0] if self.steps else None
-        if step and not step.queued and not step.aborted and self.executor.has_begun(step.uid):
+        if not step or step.queued or step.aborted:
+            return
+        if step.hits is None:
+            late = self.executor.late(step.uid, step.entries["expert"])
+            step.hits, step.rest = step.entries[~late], step.entries[late]
+            self.streams.put(COMPUTE, lambda: self._compute(step, step.hits))
+        if self.executor.has_begun(step.uid):
             self.executor.hold(step.uid, COMPUTE)
-            self.streams.put(COMPUTE, lambda: self._compute(step))
+            self.streams.put(COMPUTE, lambda: self._compute(step, step.rest))
             step.queued = True
 
-    def _compute(self, step):
-        for entry in step.entries:
-            key = step.layer, int(entry["expert"])
-            at = self.class_of(step.layer), int(entry["slot"])
+    def _compute(self, step, entries):
+        self._check(step.layer, entries)
+        step.computed += entries["expert"].tolist()
+
+    def _check(self, layer, entries):
+        for entry in entries:
+            key = layer, int(entry["expert"])
+            at = self.class_of(layer), int(entry["slot"])
             assert self.get(at) == key
             assert self.table[key] == entry["slot"]
-        step.computed = step.entries["expert"].tolist()
 
     def done(self):
         if not self.steps:
             return None
         step = self.steps[0]
-        is_over = step.aborted or len(step.computed) == len(step.entries)
+        wanted = step.entries if not step.aborted else step.hits
+        is_over = wanted is None or len(step.computed) == len(wanted)
         if not is_over or not self.executor.has_ended(step.uid):
             return None
-        if not step.aborted:
-            self._compute(step)  # nobody has touched what was being read
+        if wanted is not None:
+            self._check(step.layer, wanted)  # nobody has touched what was being read
         self.steps.popleft()
         return step.id, step.aborted, list(step.computed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 from fomoe.errors import DeviceError
 from fomoe.gguf.quants import GGMLType
@@ -17,6 +18,18 @@ from fomoe.kernels.gpu.step import Rows, picks
 from fomoe.kernels.gpu.tuning import RowShape, Tuning, fit, group_bytes, tuning_of
 
 _ROUTED, _SHARED = 1, 2  # FM_PARTS of experts_out.hip
+_MOST_PICKS = 32  # bits of `MoEBuffers.late`
+
+
+class Turn(IntEnum):
+    """Which of a token's experts `experts_in` computes: FM_TURN of experts.h.
+
+    HITS leaves out those that are late, LATE computes them alone.
+    """
+
+    ALL = 0
+    HITS = 1
+    LATE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +52,7 @@ class MoEBuffers:
         up: its up h, float32 [F shared].
         scale: the logit of its weight, float32 [1].
         inner: silu(gate h) * (up h) of the routed experts, float32 [K, F].
+        late: uint32 [1], for turns: bit i says that the bytes of the i-th pick may be on their way.
     """
 
     h: Rows
@@ -47,11 +61,12 @@ class MoEBuffers:
     up: int
     scale: int
     inner: int
+    late: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Choose:
-    """Let the device choose: all experts of the layer are resident.
+class Resident:
+    """Where the experts of a layer lie.
 
     `table` is the address of uint64 [n_experts]: the slots' base addresses.
     """
@@ -78,14 +93,21 @@ def scores(
 
 
 def experts_in(
-    gpu: GPU, layout: ExpertLayout, top_k: int, picked: int, buffers: MoEBuffers, *,
-    choose: Choose | None = None, options: Options = DEFAULT,
+    gpu: GPU, layout: ExpertLayout, picked: tuple[int, int], buffers: MoEBuffers, *,
+    resident: Resident | None = None, turn: Turn = Turn.ALL, options: Options = DEFAULT,
 ) -> Launch:  # fmt: skip
-    """Return inner = silu(gate h) * (up h) of the `top_k` experts in `picked` (step.picks).
+    """Return inner = silu(gate h) * (up h) of experts in `picked`: top_k and the picks' address.
 
-    With `choose` the kernel takes the top-k of the scores itself and writes `picked`: by score
-    descending, then by lower id; weights are the softmax over the chosen ones.
+    With `resident` the kernel takes the top-k of the scores itself and writes the picks: by score
+    descending, then by lower id; weights are the softmax over the chosen ones. In the LATE turn it
+    takes from there where the late ones lie by now, and writes that.
+
+    Raises:
+        DeviceError: gate and up differ in type, or turns are wanted of more than 32 experts.
     """
+    top_k, picks_address = picked
+    if turn and top_k > _MOST_PICKS:
+        raise DeviceError(f"turns of {top_k} experts: {_MOST_PICKS} is the most")
     if layout.types[0] != layout.types[1]:
         names = [GGMLType(t).name for t in layout.types[:2]]
         raise DeviceError(f"experts with gate {names[0]} and up {names[1]}: GPUs want one type")
@@ -95,16 +117,17 @@ def experts_in(
     defines = _expert_defines(layout, top_k, plan, options)
     defines |= {
         "FM_TYPE_IN": layout.types[0],
-        "FM_EXPERTS": choose.n_experts if choose else 0,
+        "FM_EXPERTS": resident.n_experts if resident and turn != Turn.LATE else 0,
     }
+    if turn:
+        defines["FM_TURN"] = int(turn)
     wave = gpu.runtime.wave
     sets = top_k * -(-layout.width // shape.rows(wave, wanted.tile))
     groups = min(gpu.runtime.cores * plan.tuning.per_core, sets)
-    resident = pointers(
-        buffers.scores, choose.table if choose else 0, layout.offsets[1], layout.offsets[2]
-    )
+    table = resident.table if resident else 0
+    source = pointers(buffers.scores, table, *layout.offsets[1:], buffers.late)
     kernel = gpu.kernel("experts_in", "experts_in", defines)
-    args = [*buffers.h, picked, buffers.inner, resident]
+    args = [*buffers.h, picks_address, buffers.inner, source]
     threads, early = plan.tuning.waves * wave, plan.tuning.early
     return Launch(kernel, groups, threads, plan.shared_bytes, args, early)
 

@@ -2,9 +2,14 @@
 //
 // Experts lie in slots as GGUF blocks; `Picks` says where: `picks` of fomoe/kernels/gpu/step.py.
 // Defines: those of tiles.h, FM_HIDDEN, FM_WIDTH, FM_K experts; FM_PARTIAL: whether only the first of
-// them may be computed here, those before the first without an address.
+// them may be computed here, those before the first without an address. FM_TURN: 0, or which of two
+// launches of experts_in this is: 1 leaves out the late ones, 2 computes those alone.
 #pragma once
 #include "stream.h"
+
+#ifndef FM_TURN
+#define FM_TURN 0
+#endif
 
 struct Picks {
   unsigned long long address[3][FM_K];  // gate, up, down
@@ -26,6 +31,25 @@ struct Computed {
     while (FM_PARTIAL && some < FM_K && picks.address[0][some]) ++some;
   }
   FM_DEV int count() const { return FM_PARTIAL ? some : FM_K; }
+};
+
+// Which of the picks are computed in this turn: bit i of `late` is the i-th pick.
+struct Due {
+  unsigned bits = 0;
+  static_assert(FM_K <= 32, "a bit each");
+  FM_DEV void take(unsigned late) { bits = (FM_TURN == 2 ? late : ~late) & (0xffffffffu >> (32 - FM_K)); }
+  FM_DEV bool has(int pick) const { return bits >> pick & 1; }
+  FM_DEV int count() const {
+    int found = 0;
+    FM_UNROLL for (int i = 0; i < FM_K; ++i) found += has(i);
+    return found;
+  }
+  // The pick that is the `nth` of them.
+  FM_DEV int pick(int nth) const {
+    int at = 0;
+    while (at < FM_K - 1 && (nth -= has(at)) >= 0) ++at;
+    return at;
+  }
 };
 
 FM_DEV constexpr int whole16(int bytes) { return ceil_div(bytes, 16) * 16; }

@@ -1,8 +1,8 @@
 // Gate and up of the K routed experts of one token.
 //
 // Defines: those of experts.h, FM_TYPE_IN of gate and up;
-// FM_EXPERTS: 0, or the number of experts of the layer, all of which are in slots: the kernel
-// chooses the K itself.
+// FM_EXPERTS: 0, or the number of experts of the layer: the kernel chooses the K itself, whose bytes
+// are in slots, or late.
 #include "choose.h"
 #include "experts.h"
 
@@ -15,20 +15,23 @@ struct PairStream {
   Ring ring;
   const Picks& picks;
   Computed computed;
+  const Due& due;
   int set, matrix, segment;  // of the next fetch
 
-  FM_DEV PairStream(Ring r, const Picks& p) : ring(r), picks(p), set(first()), matrix(0), segment(0) {
+  FM_DEV PairStream(Ring r, const Picks& p, const Due& d)
+      : ring(r), picks(p), due(d), set(first()), matrix(0), segment(0) {
     computed.take(p);
   }
   // Neighbouring sets go to different groups, so that no core has all of what is left over.
   FM_DEV static int first() { return wave_index() * (int)gridDim.x + (int)blockIdx.x; }
-  FM_DEV int sets() const { return computed.count() * kSets; }
+  FM_DEV int sets() const { return (FM_TURN ? due.count() : computed.count()) * kSets; }
+  FM_DEV int pick(int set) const { return FM_TURN ? due.pick(set / kSets) : set / kSets; }
   FM_DEV static int stride() { return (int)gridDim.x * FM_WAVES; }
 
   FM_DEV void fetch() {
     if (set < sets()) {
       const int row = set % kSets * InTiles::kRows;
-      const char* const rows = (const char*)picks.address[matrix][set / kSets] + InTiles::offset(row);
+      const char* const rows = (const char*)picks.address[matrix][pick(set)] + InTiles::offset(row);
       ring.fetch<InTiles>(rows + segment * InTiles::kSegmentBytes,
                           InTiles::bytes(row, segment, FM_WIDTH), InTiles::margin(row, segment));
     } else {
@@ -46,12 +49,19 @@ struct PairStream {
   }
 };
 
-// What experts_in chooses from: scores [E], base addresses of slots [E], which nobody writes while
-// all experts are resident, and places in a slot.
+// What experts_in chooses from: scores [E], base addresses of slots [E], which no launch beside this one
+// writes, and places in a slot; and, for turns, which picks are late.
 struct Resident {
   const float* scores;
   const unsigned long long* table;
   unsigned long long up, down;
+  const unsigned* late;
+
+  FM_DEV void put(Picks& picks, int pick, unsigned long long slot) const {
+    picks.address[0][pick] = slot;
+    picks.address[1][pick] = slot + up;
+    picks.address[2][pick] = slot + down;
+  }
 };
 
 #if FM_EXPERTS
@@ -67,12 +77,7 @@ struct Choosing {
   // Chooses into `mine` (shared memory); a barrier has passed when it returns.
   FM_DEV void end(const Resident& from, Picks& mine) {
     choose<FM_EXPERTS, FM_K>(from.scores, work, mine.id, mine.weight);
-    if (threadIdx.x < FM_K) {
-      const unsigned long long slot = table[mine.id[threadIdx.x]];
-      mine.address[0][threadIdx.x] = slot;
-      mine.address[1][threadIdx.x] = slot + from.up;
-      mine.address[2][threadIdx.x] = slot + from.down;
-    }
+    if (threadIdx.x < FM_K) from.put(mine, threadIdx.x, table[mine.id[threadIdx.x]]);
     fm_barrier();
   }
 };
@@ -84,7 +89,10 @@ struct Choosing {
 };
 #endif
 
-// inner [K, width] = silu(gate h) * (up h).
+// inner [K, width] = silu(gate h) * (up h), of those whose turn it is.
+//
+// The second turn finds late ones in the table, and writes where: what the first turn wrote of these
+// nobody has read.
 FM_KERNEL(FM_WAVES * FM_WAVE)
 void experts_in(const float* x, const signed char* q, const fm_f2* s, Picks* picks, float* inner, Resident from) {
   FM_DYN_SHARED(char, memory);
@@ -102,10 +110,17 @@ void experts_in(const float* x, const signed char* q, const fm_f2* s, Picks* pic
     copy_picks(mine, *picks);
     fm_barrier();
   }
-  PairStream stream(Ring(rings), mine);
+  Due due;
+  if (FM_TURN) due.take(*from.late);
+  if (FM_TURN == 2) {
+    const int pick = threadIdx.x;
+    if (pick < FM_K && due.has(pick)) from.put(mine, pick, from.table[mine.id[pick]]);
+    fm_barrier();
+  }
+  PairStream stream(Ring(rings), mine, due);
   stream.start();
   // The last group has as few rows as any.
-  if (FM_EXPERTS && blockIdx.x == gridDim.x - 1) copy_picks(*picks, mine);
+  if ((FM_EXPERTS || FM_TURN == 2) && blockIdx.x == gridDim.x - 1) copy_picks(*picks, mine);
   take_row<In, FM_HIDDEN>(input, Rows{x, q, s});
   fm_barrier();
   const Held<In, FM_HIDDEN> held(input);
@@ -115,7 +130,7 @@ void experts_in(const float* x, const signed char* q, const fm_f2* s, Picks* pic
     FM_UNROLL for (int deep = 0; deep < InTiles::kDeep; ++deep) {
       const int mine_row = row + InTiles::lane_row(deep);
       if (InTiles::writes() && mine_row < FM_WIDTH)
-        inner[set / stream.kSets * FM_WIDTH + mine_row] = silu(gate.of[deep]) * up.of[deep];
+        inner[stream.pick(set) * FM_WIDTH + mine_row] = silu(gate.of[deep]) * up.of[deep];
     }
   }
 }

@@ -10,7 +10,7 @@ from fomoe.kernels.gpu.delta import DeltaCall, DeltaInputs, DeltaWeights, delta
 from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.matrices import ExpertLayout
-from fomoe.kernels.gpu.moe import Choose, SharedMatrices
+from fomoe.kernels.gpu.moe import Resident, SharedMatrices, Turn
 from fomoe.kernels.gpu.products import Options, Part, project, project_rows
 from fomoe.kernels.gpu.state import DeltaPlace, KVPlace
 from fomoe.kernels.gpu.step import Rows
@@ -111,14 +111,47 @@ def decode_back(
     `partial` those without an address are not of this device. Without `weights` the stream becomes
     the sum of the routed experts alone, for `decode_close`.
     """
-    gpu, spec, work = desk.gpu, desk.spec, desk.work
-    options = Options(int8=desk.int8, partial=partial)
-    layout, top_k = slots.layout(layer), spec.moe.top_k
-    table = Choose(slots.row_address(layer), spec.moe.n_experts) if choose else None
-    down = None if weights is None else weights.moe.down
-    into = moe.experts_in(gpu, layout, top_k, picks, work.moe, choose=table, options=options)
-    out = moe.experts_out(gpu, layout, (top_k, picks), down, work.moe, work.x, options=options)
-    return [Step("experts in", into), Step("experts out", out)]
+    into = _experts_in(desk, slots, layer, picks, from_table=choose, partial=partial)
+    return [into, _experts_out(desk, weights, slots, layer, picks, partial=partial)]
+
+
+def decode_hits(
+    desk: Desk, slots: ExpertSlots, layer: int, picks: int, *, choose: bool
+) -> list[Step]:
+    """Return the first launch of `decode_back` without the late experts."""
+    return [_experts_in(desk, slots, layer, picks, from_table=choose, turn=Turn.HITS)]
+
+
+def decode_late(
+    desk: Desk, weights: LayerMatrices | None, slots: ExpertSlots, layer: int, picks: int
+) -> list[Step]:
+    """Return what is left of `decode_back` after `decode_hits`, in two launches."""
+    into = _experts_in(desk, slots, layer, picks, from_table=True, turn=Turn.LATE)
+    return [into, _experts_out(desk, weights, slots, layer, picks)]
+
+
+def _experts_in(
+    desk: Desk, slots: ExpertSlots, layer: int, picks: int, *, from_table: bool,
+    turn: Turn = Turn.ALL, partial: bool = False,
+) -> Step:  # fmt: skip
+    options, layout = Options(int8=desk.int8, partial=partial), slots.layout(layer)
+    moe_of = desk.spec.moe
+    resident = Resident(slots.row_address(layer), moe_of.n_experts) if from_table else None
+    return Step("experts in", moe.experts_in(
+        desk.gpu, layout, (moe_of.top_k, picks), desk.work.moe, resident=resident, turn=turn,
+        options=options,
+    ))  # fmt: skip
+
+
+def _experts_out(
+    desk: Desk, weights: LayerMatrices | None, slots: ExpertSlots, layer: int, picks: int, *,
+    partial: bool = False,
+) -> Step:  # fmt: skip
+    work, options = desk.work, Options(int8=desk.int8, partial=partial)
+    picked, down = (desk.spec.moe.top_k, picks), None if weights is None else weights.moe.down
+    return Step("experts out", moe.experts_out(
+        desk.gpu, slots.layout(layer), picked, down, work.moe, work.x, options=options
+    ))  # fmt: skip
 
 
 def decode_close(desk: Desk, weights: LayerMatrices, layout: ExpertLayout) -> Step:

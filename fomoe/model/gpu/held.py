@@ -20,6 +20,7 @@ class Held:
             stands at -1.
         handover: to the process with the other half of each layer; None where all is here.
         arm: whether the host may compute some of a token's experts.
+        late: whether some may be on their way when a token's back begins.
     """
 
     layers: dict[int, LayerMatrices]
@@ -29,6 +30,7 @@ class Held:
     ahead: dict[int, RouterMatrices]
     handover: Handover | None
     arm: bool = False
+    late: bool = False
 
     @property
     def has_experts(self) -> bool:

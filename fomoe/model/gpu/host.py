@@ -21,6 +21,7 @@ from fomoe.model.gpu.head import Decoded, Head
 from fomoe.model.gpu.held import Held
 from fomoe.model.gpu.loading import load_all, slot_counts
 from fomoe.model.gpu.mail import Mail
+from fomoe.model.gpu.opening import Opening
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.gpu.places import Places
 from fomoe.model.gpu.planning import planned_bytes, resident_bytes, slots_bytes
@@ -38,6 +39,7 @@ from fomoe.model.spec import ModelSpec
 __all__ = ["Decoded", "GPUModel", "planned_bytes", "resident_bytes", "slots_bytes"]
 
 I32 = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
 
 _F32_BYTES = 4
 
@@ -76,6 +78,7 @@ class GPUModel:
             place_routers(gpu, weights, spec, layers) if options.ahead else {},
             self._handover,
             options.arm,
+            options.late,
         )
         desk = Desk(
             gpu, spec, options.int8, options.max_tokens, self._work, step.address,
@@ -85,9 +88,9 @@ class GPUModel:
         self._routes = Routes(self._mail, self.slots, options.layers)
         self._passes = rehearsed(desk, self._mail, held, graphs=options.graphs)
         self._head: Head | None = self._passes.head
-        self._begun, self._ended = (Signal(gpu, options.wait_s) for _ in range(2))
+        self._opening = Opening(gpu, spec, options, self._mail, self.states)
+        self._ended = Signal(gpu, options.wait_s)
         self._speech = Speech(gpu, spec, options, self._mail, self._handover)
-        self._step_in = step.bring(gpu)  # a copy would stand behind those of experts
         self._carrier = Carrier(gpu)
         self._tokens = 1
         self._has_logits = False
@@ -134,18 +137,8 @@ class GPUModel:
         Raises:
             DeviceError: it does not fit, or the vocabulary has no such token.
         """
-        count = len(tokens)
-        if count > 1:
-            self._check_token(int(tokens.min()))
-            self._check_token(int(tokens.max()))
-        self._write_step(count, int(tokens[0]) if count else 0, position, state)
-        if count == 1:
-            self.gpu.launch(self._step_in)
-        else:
-            self._mail.step.send()
-            self._mail.tokens.host[:count] = tokens
-            self._mail.tokens.send(0, tokens.itemsize * count)
-        self._begun.mark()
+        self._opening.bring(tokens, position, state)
+        self._tokens, self._has_logits = len(tokens), False
 
     def embed(self) -> None:
         """Take the tokens' embedding as the residual stream."""
@@ -230,6 +223,24 @@ class GPUModel:
         self._passes.back(layer, self._tokens, is_part=is_part).run()
         self._speech.end_stream(layer + 1, self._tokens)
 
+    def back_hits(self, layer: int, routes: tuple[I32, F32] | None, late: Bools) -> None:
+        """Begin `back` of a token, `own_back` without routes, with experts that are there.
+
+        `late` bool [K]: of the ids in ascending order, which bytes may still be on their way.
+
+        Raises:
+            DeviceError: one of the others is not resident.
+        """
+        self._routes.write_late(late)
+        if routes is not None:
+            self._routes.write_token(layer, routes[0][0], routes[1][0], late)
+        self._passes.hits(layer, choose=routes is None).run()
+
+    def back_late(self, layer: int) -> None:
+        """Do the rest of it: all that was late is there, and published."""
+        self._passes.late(layer).run()
+        self._speech.end_stream(layer + 1, 1)
+
     def add(self, address: int) -> None:
         """Add float32 [D] of registered host memory to a token's residual stream."""
         self.gpu.launch(self._passes.adding(address))
@@ -262,9 +273,9 @@ class GPUModel:
             self.embed()
             self.front(0)
             return
-        self._write_step(1, int(tokens[0]), position, state)
+        self._open(int(tokens[0]), position, state)
         self._passes.begin_and_front().run()
-        self._begun.mark()
+        self._opening.mark()
         self._speech.end_front(0, self.slots.layout(0), 1)
 
     def back_and_front(self, layer: int, routes: tuple[I32, F32] | None) -> None:
@@ -280,14 +291,14 @@ class GPUModel:
 
     def decode(self, token: int, position: int, state: int = 0) -> None:
         """Run one token through all layers and the head, by the device's own choice."""
-        self._write_step(1, token, position, state)
+        self._open(token, position, state)
         self._passes.whole(1).run()
-        self._begun.mark()
+        self._opening.mark()
         self._has_logits = True
 
     def decoded(self) -> Decoded:
         """Return what the last `decode` came to; waits for it."""
-        self._begun.wait("a token")
+        self._opening.wait("a token")
         assert self._head is not None
         return Decoded(*self._head.largest(), self._routes.ids, self._routes.weights)
 
@@ -306,8 +317,8 @@ class GPUModel:
         for row in range(len(self.options.layers)):
             start, nbytes = row * ids.host[0].nbytes, len(tokens) * ids.host[0, 0].nbytes
             ids.fetch(start, nbytes)
-        self._begun.mark()
-        self._begun.wait("a prompt's tokens")
+        self._opening.mark()
+        self._opening.wait("a prompt's tokens")
         chosen: I32 = ids.host[:, : len(tokens)]
         return chosen
 
@@ -353,34 +364,19 @@ class GPUModel:
 
     def time_launches(self, token: int, position: int, state: int = 0) -> list[tuple[str, float]]:
         """Return name and microseconds on the device of each step of a decode step, in order."""
-        self._write_step(1, token, position, state)
+        self._open(token, position, state)
         return time_steps(self.gpu, self._passes.whole(1))
 
     def time_token(self, token: int, position: int, state: int = 0, *, count: int = 20) -> float:
         """Return the milliseconds of a decode step where the device never waits for the host."""
-        self._write_step(1, token, position, state)
+        self._open(token, position, state)
         return time_program(self.gpu, self._passes.whole(1), count)
 
     def close(self) -> None:
         """Wait for the work and give the device's memory back."""
         self.gpu.close()
 
-    def _check_token(self, token: int) -> None:
-        """Refuse what would be a row beyond the embedding: the kernel does not look."""
-        if self.options.embedding and not 0 <= token < self.spec.vocab:
-            raise DeviceError(f"token {token}: the vocabulary has {self.spec.vocab:,}")
-
-    def _write_step(self, count: int, token: int, position: int, state: int) -> None:
-        """Fill the host's step block once the device has read the one before."""
-        options = self.options
-        fits = 1 <= count <= options.max_tokens and 0 <= position <= options.ctx_size - count
-        if not fits:
-            raise DeviceError(
-                f"{count} tokens at position {position}: a pass has 1 to {options.max_tokens}, "
-                f"the context {options.ctx_size}"
-            )
-        self._check_token(token)
-        self._begun.wait("the pass before")
-        self._tokens, self._has_logits = count, False
-        base = self.states.base(state) if options.is_dense else 0
-        self._mail.step.host[0] = (token, position, count, 0, base)
+    def _open(self, token: int, position: int, state: int) -> None:
+        """Write the step block of a token, which the program that comes next takes along."""
+        self._opening.write(1, token, position, state)
+        self._tokens, self._has_logits = 1, False

@@ -26,6 +26,7 @@ class Mail:
         wave: uint64 [3, E], where the experts of a prompt's wave lie; zeros for all others.
         ahead: float32 [1, E], scores of the next layer's router.
         foreseen: the same, by the residual stream that goes into that layer.
+        late: uint32 [1], bit i: the bytes of a token's i-th expert may be on their way.
         input: float32 [1, D], what a token's experts see.
     """
 
@@ -39,6 +40,7 @@ class Mail:
     ahead: Mirror
     input: Mirror
     foreseen: Mirror
+    late: Mirror
 
     @classmethod
     def of(cls, desk: Desk, step: Mirror, options: HostOptions) -> Mail:
@@ -57,4 +59,5 @@ class Mail:
             ahead=Mirror(gpu, (1, moe.n_experts), np.float32),
             input=Mirror(gpu, (1, desk.spec.hidden), np.float32, desk.work.moe.h.x),
             foreseen=Mirror(gpu, (1, moe.n_experts), np.float32),
+            late=Mirror(gpu, (1,), np.uint32, desk.work.moe.late),
         )

@@ -30,6 +30,7 @@ class HostOptions:
         ahead: whether a token's front also ends with the scores of the next layer's router, and
             so do its embedding and its backs.
         arm: whether the host may compute some of a token's experts.
+        late: whether some of a token's experts may be on their way when its back begins.
         graphs: replay captured launches; one by one otherwise.
         wait_s: seconds after which a wait for the device fails.
     """
@@ -45,6 +46,7 @@ class HostOptions:
     head: bool = True
     ahead: bool = False
     arm: bool = False
+    late: bool = False
     graphs: bool = True
     wait_s: float = 30.0
 

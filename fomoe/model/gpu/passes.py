@@ -9,7 +9,15 @@ from fomoe.kernels.gpu.bring import add
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.prompt import Chunk
 from fomoe.kernels.gpu.prompt_experts import Experts, pair_buffers
-from fomoe.model.gpu.decode import Desk, decode_back, decode_close, decode_front, look_ahead
+from fomoe.model.gpu.decode import (
+    Desk,
+    decode_back,
+    decode_close,
+    decode_front,
+    decode_hits,
+    decode_late,
+    look_ahead,
+)
 from fomoe.model.gpu.head import Head, embed_steps
 from fomoe.model.gpu.held import Held
 from fomoe.model.gpu.mail import Mail
@@ -96,6 +104,10 @@ class Passes:
         if size == 1 and held.arm:
             self.front(layer, 1, gives_input=True)
             self.back(layer, 1, is_part=True)
+        if size == 1 and held.late:
+            self.hits(layer, choose=False)
+            self.hits(layer, choose=True)
+            self.late(layer)
         if size == 1 and layer + 1 in held.layers and not held.ahead:
             self.back_and_front(layer, choose=False)
             self.back_and_front(layer, choose=True)
@@ -230,6 +242,28 @@ class Passes:
 
         return self._program("part back" if is_part else "back", layer, size, steps)
 
+    def hits(self, layer: int, *, choose: bool) -> Program:
+        """A token's `back`, or `own_back`, as far as it needs nothing of late experts."""
+
+        def steps() -> list[Step]:
+            late = Step("picks", self._mail.late.bring(self._desk.gpu))
+            picks = [] if choose else [self._send_picks(layer)]
+            held, at = self._held, self._picks(layer)
+            hits = decode_hits(self._desk, held.slots, layer, at, choose=choose)
+            return [late, *picks, *self._taken(layer), *hits]
+
+        return self._program(f"hits {choose}", layer, 1, steps)
+
+    def late(self, layer: int) -> Program:
+        """The rest of that layer, once all experts are there and the table has them."""
+
+        def steps() -> list[Step]:
+            held, weights = self._held, self._held.layers.get(layer)
+            late = decode_late(self._desk, weights, held.slots, layer, self._picks(layer))
+            return [*late, *self._foresee(layer)]
+
+        return self._program("late", layer, 1, steps)
+
     def adding(self, address: int) -> Launch:
         """What adds float32 [D] of pinned memory, as the device sees it, to a token's stream."""
         if address not in self._adding:
@@ -313,16 +347,18 @@ class Passes:
         return Step("picks", self._mail.picks.bring(self._desk.gpu, row * nbytes, nbytes))
 
     def _decode_back(self, layer: int, *, choose: bool, partial: bool = False) -> list[Step]:
-        picked = self._mail.picks
-        address = picked.address + self._row(layer) * picked.host.itemsize
-        held, layout = self._held, self._held.slots.layout(layer)
-        own = held.layers.get(layer)
-        back = decode_back(
-            self._desk, own, held.slots, layer, address, choose=choose, partial=partial
-        )
-        if held.handover is None:
-            return back
-        return [held.handover.taken(layout), *back]
+        held, own, at = self._held, self._held.layers.get(layer), self._picks(layer)
+        back = decode_back(self._desk, own, held.slots, layer, at, choose=choose, partial=partial)
+        return [*self._taken(layer), *back]
+
+    def _taken(self, layer: int) -> list[Step]:
+        """What brings a token's input from the process that has the other half."""
+        held = self._held
+        return [] if held.handover is None else [held.handover.taken(held.slots.layout(layer))]
+
+    def _picks(self, layer: int) -> int:
+        """Where the layer's picks lie on the device."""
+        return self._mail.picks.address + self._row(layer) * self._mail.picks.host.itemsize
 
     def _prompt_back(self, layer: int, size: int) -> list[Step]:
         held, bucket = self._held, self._buckets_of(size)

@@ -13,6 +13,7 @@ from fomoe.model.gpu.mail import Mail
 from fomoe.model.gpu.slots import ExpertSlots
 
 I32 = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
 
 
 class Routes:
@@ -32,19 +33,27 @@ class Routes:
         self._tables = list(slots.host_table)
         self._tokens = list(zip(mail.picks.host["address"], self.ids, self.weights, strict=True))
         self._row_bytes = int(mail.ids.host[0].nbytes)
+        self._bits = np.left_shift(np.uint32(1), np.arange(32, dtype=np.uint32))
 
-    def write_token(self, layer: int, ids: I32, weights: F32) -> None:
+    def write_late(self, late: Bools) -> None:
+        """Write which of a token's experts, bool [K], may be on their way."""
+        self._mail.late.host[0] = self._bits[: len(late)][late].sum()
+
+    def write_token(self, layer: int, ids: I32, weights: F32, late: Bools | None = None) -> None:
         """Write a token's int32 [K], ascending, and float32 [K], with where the experts lie.
 
-        There may be fewer of them: those that are this device's.
+        There may be fewer of them: those that are this device's. Late ones, bool [K], need not be
+        resident yet.
 
         Raises:
-            DeviceError: one of them is not resident.
+            DeviceError: one of the others is not.
         """
         row, count = self._row[layer], len(ids)
         found = self._tables[row].take(ids, 1)
         if np.count_nonzero(found) < found.size:
-            _refuse(layer, ids[found[0] == 0])
+            missing = found[0] == 0 if late is None else (found[0] == 0) & ~late
+            if missing.any():
+                _refuse(layer, ids[missing])
         addresses, own_ids, own_weights = self._tokens[row]
         if count < len(own_ids):
             addresses[:, count:] = 0

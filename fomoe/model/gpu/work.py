@@ -22,7 +22,7 @@ _BLOCK = 32
 Sizes = dict[str, int]
 
 # What only one half of a layer works with.
-_OF_EXPERTS = ("inner", "pair_", "weights")
+_OF_EXPERTS = ("inner", "late", "pair_", "weights")
 _OF_DENSE = ("inputs", "mixed", "gate", "up", "scale", "scratch", "shared_", "head_", "logits")
 
 
@@ -65,7 +65,7 @@ class Work:
         """Take the memory from the arena."""
         at = {name: gpu.arena.take(n) if n else 0 for name, n in sizes(spec, options).items()}
         moe = MoEBuffers(
-            _rows(at, "h"), at["scores"], at["gate"], at["up"], at["scale"], at["inner"]
+            _rows(at, "h"), at["scores"], at["gate"], at["up"], at["scale"], at["inner"], at["late"]
         )
         return cls(
             x=at["x"],
@@ -108,6 +108,7 @@ def sizes(spec: ModelSpec, options: HostOptions) -> Sizes:
         "up": _F32 * moe.shared_width,
         "scale": _F32 * tokens,
         "inner": _F32 * moe.top_k * moe.expert_width,
+        "late": 4,
         "scratch": scratch if prompt else 0,
         "shared_out": _F32 * prompt * spec.hidden,
         "pair_out": _F32 * prompt * moe.top_k * spec.hidden,

@@ -97,6 +97,14 @@ CHECKS = (
     Check(
         "experts_in", {**_EXPERTS, "FM_TYPE_IN": 14, "FM_EXPERTS": 0, "FM_PARTIAL": 1}, dots=True
     ),
+    *(
+        Check(
+            "experts_in",
+            {**_EXPERTS, "FM_TYPE_IN": 12, "FM_EXPERTS": experts, "FM_TURN": turn},
+            dots=True,
+        )
+        for experts, turn in ((0, 1), (512, 1), (0, 2))
+    ),
     *(Check("experts_out", {**_OUT, "FM_TYPE_DOWN": t}, dots=True) for t in (12, 14)),
     Check("experts_out", {**_OUT, "FM_TYPE_DOWN": 13, "FM_PARTIAL": 1}, dots=True),
     Check(
