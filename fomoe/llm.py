@@ -18,7 +18,7 @@ from fomoe.actors.processes import ProcessLauncher
 from fomoe.actors.supervisor import Supervisor
 from fomoe.config import Budgets, EngineConfig, RoutingConfig, default_model, parse_bytes
 from fomoe.engine.fill import read_profile
-from fomoe.engine.hosting import free_vram
+from fomoe.engine.hosting import free_vram, most_pinned
 from fomoe.engine.plan import resolve
 from fomoe.engine.requests import (
     Finished,
@@ -104,14 +104,14 @@ class LLM:
         self.file = open_gguf(config.model)
         self.spec = read_spec(self.file)
         table = ExpertTable.from_gguf(self.file, self.spec.n_layers)
-        free = available_bytes()
         # Actors have working directories of their own.
         trace = None if config.trace is None else config.trace.absolute()
         profile = None if config.profile is None else config.profile.absolute()
         config = replace(config, model=config.model.resolve(), trace=trace, profile=profile)
         if profile is not None:  # what is wrong with it is told before anything starts
             read_profile(profile, self.spec.n_layers, self.spec.moe.n_experts)
-        self.config = resolve(config, table, self.spec, free, free_vram(config))
+        free = available_bytes(), free_vram(config), most_pinned(config)
+        self.config = resolve(config, table, self.spec, *free)
         self.tokenizer = Tokenizer.from_gguf(self.file.metadata)
         self.cluster = _open_cluster(address) if launcher == "ray" else ProcessLauncher()
         try:

@@ -31,6 +31,14 @@ SHAPES = (
     (22, 1, 3, 2304), (22, 1, 4, 1280), (24, 1, 2, 2304), (32, 1, 2, 2304), (32, 1, 3, 1280),
     (32, 1, 3, 2304), (16, 2, 2, 2304),
 )  # fmt: skip
+# Of devices with 64 KiB of shared memory, where waves are cheaper than rings.
+SMALL_SHAPES = tuple(
+    (waves, per_core, stages, tile)
+    for waves in (2, 4, 8)
+    for per_core in (1, 2, 4)
+    for stages, tile in ((2, 1280), (2, 2304), (2, 4608), (3, 1280))
+)
+SMALL_BYTES = 64 << 10
 HELD = (96, 40)  # words of activations in a lane's registers
 MATRICES = (Q4_K, Q5_K, Q6_K, Q8_0, IQ4_XS)
 LAYER = LayerSizes(hidden=4096, width=1024, shared=1024, top_k=10)
@@ -38,6 +46,7 @@ EXPERTS = ((Q4_K, Q4_K), (Q4_K, Q5_K), (Q4_K, Q6_K))  # of gate and up, of down
 LARGE, SMALL = MODELS
 LAYERS = ((LARGE, Types(Q4_K, Q4_K, Q4_K)), (SMALL, Types(Q4_K, Q4_K, Q6_K)))
 ROUNDS = 9
+MOST_THREADS = 1024  # of a group, on every device
 LAUNCHES = len(PARTS) + 1  # of a layer
 WITHIN_S = 80.0  # no table is begun later
 
@@ -74,9 +83,16 @@ def tune(device: str, nbytes: int, copy: float) -> None:
         print(f'    ("{kernel}", GGMLType.{kind.name}): {best.tuning!r},  # {best.where}')
 
 
-def _tuning(shape: tuple[int, int, int, int], held: int = HELD[0]) -> Tuning:
-    waves, per_core, stages, tile = shape
-    return Tuning(waves, per_core, stages, tile, held=held, early=True)
+def _tunings(gpu: GPU, held: int = HELD[0]) -> list[Tuning]:
+    """What is tried on a device, beside what its table says."""
+    runtime = gpu.runtime
+    shapes = SMALL_SHAPES if runtime.shared_bytes <= SMALL_BYTES else SHAPES
+    early = tuning_of(runtime, "project", Q4_K).early
+    return [
+        Tuning(waves, per_core, stages, tile, held=held, early=early)
+        for waves, per_core, stages, tile in shapes
+        if waves * runtime.wave <= MOST_THREADS
+    ]
 
 
 def _words(t: Tuning) -> str:
@@ -91,7 +107,8 @@ def _matrices(device: str, kind: GGMLType, nbytes: int, copy: float) -> list[Bes
         case.tuning = tuning
         return case.launches()
 
-    tunings = [_tuning(shape, held) for held in HELD for shape in SHAPES]
+    own = tuning_of(gpu.runtime, "project_rows", kind)
+    tunings = [own, *(t for held in HELD for t in _tunings(gpu, held))]
     ready = _ready(gpu, launches, [("", t) for t in tunings])
     us = {t: graph_ms(gpu, launches("", t), ROUNDS) * 1e3 / 4 for _, t in ready}
     _print_shares(case.name, us, case.nbytes, copy)
@@ -112,7 +129,7 @@ def _experts(device: str, types: tuple[GGMLType, GGMLType], nbytes: int, copy: f
         return case.launches()
 
     for part, key in keys.items():
-        variants = [(part, t) for t in (table[part], *map(_tuning, SHAPES))]
+        variants = [(part, t) for t in (table[part], *_tunings(gpu))]
         of_part = slice(part == "out", None, 2)
         ready = _ready(gpu, lambda p, t, s=of_part: launches(p, t)[s], variants)  # type: ignore[misc]
         us = {t: graph_ms(gpu, launches(part, t), ROUNDS) * 1e3 for _, t in ready}
@@ -132,7 +149,7 @@ def _layers(device: str, model: Model, types: Types, nbytes: int, copy: float) -
     layers, best = DecodeLayers(gpu, model, types, nbytes), []
     keys = layers.keys()
     table = {part: tuning_of(gpu.runtime, *keys[part]) for part in PARTS}
-    variants = [(part, t) for part in PARTS for t in (table[part], *map(_tuning, SHAPES))]
+    variants = [(part, t) for part in PARTS for t in (table[part], *_tunings(gpu))]
     ready = _ready(gpu, lambda p, t: layers.launches({**table, p: t}, p)[0], variants)
     whose = f"{model.name} {types.mixer.name}/{types.inner.name}/{types.down.name} layer"
     for part in PARTS:

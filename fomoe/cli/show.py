@@ -18,7 +18,7 @@ from fomoe.cli.opening import demo_budgets
 from fomoe.cli.options import ModelOptions
 from fomoe.config import Budgets, EngineConfig, format_bytes
 from fomoe.devices import is_gpu
-from fomoe.engine.hosting import dense_bytes, free_vram
+from fomoe.engine.hosting import dense_bytes, free_vram, most_pinned
 from fomoe.engine.plan import make_plan, resolve
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import open_gguf
@@ -124,7 +124,7 @@ def _tiers(
         model=options.path, devices=devices, budgets=Budgets(vram_bytes=vram, ram_bytes=ram)
     )
     free = free_vram(asked) if vram is None else ()  # with a budget no GPU need be there
-    config = resolve(asked, table, spec, free_bytes, free)
+    config = resolve(asked, table, spec, free_bytes, free, most_pinned(asked))
     dense = dense_bytes(open_gguf(options.path), spec, config)
     plan = make_plan(table, spec, config, (0,) * len(devices), dense)
     on_device = sum(plan.topology.device_slots.values())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fomoe.config import EngineConfig
@@ -12,6 +14,12 @@ from fomoe.gguf.reader import GGUFFile
 from fomoe.kernels.gpu.probe import free_memory
 from fomoe.model.gpu.options import HostOptions
 from fomoe.model.spec import ModelSpec
+
+# What amdgpu lets all processes together pin: 63/64 of the memory less 1.5 GiB, by
+# amdgpu_amdkfd_gpuvm.c of Linux 6.5 and later; and the switch that lifts it.
+_AMD_KEEPS, _AMD_RESERVE_BYTES = 64, 3 << 29
+_AMD_UNLIMITED = Path("/sys/module/amdgpu/parameters/no_system_mem_limit")
+_PINNED_BESIDE_BYTES = 256 << 20  # by each process: arenas, mirrors
 
 
 def n_states(config: EngineConfig) -> int:
@@ -102,3 +110,21 @@ def free_vram(config: EngineConfig) -> tuple[int, ...]:
             "the memory of a GPU of another node is not known here; give --vram-budget"
         )
     return ()
+
+
+def most_pinned(config: EngineConfig) -> int | None:
+    """Return the largest RAM tier that this machine's GPUs can pin; None where nothing bounds it.
+
+    Each device's process pins all of the tier. amdgpu counts it once for each of them.
+    """
+    processes = sum(name.startswith("hip:") and local_name(name) == name for name in config.devices)
+    if not processes:
+        return None
+    try:
+        if _AMD_UNLIMITED.read_text().strip() in ("Y", "1"):
+            return None
+    except OSError:
+        pass  # no such driver here: whoever opens the device will say so
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    pinnable = total - total // _AMD_KEEPS - _AMD_RESERVE_BYTES
+    return max(0, pinnable // processes - _PINNED_BESIDE_BYTES)

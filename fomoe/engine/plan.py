@@ -213,15 +213,17 @@ def _logical_capacity(topology: Topology, spec: ModelSpec, config: EngineConfig)
 
 def resolve(
     config: EngineConfig, table: ExpertTable, spec: ModelSpec, free_bytes: int,
-    free_vram: tuple[int, ...] = (),
+    free_vram: tuple[int, ...] = (), most_ram: int | None = None,
 ) -> EngineConfig:  # fmt: skip
     """Return `config` with every budget and the prompt chunk explicit.
 
-    Missing budgets come from measured free memory: `free_bytes` of the node, `free_vram` of each
-    device that hosts layers.
+    Missing budgets come from measured free memory: `free_bytes` of the node, of which the RAM tier
+    takes `most_ram` at most by default; `free_vram` of each device that hosts layers.
     """
     if config.hosts_layers:
-        return _resolve_hosted(config, table, spec, free_bytes, free_vram)
+        most = int(free_bytes * DEFAULT_SHARE)
+        most = most if most_ram is None else min(most, most_ram)
+        return _resolve_hosted(config, table, spec, most, free_vram)
     config = _resolve_budgets(config, table, spec, free_bytes)
     if config.prefill_chunk:
         return config
@@ -231,7 +233,7 @@ def resolve(
 
 
 def _resolve_hosted(
-    config: EngineConfig, table: ExpertTable, spec: ModelSpec, free_bytes: int,
+    config: EngineConfig, table: ExpertTable, spec: ModelSpec, most_ram: int,
     free_vram: tuple[int, ...],
 ) -> EngineConfig:  # fmt: skip
     """Budgets of GPUs; their chunk goes by the model alone, for chunks may change their bits."""
@@ -245,7 +247,7 @@ def _resolve_hosted(
         ]
         vram = max(0, min(shares))
     if ram is None:
-        ram = min(whole + FREE_BYTES, int(free_bytes * DEFAULT_SHARE))
+        ram = min(whole + FREE_BYTES, most_ram)
     if is_measured and vram * len(config.devices) < whole and routing.car_capacity is None:
         routing = replace(routing, car_capacity=_fallback_capacity(spec))
     return replace(

@@ -53,19 +53,20 @@ def test_the_tuner_prints_lines_for_the_table(products, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "LAYERS", [(model, types)])
     monkeypatch.setattr(tuning, "LAYER", tuning.LayerSizes(256, 256, 256, 2))
     monkeypatch.setattr(tuning, "EXPERTS", [(tuning.Q4_K, tuning.Q5_K)])
-    monkeypatch.setattr(tuning, "MATRICES", [])
-    monkeypatch.setattr(tuning, "SHAPES", ((2, 1, 3, 2304), (64, 1, 3, 2304)))
+    monkeypatch.setattr(tuning, "MATRICES", [tuning.Q6_K])
+    monkeypatch.setattr(tuning, "SMALL_SHAPES", ((2, 1, 2, 1280), (64, 1, 2, 1280)))
     monkeypatch.setattr(tuning, "HELD", (96,))
     monkeypatch.setattr(tuning, "ROUNDS", 1)
     assert not products.main(["--device", "hip:0", "--mib", "0.1", "--tune"])
     lines = capsys.readouterr().out.splitlines()
     variants = [line for line in lines if " us, " in line]
-    assert len(variants) == 2 * 2 + 5 * 2  # groups of 64 waves do not fit
+    assert len(variants) == (2 + 5 + 1) * 2  # groups of 64 waves do not fit
     table = [line for line in lines if line.startswith('    ("')]
     kernels = [line.split("): ")[0].strip() for line in table]
     assert kernels == [
         '("experts_out", GGMLType.Q5_K', '("experts_in", GGMLType.Q4_K',
         '("project", GGMLType.Q8_0', '("project_rows", GGMLType.Q8_0',
         '("project", GGMLType.F32', '("experts_in", GGMLType.Q4_K', '("experts_out", GGMLType.Q6_K',
+        '("project_rows", GGMLType.Q6_K',
     ]  # fmt: skip
     assert all("Tuning(waves=" in line for line in table)

@@ -95,6 +95,32 @@ def test_the_default_budget_is_what_is_free_less_a_reserve(read):
         make_plan(table, spec, full, (0,), hosting.dense_bytes(file, spec, full))
 
 
+@pytest.mark.parametrize(
+    ("devices", "switch", "most"),
+    [
+        (("cuda:0", "cuda:1"), None, None),
+        (("hip:0", "hip:1@10.0.0.2"), None, 64 * GIB - GIB - 3 * GIB // 2 - GIB // 4),
+        (("hip:0", "hip:1"), "N", (64 * GIB - GIB - 3 * GIB // 2) // 2 - GIB // 4),
+        (("hip:0", "hip:1"), "Y", None),
+    ],
+)
+def test_amd_pins_no_more_than_its_driver_lets_all_processes(
+    read, tmp_path, monkeypatch, devices, switch, most
+):
+    memory = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 64 * GIB // 4096}
+    monkeypatch.setattr(hosting.os, "sysconf", memory.__getitem__)
+    monkeypatch.setattr(hosting, "_AMD_UNLIMITED", tmp_path / "switch")
+    if switch is not None:
+        (tmp_path / "switch").write_text(switch + "\n")
+    assert hosting.most_pinned(config(read[0], *devices, vram=GIB)) == most
+
+
+def test_the_default_ram_tier_is_what_can_be_pinned(read):
+    file, table, spec = read
+    given = resolve(config(file, vram=1 << 20), table, spec, GIB, (), 12345)
+    assert given.budgets.ram_bytes == 12345
+
+
 def test_a_chunk_goes_by_the_model_and_not_by_memory(read):
     file, table, spec = read
     chunks = [

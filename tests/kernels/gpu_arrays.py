@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pytest
-from support.emulated_gpu import emulated_gpu
 
-from fomoe.kernels.gpu.gpu import GPU, open_gpu
+from fomoe.kernels.gpu.gpu import GPU
 from fomoe.kernels.gpu.launch import Launch
 from fomoe.kernels.gpu.step import STEP, Rows
 
@@ -20,23 +15,6 @@ GUARD = 256
 SENTINEL = 0xA5
 
 Array = npt.NDArray[Any]
-
-
-@contextmanager
-def gpu_under_test(wave: int) -> Iterator[GPU]:
-    """An emulated GPU with waves of so many lanes, or the one that TEST_GPU names."""
-    name = os.environ.get("TEST_GPU")
-    if not name:
-        with emulated_gpu(wave, seed=wave) as gpu:
-            yield gpu
-        return
-    gpu = open_gpu(name, 64 << 20)
-    try:
-        if gpu.runtime.wave != wave:
-            pytest.skip(f"{name} has waves of {gpu.runtime.wave} lanes")
-        yield gpu
-    finally:
-        gpu.close()
 
 
 class Guarded(NamedTuple):

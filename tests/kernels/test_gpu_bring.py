@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from gpu_arrays import Guarded, gpu_under_test, run
+from gpu_arrays import Guarded, run
+from support.emulated_gpu import gpu_under_test
 
 from fomoe.errors import DeviceError
 from fomoe.kernels.gpu.bring import add, bring

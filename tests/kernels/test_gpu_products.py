@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from gpu_arrays import Guarded, RowsOut, check_rows, error, gpu_under_test
+from gpu_arrays import Guarded, RowsOut, check_rows, error
+from support.emulated_gpu import gpu_under_test
 from support.random_blocks import random_matrix
 
 from fomoe.errors import DeviceError

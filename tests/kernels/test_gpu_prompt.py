@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from support.emulated_gpu import emulated_gpu
+from support.emulated_gpu import gpu_under_test
 from support.gpu_memory import Memory
 from support.random_blocks import random_matrix
 
@@ -24,7 +24,7 @@ SUMS = 2e-6
 
 @pytest.fixture(params=[32, 64], ids=["wave32", "wave64"])
 def gpu(request):
-    with emulated_gpu(request.param, seed=11) as gpu:
+    with gpu_under_test(request.param, seed=11) as gpu:
         yield gpu
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from support.emulated_gpu import emulated_gpu
+from support.emulated_gpu import gpu_under_test
 from support.gpu_memory import Memory
 from support.random_blocks import random_matrix
 
@@ -23,7 +23,7 @@ TILE = Tile(64, 16, 128)
 
 @pytest.fixture(params=[32, 64], ids=["wave32", "wave64"])
 def gpu(request):
-    with emulated_gpu(request.param, seed=13) as gpu:
+    with gpu_under_test(request.param, seed=13) as gpu:
         yield gpu
 
 

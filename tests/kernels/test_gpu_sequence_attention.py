@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from gpu_arrays import Array, Guarded, RowsOut, check_rows, gpu_under_test, run, step_block
+from gpu_arrays import Array, Guarded, RowsOut, check_rows, run, step_block
+from support.emulated_gpu import gpu_under_test
 
 from fomoe.errors import DeviceError
 from fomoe.kernels import reference

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from gpu_arrays import Guarded, gpu_under_test, run, step_block
+from gpu_arrays import Guarded, run, step_block
+from support.emulated_gpu import gpu_under_test
 from support.random_blocks import random_matrix
 
 from fomoe.errors import DeviceError

@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from fomoe.config import cache_dir
 from fomoe.kernels.gpu.arena import Arena
 from fomoe.kernels.gpu.compiler import Compiler
@@ -29,7 +31,12 @@ _BUILD_S = 120
 
 @functools.cache
 def install_standin() -> Path:
-    """Build the stand-in libraries where they are missing, and make hip-python load them."""
+    """Build the stand-in libraries where they are missing, and make hip-python load them.
+
+    Not where TEST_GPU names a device of HIP: its library would never be loaded.
+    """
+    if os.environ.get("TEST_GPU", "").startswith("hip"):
+        pytest.skip("a stand-in beside the real library of TEST_GPU")
     files = sorted(f for f in _SOURCES.rglob("*") if f.is_file())
     texts = [f.read_bytes() for f in [*files, _HEADERS / "cpu_engine.h", Path(__file__)]]
     version = hashlib.sha256(b"".join(texts)).hexdigest()[:8]
@@ -86,6 +93,26 @@ def emulated_cuda(arena_bytes: int = 64 << 20, units: Path | None = None) -> Ite
     runtime = open_runtime("cuda:0")
     gpu = GPU(runtime, Compiler.open("hip", "cpu", units), Arena(runtime, arena_bytes))
     try:
+        yield gpu
+    finally:
+        gpu.close()
+
+
+@contextlib.contextmanager
+def gpu_under_test(wave: int, seed: int | None = None, units: Path | None = None) -> Iterator[GPU]:
+    """An emulated GPU with waves of so many lanes, or the one that TEST_GPU names.
+
+    `seed` is of the emulation's order, `units` a folder of other kernels.
+    """
+    name = os.environ.get("TEST_GPU")
+    if not name:
+        with emulated_gpu(wave, seed=wave if seed is None else seed, units=units) as gpu:
+            yield gpu
+        return
+    gpu = open_gpu(name, 64 << 20, units)
+    try:
+        if gpu.runtime.wave != wave:
+            pytest.skip(f"{name} has waves of {gpu.runtime.wave} lanes")
         yield gpu
     finally:
         gpu.close()

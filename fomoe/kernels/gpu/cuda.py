@@ -25,6 +25,7 @@ _SHARED_PERCENT = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEM
 # kernel has to be empty first. 196 of 228 KiB on Hopper; the rest is its cache.
 _EARLY_SHARED_PERCENT = 85
 _OLDEST = (7, 5)
+_OLDEST_DRIVER = 13000  # what loads code of NVRTC 13; release 580
 _EARLY = (9, 0)  # knows programmatic dependent launches
 
 
@@ -70,6 +71,12 @@ class CudaRuntime:
             return 0
         if error != _OK:
             self._fail("cuInit", error)
+        version = int(self._call(cu.cuDriverGetVersion))
+        if version < _OLDEST_DRIVER:
+            raise DeviceError(
+                f"{self.name}: the driver supports CUDA {version // 1000}.{version % 1000 // 10}; "
+                "install NVIDIA's driver, release 580 or newer, for CUDA 13"
+            )
         return int(self._call(cu.cuDeviceGetCount))
 
     def _attribute(self, name: str) -> int:

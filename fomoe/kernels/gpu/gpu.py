@@ -13,6 +13,7 @@ from fomoe.errors import DeviceError
 from fomoe.kernels.gpu.arena import Arena
 from fomoe.kernels.gpu.compiler import Compiler
 from fomoe.kernels.gpu.launch import Launch
+from fomoe.kernels.gpu.rtc import INSTALL
 from fomoe.kernels.gpu.runtime import Runtime
 
 Defines = Mapping[str, int]
@@ -99,7 +100,6 @@ def _open_cuda(index: int) -> Runtime:
 
 
 _OPEN: dict[str, Callable[[int], Runtime]] = {"hip": _open_hip, "cuda": _open_cuda}
-_INSTALL = {"hip": "pip install 'hip-python>=10'", "cuda": "pip install 'fomoe[cuda]'"}
 
 
 def open_runtime(name: str) -> Runtime:
@@ -110,7 +110,7 @@ def open_runtime(name: str) -> Runtime:
     try:
         return _OPEN[kind](int(index))
     except ImportError as problem:
-        raise DeviceError(f"{name}: {problem}; install it: {_INSTALL[kind]}") from None
+        raise DeviceError(f"{name}: {problem}; install it: {INSTALL[kind]}") from None
 
 
 def open_gpu(name: str, arena_bytes: int, units: Path | None = None) -> GPU:

@@ -19,6 +19,8 @@ _NO_TIMING = 2  # hipEventDisableTiming
 _NON_BLOCKING = 1  # hipStreamNonBlocking
 _MAPPED = 3  # hipHostMallocPortable | hipHostMallocMapped, the same for hipHostRegister
 _THIS_THREAD = hip.hipStreamCaptureMode.hipStreamCaptureModeThreadLocal
+# RDNA 3 and 4, MI300: those whose matrix instructions the prelude has. "cpu" is for tests.
+_TARGETS = ("gfx11", "gfx12", "gfx942", "cpu")
 
 
 class HipRuntime:
@@ -29,10 +31,18 @@ class HipRuntime:
         self._index = index
         count = self._count()
         if index >= count:
-            raise DeviceError(f"{self.name}: HIP sees {count} devices; see `rocminfo`")
+            raise DeviceError(
+                f"{self.name}: HIP sees {count} devices; see `rocminfo`, and whether this user is "
+                "in the groups of /dev/kfd and /dev/dri/renderD* (render, video)"
+            )
         self.attach()
         properties = self._call(hip.hipGetDeviceProperties, index)
         self.target = properties.gcnArchName.partition(":")[0]
+        if not self.target.startswith(_TARGETS):
+            raise DeviceError(
+                f"{self.name} is a {self.target}: kernels are for RDNA 3 and 4 (gfx11, gfx12) and "
+                "MI300 (gfx942); name another device, `rocminfo` lists them"
+            )
         self.wave = int(properties.warpSize)
         self.cores = int(properties.multiProcessorCount)
         self.shared_bytes = int(properties.sharedMemPerBlock)
@@ -100,7 +110,14 @@ class HipRuntime:
 
     def register(self, array: U8) -> int:
         address = array.ctypes.data
-        self._call(hip.hipHostRegister, address, array.nbytes, _MAPPED)
+        (error,) = hip.hipHostRegister(address, array.nbytes, _MAPPED)
+        if error != _OK:
+            raise DeviceError(
+                f"{self.name}: {array.nbytes:,} bytes of RAM cannot be pinned: {_text(error)}; "
+                "amdgpu counts them once for every process with a GPU: lower --ram-budget to the "
+                "machine's memory over the number of devices, or load amdgpu with "
+                "no_system_mem_limit=1"
+            )
         return int(self._call(hip.hipHostGetDevicePointer, address, 0))
 
     def unregister(self, array: U8) -> None:

@@ -14,6 +14,11 @@ from typing import Any
 
 from fomoe.errors import DeviceError
 
+# What to type where a device's packages are missing or too old.
+INSTALL = {
+    "hip": f"{sys.executable} -m pip install -U 'hip-python>=10'",
+    "cuda": f"{sys.executable} -m pip install -U 'cuda-bindings>=13' 'nvidia-cuda-nvrtc>=13'",
+}
 # What each compiler is given beside the target.
 OPTIONS = {"hip": ("-O3", "-std=c++17", "-fno-strict-aliasing"), "cuda": ("-std=c++17",)}
 
@@ -57,7 +62,7 @@ def cuda_version() -> str:
     except (ImportError, RuntimeError) as problem:
         raise DeviceError(
             f"NVIDIA's run-time compiler cannot be loaded ({problem}); "
-            "install it: pip install 'fomoe[cuda]'"
+            f"install it: {INSTALL['cuda']}"
         ) from None
 
 
@@ -67,7 +72,7 @@ def cuda_compile(source: str, target: str) -> bytes:
 
     known = _values(nvrtc.nvrtcGetSupportedArchs())[-1]
     if int(target.removeprefix("sm_")) not in known:
-        raise DeviceError(f"{cuda_version()} does not know {target}; pip install -U 'fomoe[cuda]'")
+        raise DeviceError(f"{cuda_version()} does not know {target}; {INSTALL['cuda']}")
     options = [each.encode() for each in (f"--gpu-architecture={target}", *OPTIONS["cuda"])]
     program = _values(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.hip", 0, [], []))[0]
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)

@@ -118,6 +118,33 @@ def test_host_memory_is_pinned_where_it_lies(gpu):
         gpu.runtime.unregister(host)
 
 
+def test_what_cannot_be_pinned_names_the_way_out():
+    with OPEN["hip:0"]() as gpu:
+        host = np.zeros(4096, np.uint8)
+        gpu.runtime.register(host)
+        with pytest.raises(DeviceError, match=r"4,096 bytes of RAM cannot be .* --ram-budget"):
+            gpu.runtime.register(host)
+        gpu.runtime.unregister(host)
+
+
+def test_a_card_without_kernels_is_refused(monkeypatch):
+    install_standin()
+    from fomoe.kernels.gpu import hip
+
+    monkeypatch.setattr(hip, "_TARGETS", ("gfx12",))
+    with pytest.raises(DeviceError, match=r"hip:1 is a cpu: kernels are for RDNA 3 and 4"):
+        open_runtime("hip:1")
+
+
+def test_a_driver_too_old_for_the_compiler_is_refused(monkeypatch):
+    with OPEN["cuda:0"]():
+        from fomoe.kernels.gpu import cuda
+
+        monkeypatch.setattr(cuda, "_OLDEST_DRIVER", 13010)
+        with pytest.raises(DeviceError, match=r"supports CUDA 13\.0; install .* 580"):
+            open_runtime("cuda:0")
+
+
 def test_a_driver_that_does_not_start_says_why(gpu, monkeypatch):
     from cuda.bindings import driver
     from hip import hip

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.emulated_gpu import emulated_gpu
+from support.emulated_gpu import gpu_under_test
 
 from fomoe.kernels.gpu.launch import Launch
 
@@ -14,7 +14,7 @@ UNITS = Path(__file__).parent / "units"
 
 @pytest.fixture(params=[(32, 1), (64, 2)])
 def gpu(request):
-    with emulated_gpu(*request.param, units=UNITS) as gpu:
+    with gpu_under_test(*request.param, units=UNITS) as gpu:
         yield gpu
 
 
