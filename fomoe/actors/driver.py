@@ -210,6 +210,7 @@ class DriverActor(FabricMember):
                 return
 
     def _begin(self, request: GenerateRequest | LogitsRequest) -> None:
+        self._cancelled = False
         try:
             self._hands.settle()  # what is taken back now the request before had counted
             if isinstance(request, LogitsRequest):

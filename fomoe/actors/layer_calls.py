@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +64,9 @@ class LayerCalls:
     def open(self, step: Pass) -> None:
         """Begin a pass, which the devices hear of with their next messages."""
         for link in self._links:  # a pass that failed may have left something under way
-            self.close(link)
+            with suppress(StorageError):  # by now all have answered, and nobody wants it
+                self.close(link)
+        for link in self._links:
             link.given_up.clear()
         self.step = step
         self._passes += 1
@@ -114,7 +117,9 @@ class LayerCalls:
 
     def _regions(self, link: LayerLink, flags: int, peer: int) -> Regions:
         """Return what a device on another box must see because of a message."""
-        if link.node == 0 and (not flags & Do.TAKE or self._links[peer].node == 0):
+        # Devices of one box give to each other in its memory, of which the driver's copy is stale.
+        gives = bool(flags & Do.TAKE) and self._links[peer].node != link.node
+        if link.node == 0 and not gives:
             return ()
         tokens = len(self.step.tokens)
         hidden = tokens * link.views.hidden.shape[1]
@@ -122,7 +127,7 @@ class LayerCalls:
         regions = link.layout.regions(
             link.arena, tokens=tokens, rows=len(link.views.rows), ids=picks, weights=picks
         )
-        if flags & Do.TAKE:
+        if gives:
             regions += link.layout.regions(self._links[peer].arena, word=1, hidden=hidden)
         return regions
 
@@ -203,6 +208,18 @@ class LayerCalls:
             self._placed.counters.stall_s += waited_ns / 1e9
             if link.answered == link.sent:
                 return  # whatever comes behind it can wait, a layer cannot
+
+    def settle(self) -> None:
+        """Take what devices and storage have reported while nobody waited.
+
+        Raises:
+            DeviceError: a device cannot go on.
+        """
+        self.listen()
+        if all(link.open is None for link in self._links):
+            self._traffic.settle()
+        elif self._traffic.failures(*self.wanted):  # of a pass that nobody ended
+            self._abort()
 
     def _hear(self, link: LayerLink, tag: int, nbytes: int) -> None:
         """Take what a device says beside its answers."""

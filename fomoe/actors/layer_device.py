@@ -66,7 +66,7 @@ class LayerServer:
         self._computed = model.runtime.event()
         self._tokens = 1
         self._aborted = 0  # steps up to this one were given up
-        self._waited = 0
+        self._waited = self._idle = 0  # for bytes, and for what other processes give
         self._has_hits = False  # of the back that a message asks for, these have been begun with
         self.steps = 0
         self.compute_ns = self.wait_ns = 0
@@ -91,7 +91,7 @@ class LayerServer:
             LAYERS.unpack_from(message)
         )
         model = self._model
-        started, self._waited = time.perf_counter_ns(), 0
+        started, self._waited, self._idle = time.perf_counter_ns(), 0, 0
         if do & Do.COPY_STATE:
             model.copy_state(state, peer, position)
         if do & Do.BEGIN:
@@ -110,7 +110,8 @@ class LayerServer:
         self._give(do, step, peer, rows)
         if self._moves:
             self._close(step, do)
-        self._answer(step, do, rows, time.perf_counter_ns() - started - self._waited, self._waited)
+        took = time.perf_counter_ns() - started - self._waited - self._idle
+        self._answer(step, do, rows, took, self._waited)
 
     def _give(self, do: int, step: int, peer: int, rows: int) -> None:
         """Hand over the residual stream, or what the head makes of it."""
@@ -311,7 +312,10 @@ class LayerServer:
             given = load_acquire_u64(word, 0) >= awaited
             return given or step <= self._aborted or self._fabric.peer_dead(name)
 
+        before, started = self._waited, time.perf_counter_ns()
         self._wait(is_over, f"what {name} gives")
+        self._waited = before
+        self._idle += time.perf_counter_ns() - started
         return bool(load_acquire_u64(word, 0) >= awaited)
 
     def _answer(self, step: int, do: int, rows: int, compute_ns: int, wait_ns: int) -> None:

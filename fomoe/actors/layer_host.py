@@ -49,8 +49,7 @@ class DeviceLayers:
         Raises:
             DeviceError: a device cannot go on.
         """
-        self._calls.listen()
-        self.traffic.settle()
+        self._calls.settle()
 
     @property
     def runs_whole(self) -> bool:

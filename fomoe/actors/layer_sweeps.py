@@ -71,7 +71,7 @@ class LayerSweeps:
         sweep = Sweep(placed.residency, layer, use, borrows=True)
         self._count(layer, sweep, use.pairs)
         again = order_again(segment, sweep)
-        placed.planner.arrays.unproven[layer, use.experts] = Tier.DEVICE
+        self._traffic.reads.came_true(layer, use.experts)
         self._traffic.reads.ask(layer, again, Priority.DEMAND)
         flight = _Flight()
         self._host.send_wave(layer, Do.GATHER, _NONE)
@@ -127,7 +127,6 @@ class LayerSweeps:
         guessed = arrays.unproven[layer, sweep.experts]
         paid = arrays.background[layer, sweep.experts]
         early = (guessed != Tier.DEVICE) & (sources != Tier.NVME) & ~paid
-        counters.prefetch_used += int(np.count_nonzero(early))
         sources[early] = guessed[early]
         by_tier = np.bincount(sources, weights=pairs, minlength=len(Tier))
         counters.prompt_hits_device += int(by_tier[Tier.DEVICE])

@@ -35,10 +35,10 @@ class _Asked(NamedTuple):
     `guessed` are wanted experts that a look-ahead had asked for.
     """
 
-    at: float = 0.0
-    window_s: float = 0.0
-    reads: int = 0
-    guessed: int = 0
+    at: float
+    window_s: float
+    reads: int
+    guessed: int
 
 
 class LayerTraffic:
@@ -59,7 +59,7 @@ class LayerTraffic:
         self.looks_ahead = ahead and self.moves
         self._governor = governor
         self._guesses = [0] * placed.topology.n_layers  # reads asked for, until the layer's step
-        self._step = _Asked()
+        self._step: _Asked | None = None  # none that is to be timed
         self._answered = time.monotonic()
         self._links = links
         self._placed = placed
@@ -80,10 +80,11 @@ class LayerTraffic:
             self.reads.drop_guesses(layer)
 
     def answered(self, layer: int, waited_s: float) -> None:
-        """The step was answered; its device waited so long for storage."""
+        """A step was answered, which may be a prompt's; its device waited so long for storage."""
         self._answered = time.monotonic()
-        if layer:  # before the first one lies the end of the token before
-            step, took = self._step, self._answered - self._step.at
+        step, self._step = self._step, None
+        if layer and step:  # before the first one lies the end of the token before
+            took = self._answered - step.at
             self._governor.step(step.window_s, took, waited_s, step.reads, step.guessed)
 
     def read(self, layer: int, count: int) -> None:

@@ -44,6 +44,8 @@ class Reads:
         self._planner = planner
         self._governor = governor
         self._counters = counters
+        # The generation of each slot of a node that was asked for as demand last.
+        self._demanded = {node.name: np.zeros(node.slots.n_slots, np.uint64) for node in nodes}
         self._buffer = bytearray(fabric.spec.slot_bytes)
 
     def node_of(self, layer: int) -> NodeLink:
@@ -82,8 +84,7 @@ class Reads:
 
     def prove(self, layer: int, experts: npt.NDArray[np.int32]) -> None:
         """Ask again, as demand, for prefetched experts that are wanted now."""
-        unproven = experts[self.unproven[layer, experts] != Tier.DEVICE]
-        self.unproven[layer, unproven] = Tier.DEVICE
+        unproven = self.came_true(layer, experts)
         node = self._node_of[layer]
         columns = (column.tolist() for column in node.slots.locate(layer, unproven))
         reads = [
@@ -91,6 +92,24 @@ class Reads:
             for expert, slot, address, generation in zip(unproven.tolist(), *columns, strict=True)
         ]
         self._ask(node, reads, Priority.DEMAND)
+
+    def came_true(self, layer: int, experts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Note that a prompt wants these; returns those that had been prefetched and not wanted."""
+        unproven: npt.NDArray[np.int32] = experts[self.unproven[layer, experts] != Tier.DEVICE]
+        self.unproven[layer, unproven] = Tier.DEVICE
+        self._governor.came_true(layer, unproven, self._expert_bytes[layer])
+        return unproven
+
+    def guess(self, layer: int, expert: int) -> None:
+        """Note that a prompt has an expert read ahead."""
+        self.unproven[layer, expert] = Tier.NVME
+        self.background[layer, expert] = False
+        self._governor.leave(layer, expert)
+
+    def evict(self, layer: int, expert: int) -> None:
+        """Note that an expert makes room: whoever guessed it has read it in vain."""
+        self.unproven[layer, expert] = Tier.DEVICE
+        self._governor.leave(layer, expert)
 
     def drop_guesses(self, layer: int) -> None:
         """Let storage forget the layer's prefetches that it has not begun to read."""
@@ -117,6 +136,8 @@ class Reads:
         self._send(node, np.array(rows, READ))
 
     def _send(self, node: NodeLink, reads: npt.NDArray[np.void]) -> None:
+        demanded = reads[reads["priority"] == Priority.DEMAND]
+        self._demanded[node.name][demanded["slot"]] = demanded["generation"]
         for start in range(0, len(reads), FETCH_BATCH):
             batch = reads[start : start + FETCH_BATCH].view(np.uint8)
             node.sender.send(Tag.FETCH, batch, (), SEND_BOUND_S)
@@ -154,12 +175,12 @@ class Reads:
 
     def _take_dropped(self, node: NodeLink, nbytes: int) -> None:
         """Forget prefetches that storage never read, unless they are asked for again by now."""
-        counters = self._counters
+        counters, demanded = self._counters, self._demanded[node.name]
         for layer, expert, slot, generation in DROPPED.iter_unpack(self._buffer[:nbytes]):
             key = ExpertKey(layer, expert)
+            if demanded[slot] == generation:  # which storage has read then, or will
+                continue
             if node.slots.is_current(key, slot, generation):
-                if self.unproven[layer, expert] == Tier.DEVICE:
-                    continue
                 self._planner.forget(key)
             cost = self._expert_bytes[layer]
             counters.nvme_bytes -= cost

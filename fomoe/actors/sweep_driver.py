@@ -232,8 +232,7 @@ class PromptSweeps:
             guess = running.sweep.guess(layer, expected)
         self._read(layer, guess.dropped, guess.placed, Priority.PREFETCH)
         for place in guess.placed:
-            host.reads.unproven[layer, place.key.expert] = Tier.NVME
-            host.reads.background[layer, place.key.expert] = False
+            host.reads.guess(layer, place.key.expert)
         host.counters.prefetch_issued += len(guess.placed)
 
     def _read(self, layer: int, dropped: tuple[ExpertKey, ...], placed: tuple[Placement, ...],
@@ -241,7 +240,7 @@ class PromptSweeps:
         """Carry out what the sweep decided: slots of the dropped go back, the placed are read."""
         host, slots = self._host, self._host.reads.node_of(layer).slots
         for key in dropped:
-            host.reads.unproven[key.layer, key.expert] = Tier.DEVICE
+            host.reads.evict(key.layer, key.expert)
             slots.forget(key)
         host.reads.ask(layer, slots.fill(placed), priority)
 
@@ -253,7 +252,6 @@ class PromptSweeps:
         guessed = self._host.reads.unproven[layer, experts]
         paid = self._host.reads.background[layer, experts]  # when it was wanted in a decode step
         early = (guessed != Tier.DEVICE) & (sources != Tier.NVME) & ~paid
-        counters.prefetch_used += int(np.count_nonzero(early))
         sources[early] = guessed[early]
         by_tier = np.bincount(sources, weights=running.pairs, minlength=len(Tier))
         counters.prompt_hits_device += int(by_tier[Tier.DEVICE])

@@ -18,11 +18,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from fomoe.errors import ConfigError
 from fomoe.storage.fetch import PREFETCH_PIECE_BYTES
 
 DEPTHS, LEVELS = 2, 8
+_CHARGE = 2  # for a read in vain, see above: kCharge of ahead.h
 LEAST_COUNT = 16  # guesses of a level before it is trusted or not
 WINDOW = 4096  # guesses after which all counts are halved
 _FRESH = 1 / 8  # weight of the last token in a mean time
@@ -105,6 +107,16 @@ class Governor:
             self.arrays.charged[layer, expert] = False
             self.arrays.credit += nbytes
         return was_guessed
+
+    def came_true(self, layer: int, experts: npt.NDArray[np.int32], nbytes: int) -> None:
+        """A prompt wants experts int32 [n] that were prefetched: pay back those of decode steps."""
+        charged = self.arrays.charged[layer]
+        self.arrays.credit += _CHARGE * nbytes * np.count_nonzero(charged[experts])
+        charged[experts] = False
+
+    def leave(self, layer: int, expert: int) -> None:
+        """A prompt has an expert leave, or read ahead: what a decode step paid for it is spent."""
+        self.arrays.charged[layer, expert] = False
 
     def step(self, window_s: float, took_s: float, stall_s: float, reads: int, used: int) -> None:
         """Take note of a layer.

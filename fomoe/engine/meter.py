@@ -43,7 +43,6 @@ class HostCounters:
     background_bytes: int = 0
     shadow_bytes: int = 0
     prefetch_issued: int = 0
-    prefetch_used: int = 0
     prefetched: int = 0
     prefetched_used: int = 0
     prefetched_dropped: int = 0
@@ -213,7 +212,7 @@ def _shared(counters: type) -> tuple[str, ...]:
     return tuple(part.name for part in fields(counters) if part.name in _RECEIPT)
 
 
-_ACTIVATIONS = ("hits_device", "hits_ram", "reads_nvme", "prefetched_used")
+_ACTIVATIONS = ("hits_device", "hits_ram", "reads_nvme", "prefetched_used", "computed_in_ram")
 _OTHER_CAUSES = ("prompt_bytes", "prefetch_bytes", "background_bytes")
 _RECEIPT = {part.name for part in fields(Receipt)}
 _HOST_COUNTS, _LOSS_COUNTS = _shared(HostCounters), _shared(LossCounters)

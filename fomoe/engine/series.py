@@ -54,7 +54,7 @@ def engine_series(meter: Meter, residency: Counters, tiers: TierBytes) -> dict[s
         "fomoe_expert_demotions_total": float(residency.demotions.sum()),
         "fomoe_expert_demoted_bytes_total": float(host.demoted_bytes),
         "fomoe_prefetch_issued_total": float(host.prefetch_issued),
-        "fomoe_prefetch_used_total": float(host.prefetch_used),
+        "fomoe_prefetch_used_total": float(residency.prefetch_used.sum()),
         "fomoe_prefetch_wasted_total": float(residency.prefetch_wasted.sum()),
         'fomoe_tier_bytes{tier="device"}': float(tiers.device),
         'fomoe_tier_bytes{tier="ram"}': float(tiers.ram),

@@ -155,11 +155,9 @@ void WavePlanner::count(const int32_t* experts, int64_t n, int64_t fetches) {
       unproven[plan[i].expert] = kDevice;
       background[plan[i].expert] = false;
     }
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < n; ++i)
     // What was read in the background is a hit: it was paid for when it was asked for.
     source_[experts[i]] = background[experts[i]] ? int8_t(kDevice) : unproven[experts[i]];
-    a_.counts->prefetch_used += source_[experts[i]] != kDevice;
-  }
   const int64_t nbytes = a_.expert_bytes[layer_];
   for (int64_t i = 0; i < n; ++i)
     if (source_[experts[i]] != kDevice)

@@ -31,7 +31,7 @@ struct StepArrays {
 // Added up over the activations and reads of one call.
 struct Counts {
   int64_t by_tier[3], substitutes[3];
-  int64_t prefetch_used, prefetch_issued, nvme_bytes, ram_bytes, demoted_bytes, guesses_used;
+  int64_t prefetch_issued, nvme_bytes, ram_bytes, demoted_bytes, guesses_used;
   int64_t background_reads, background_bytes;
   int64_t computed_in_ram, guesses_read;
 };

@@ -30,7 +30,6 @@ __all__ = [
     "BACKGROUND",
     "GUESSED",
     "STAYED",
-    "USED",
     "Priorities",
     "StepArrays",
     "WaveArrays",
@@ -38,11 +37,10 @@ __all__ = [
     "WavePlanner",
 ]
 
-_COUNTS = 16
-USED = 6  # where the prefetches used stand, those of a look-ahead and in the background
-GUESSED = 11  # where the prefetches used stand that a look-ahead asked for
-BACKGROUND = 12  # where the background reads stand
-STAYED = 14  # where the experts to be computed in RAM stand
+_COUNTS = 15
+GUESSED = 10  # where the prefetches used stand that a look-ahead asked for
+BACKGROUND = 11  # where the background reads stand
+STAYED = 13  # where the experts to be computed in RAM stand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -270,7 +268,7 @@ class WavePlanner:
     def charge(self, totals: HostCounters, *, decoding: bool) -> None:
         """Add what the last call cost to the totals."""
         device, ram, nvme, on_device, in_ram, in_file, *rest = self.arrays.counts.tolist()
-        used, issued, read, promoted, demoted, guessed, _, later, stayed, guesses = rest
+        issued, read, promoted, demoted, guessed, _, later, stayed, guesses = rest
         if decoding:
             totals.hits_device += device
             totals.hits_ram += ram
@@ -280,13 +278,12 @@ class WavePlanner:
             totals.substitutes_nvme += in_file
             totals.prefetched += guesses
             totals.prefetched_used += guessed
+            totals.computed_in_ram += stayed
         else:
             totals.prompt_hits_device += device
             totals.prompt_hits_ram += ram
             totals.prompt_reads_nvme += nvme
         totals.background_bytes += later
-        totals.computed_in_ram += stayed
-        totals.prefetch_used += used
         totals.prefetch_issued += issued
         totals.nvme_bytes += read
         totals.ram_bytes += promoted

@@ -98,6 +98,12 @@ def test_a_reader_that_goes_away_cancels(engine, spy, prompt, kind, count):
         assert receipt.generated_tokens >= count
 
 
+def test_logits_after_a_cancelled_prompt(engine, spy, prompt):
+    close_after(engine.client.stream(greedy(prompt * 40, 9, request_id="gone")), PromptProgress, 1)
+    assert spy.wait_for_end("gone") == ["cancelled"]
+    assert engine.client.logits(prompt, 300).shape == (len(prompt), 300)
+
+
 def test_an_async_reader_that_goes_away_cancels(engine, spy, prompt):
     async def read(count):
         stream = engine.client.generate(greedy(prompt, 4000, request_id="async"))

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from support.local_engine import local_engine, slot_bytes
 from support.local_model import finished, greedy, tokens_of, told
 from support.tiny_gguf import write_tiny
 
+from fomoe.actors import layer_calls
 from fomoe.actors.layer_traffic import FROM_SCORES, FROM_STREAM
 from fomoe.config import RoutingConfig
 from fomoe.errors import StorageError
@@ -166,6 +168,60 @@ def test_reads_that_fail_end_a_request_and_not_the_engine(
         events = list(engine.client.stream(greedy(prompt, 16, logprobs=1)))
         assert told(events) == want["exact"]
         at_rest(engine)
+
+
+@pytest.mark.parametrize("idle", [True, False], ids=["idle", "at once"])
+def test_a_read_that_fails_behind_a_cancelled_pass_is_nobody_else_s(
+    model_paths, want, prompt, monkeypatch, wait_for, idle
+):
+    """A chunk of one token ends with its reader while the device waits for bytes."""
+    monkeypatch.setattr(layer_calls, "_STEP_BOUND_S", 10.0)
+    path = model_paths["mixed"]
+    with local_engine(
+        path, devices=("hip:0",), prefill_chunk=1, prefetch=False,
+        routing=RoutingConfig(car_capacity=CAPACITY), **budgets(path, 1, 0.3, 0.3),
+    ) as engine:  # fmt: skip
+        reader = engine.handles["storage-0"].actor._reader
+        host = engine.handles["driver"].actor._hands.host
+        read, begin, reading, go_on = (
+            reader.read_piece,
+            host.begin,
+            threading.Event(),
+            threading.Event(),
+        )
+
+        def failing(piece, expert, slot):
+            reading.set()
+            assert go_on.wait(10)
+            raise StorageError("the drive has had enough")
+
+        def cancelled(layer, route, **options):
+            begin(layer, route, **options)
+            if reading.wait(0.05):
+                engine.client.cancel("gone")
+                time.sleep(0.1)  # until the driver has it
+
+        reader.read_piece, host.begin = failing, cancelled
+        events = list(engine.client.stream(greedy(prompt, 4, request_id="gone")))
+        assert finished(events).reason == "cancelled"
+        assert host.links[0].open is not None
+        reader.read_piece, host.begin = read, begin
+        go_on.set()
+        if idle:
+            wait_for(lambda: host.links[0].open is None)
+        events = list(engine.client.stream(greedy(prompt, 16, logprobs=1)))
+        assert told(events) == want["exact"]
+        at_rest(engine)
+
+
+def test_a_prompt_of_one_token_is_not_timed_as_a_decode_step(model_paths):
+    path = model_paths["mixed"]
+    with local_engine(
+        path, devices=("hip:0",), prefetch_budget=1.0, **budgets(path, 1, 0.3, 0.45)
+    ) as engine:
+        finished(list(engine.client.stream(greedy([3], 8))))
+        governor = engine.handles["driver"].actor._hands.host.traffic._governor
+    assert 0 < governor._means.layer < 10
 
 
 def at_rest(engine):

@@ -129,13 +129,35 @@ def test_traces_are_those_of_the_cpu_path(model_paths, prompt, tmp_path, n_devic
     assert traces[0] == traces[1]
 
 
-def test_devices_of_two_boxes(model_paths, want, prompt):
+@pytest.mark.parametrize("boxes", [(0, 1), (1, 1)])
+def test_devices_of_two_boxes(model_paths, want, prompt, boxes):
+    """Two on the far one hand over in its memory, whatever the driver's copy says."""
     with local_engine(
-        model_paths["mixed"], devices=("hip:0", "hip:0"), device_box=(0, 1), vram=VRAM,
+        model_paths["mixed"], devices=("hip:0", "hip:0"), device_box=boxes, vram=VRAM,
         transport="tcp", routing=RoutingConfig(car_capacity=CAPACITY),
     ) as engine:  # fmt: skip
-        got = told(list(engine.client.stream(greedy(prompt, 24, logprobs=4))))
-        assert got == want["exact"]
+        driver = engine.handles["driver"].actor
+        calls, shown = driver._hands.host._calls, set()
+        regions_of = calls._regions
+
+        def noted(link, *args):
+            regions = regions_of(link, *args)
+            shown.update((link.number, arena) for arena, *_ in regions)
+            return regions
+
+        calls._regions = noted
+        for _ in range(3):
+            got = told(list(engine.client.stream(greedy(prompt, 24, logprobs=4))))
+            assert got == want["exact"]
+    own = {(i, f"step-{i}") for i in range(2)}
+    assert shown == (own if boxes == (1, 1) else own | {(0, "step-1"), (1, "step-0")})
+
+
+def test_waiting_for_another_device_is_no_wait_for_bytes(model_paths, prompt):
+    with local_engine(model_paths["mixed"], devices=("hip:0",) * 2, vram=VRAM) as engine:
+        events = list(engine.client.stream(greedy(prompt, 16)))
+    assert finished(events).error is None
+    assert finished(events).receipt.stall_ms == 0.0
 
 
 def test_experts_pass_through_few_slots(model_paths, prompt, local_models, monkeypatch, opened):

@@ -155,5 +155,16 @@ def test_what_was_never_read_is_paid_back_but_for_its_victim():
     assert g.arrays.credit[0] == 1000
 
 
+def test_a_guess_that_a_prompt_wanted_is_paid_back_whole():
+    g = governor()
+    g.arrays.charged[1, [5, 6]] = True
+    g.came_true(1, np.array([4, 5], np.int32), 1000)
+    assert g.arrays.credit[0] == 2000
+    assert not g.arrays.charged[1, 5]
+    g.leave(1, 6)
+    assert not g.refund(1, 6, 1000)
+    assert g.arrays.credit[0] == 2000
+
+
 def test_tables_have_room_for_every_depth():
     assert arrays().allowed.shape == (DEPTHS, LEVELS)

@@ -81,7 +81,7 @@ def test_a_shadow_steps_reads_are_its_own(meter, totals):
     host.nvme_bytes, host.prefetch_bytes, host.background_bytes = 100, 20, 30
     meter.start(Quality("kl", 0.01), cached=0)
     with meter.shadow():
-        host.hits_device, host.hits_ram, host.reads_nvme = 7, 1, 9
+        host.hits_device, host.hits_ram, host.reads_nvme, host.computed_in_ram = 7, 1, 9, 3
         host.nvme_bytes += 40 - 10 - 5  # given up meanwhile: a prefetch and a background read
         host.prefetch_bytes -= 10
         host.background_bytes -= 5
@@ -90,6 +90,7 @@ def test_a_shadow_steps_reads_are_its_own(meter, totals):
     meter.stepped(0.25, 70)
     receipt = meter.receipt(0)
     assert (receipt.hits_device, receipt.hits_ram, receipt.reads_nvme) == (0, 0, 0)
+    assert receipt.computed_in_ram == 0
     assert receipt.bytes_by_cause == {
         "demand": 0, "prompt": 0, "prefetch": -10, "background": -5, "shadow": 40,
     }  # fmt: skip

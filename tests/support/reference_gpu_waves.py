@@ -83,7 +83,7 @@ class ReferenceGpuWaves(ReferenceWaves):
         return end
 
     def look_ahead(self, layer, scores, depth):
-        self.counts, self.is_ahead = np.zeros(16, np.int64), True
+        self.counts, self.is_ahead = np.zeros(15, np.int64), True
         self.step_copies = self.ahead_copies = np.empty(0, COPY)
         self.reads = self._records([], self.prefetch)
         if not np.isfinite(scores.max(axis=1)).all():
@@ -112,7 +112,7 @@ class ReferenceGpuWaves(ReferenceWaves):
             if fetch.source == Tier.NVME:
                 self.ahead.charged[layer, fetch.expert] = True
                 self.ahead.credit -= 2 * nbytes
-        self.counts[7], self.counts[15] = len(plan.fetches), len(self.reads)
+        self.counts[6], self.counts[14] = len(plan.fetches), len(self.reads)
 
     def read_later(self, layer, experts):
         step_copies = self.step_copies
@@ -131,7 +131,7 @@ class ReferenceGpuWaves(ReferenceWaves):
             if is_placed and not self.background[self.layer, expert] and not is_left:
                 cancels.append(segment.cancel(key))
         self.reads = self._records([], self.prefetch)
-        self.counts = np.zeros(16, np.int64)
+        self.counts = np.zeros(15, np.int64)
         self.step_copies, self.ahead_copies = np.empty(0, COPY), np.array(cancels, COPY)
 
     def answered(self, device, *, aborted):
@@ -165,8 +165,8 @@ class ReferenceGpuWaves(ReferenceWaves):
             self.ahead_copies = copies
         else:
             self.step_copies = copies
-        self.counts[8] += len(reads) * self.layout.expert_bytes[plan.layer]
+        self.counts[7] += len(reads) * self.layout.expert_bytes[plan.layer]
         is_load = copies["kind"] == CopyKind.LOAD
-        self.counts[9] += copies["nbytes"][is_load].sum()
-        self.counts[10] += copies["nbytes"][~is_load].sum()
+        self.counts[8] += copies["nbytes"][is_load].sum()
+        self.counts[9] += copies["nbytes"][~is_load].sum()
         return reads

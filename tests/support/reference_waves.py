@@ -39,11 +39,11 @@ class ReferenceWaves:
         if later.size:
             counts = self.counts
             self.read_later(layer, later)
-            counts[8:] += self.counts[8:]
+            counts[7:] += self.counts[7:]
             self.counts, self.reads = counts, np.concatenate([first, self.reads])
 
     def read_later(self, layer, experts):
-        self.counts = np.zeros(16, np.int64)
+        self.counts = np.zeros(15, np.int64)
         plan = self._prefetch(layer, experts)
         reads = self._fetch(plan)
         self.reads = self._records(reads, self.background_priority)
@@ -57,7 +57,7 @@ class ReferenceWaves:
                 self.ahead.charged[layer, fetch.expert] = False
                 self.ahead.misses += 1
                 self.ahead.credit += nbytes * self.ahead.budget_permille // 1000
-        self.counts[12:14] = len(reads), len(reads) * nbytes
+        self.counts[11:13] = len(reads), len(reads) * nbytes
 
     def place(self, layer, route):
         groups = group_by_expert(route.ids)
@@ -107,7 +107,7 @@ class ReferenceWaves:
         self.entries = [tuple(int(x) for x in row) for row in rows]
 
     def look_ahead(self, layer, scores, depth):
-        self.counts = np.zeros(16, np.int64)
+        self.counts = np.zeros(15, np.int64)
         if not np.isfinite(scores.max(axis=1)).all():
             self.reads = self._records([], self.prefetch)
             return
@@ -129,7 +129,7 @@ class ReferenceWaves:
             self.background[layer, fetch.expert] = False
             self.ahead.charged[layer, fetch.expert] = True
             self.ahead.credit -= 2 * nbytes
-        self.counts[7], self.counts[15] = len(plan.fetches), len(self.reads)
+        self.counts[6], self.counts[14] = len(plan.fetches), len(self.reads)
 
     def forget(self, key):
         self.residency.forget(key.layer, np.array([key.expert], np.int32))
@@ -144,12 +144,11 @@ class ReferenceWaves:
 
     def _by_tier(self, plan, experts):
         source = np.where(self.background[self.layer], Tier.DEVICE, self.unproven[self.layer])
-        counts = np.zeros(16, np.int64)
-        counts[6] = np.count_nonzero(source[experts] != Tier.DEVICE)
+        counts = np.zeros(15, np.int64)
         for fetch in plan.fetches:
             if source[fetch.expert] != Tier.NVME:
                 source[fetch.expert] = fetch.source
-        counts[14] = len(self.in_ram)
+        counts[13] = len(self.in_ram)
         for expert in self.in_ram:
             if source[expert] != Tier.NVME:
                 source[expert] = Tier.RAM
@@ -175,16 +174,16 @@ class ReferenceWaves:
                 if paid:
                     self.ahead.misses += 1
                     self.ahead.credit += share + 2 * nbytes
-                    self.counts[11] += 1
+                    self.counts[10] += 1
 
     def _fetch(self, plan):
         reads = self._segment(plan.layer).apply(
             plan, lambda key: bool(self.residency.mask(key.layer)[key.expert])
         )
         nbytes = self.layout.expert_bytes
-        self.counts[8] = len(reads) * nbytes[plan.layer]
-        self.counts[9] = sum(nbytes[plan.layer] for f in plan.fetches if f.source == Tier.RAM)
-        self.counts[10] = sum(nbytes[f.victim.layer] for f in plan.fetches if f.demoted_to >= 0)
+        self.counts[7] = len(reads) * nbytes[plan.layer]
+        self.counts[8] = sum(nbytes[plan.layer] for f in plan.fetches if f.source == Tier.RAM)
+        self.counts[9] = sum(nbytes[f.victim.layer] for f in plan.fetches if f.demoted_to >= 0)
         return reads
 
     def _prove(self, experts):
