@@ -12,6 +12,7 @@ FomoeError
 │   └── PeerStalledError   the process at the other end did not answer in time
 ├── DeviceError            a device is missing or failed
 └── EngineError            a running engine failed; requests in flight end with this
+    └── ClusterLostError   the Ray cluster under it has ended
 """
 
 from __future__ import annotations
@@ -100,6 +101,10 @@ class DeviceError(FomoeError):
 
 class EngineError(FomoeError):
     """The running engine failed; the request in flight ends with this message."""
+
+
+class ClusterLostError(EngineError):
+    """The Ray cluster has ended: starting actors again cannot help."""
 
 
 class RequestCancelledError(EngineError):

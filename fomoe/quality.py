@@ -91,7 +91,7 @@ def parse_quality(text: str) -> Quality:
 
 def profile_beside(model: Path) -> Path | None:
     """Return the loss profile that lies beside a model file, `MODEL.loss.json`; None without."""
-    path = model.with_suffix(".loss.json")
+    path = model.parent / f"{model.stem}.loss.json"
     return path if path.is_file() else None
 
 

@@ -122,18 +122,36 @@ class Cluster:
         if found is not None or address not in (None, "local"):
             self._connect(found.address if found is not None else str(address), options)
             return
-        ray.init(
-            address="local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=True,
-            dashboard_host="127.0.0.1", **options,
-        )  # fmt: skip
+        with placement.owned():
+            self._init(
+                address="local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=True,
+                dashboard_host="127.0.0.1", **options,
+            )  # fmt: skip
         placement.protect_token()
         self.is_local = True
 
     def _connect(self, address: str, options: dict[str, Any]) -> None:
         try:
-            self._ray.init(address=address, **options)
+            self._init(address=address, **options)
         except ConnectionError as error:
             raise ConfigError(f"no Ray cluster answers at {address}: {error}") from error
+
+    def _init(self, **options: Any) -> None:
+        """Connect to a cluster, or start one.
+
+        Raises:
+            ConnectionError: none is there.
+            EngineError: whatever else Ray, which has no errors of its own for this, complains of.
+        """
+        try:
+            self._ray.init(**options)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            raise EngineError(
+                f"Ray did not start: {str(error).strip()}; its logs are in "
+                "/tmp/ray/session_latest/logs"
+            ) from error
 
     def launch(
         self, file: GGUFFile, spec: ModelSpec, config: EngineConfig, name: str,

@@ -24,7 +24,7 @@ from fomoe.engine.arm import ArmCosts, arm_table, fixed_table
 from fomoe.engine.hosting import dense_bytes
 from fomoe.engine.plan import EnginePlan, make_plan
 from fomoe.engine.requests import EngineStatus
-from fomoe.errors import EngineError
+from fomoe.errors import EngineError, FomoeError
 from fomoe.gguf.extents import ExpertTable
 from fomoe.gguf.reader import GGUFFile
 from fomoe.model.spec import ModelSpec
@@ -279,7 +279,8 @@ def _results(calls: list[Future[Any]], timeout_s: float) -> list[Any]:
         ) from None
     for error in errors:
         if error is not None:
-            raise error
+            cause = getattr(error, "cause", None)  # of Ray's, whose own text is the actor's stack
+            raise cause if isinstance(cause, FomoeError) else error
     return [call.result(0) for call in calls]
 
 

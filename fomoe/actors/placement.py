@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import psutil
 
 from fomoe.actors.launch import Box, Site
-from fomoe.errors import ConfigError
+from fomoe.errors import ClusterLostError, ConfigError
 
 _PROBE_S = 1.0
 TOKEN_FILE = Path.home() / ".ray" / "auth_token"
+_OWNED = "RAY_STARTED_BY_FOMOE"  # in the environment of a cluster that ends with its process
 
 
 def prepare_environment() -> None:
@@ -62,6 +64,16 @@ def gpu_environment() -> dict[str, dict[str, str]]:
     return {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
 
 
+@contextlib.contextmanager
+def owned() -> Iterator[None]:
+    """Mark the processes that start meanwhile as a cluster that nobody else may join."""
+    os.environ[_OWNED] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[_OWNED]
+
+
 def uses_token() -> bool:
     """Whether this process's Ray calls carry a token."""
     return os.environ.get("RAY_AUTH_MODE") == "token"
@@ -84,10 +96,17 @@ def token_use() -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class FoundCluster:
-    """A cluster that has a node on this machine, and whether it asks for a token."""
+    """A cluster that has a node on this machine.
+
+    Attributes:
+        address: of its head.
+        wants_token: whether it asks for a token.
+        is_owned: whether a process of fomoe started it for itself, and ends it.
+    """
 
     address: str
     wants_token: bool
+    is_owned: bool
 
 
 def find_cluster(address: str | None) -> FoundCluster | None:
@@ -95,9 +114,10 @@ def find_cluster(address: str | None) -> FoundCluster | None:
 
     Every node runs a raylet with the cluster's address in its arguments and Ray's authentication
     mode in its environment, which is how the mode is known before the first call. None where no
-    raylet of that cluster runs on this machine.
+    raylet of that cluster runs on this machine; one that a fomoe started for itself must be named.
     """
     wanted = address or os.environ.get("RAY_ADDRESS")
+    is_open = wanted in (None, "auto")
     for process in psutil.process_iter(["name"]):
         if process.info["name"] != "raylet":
             continue
@@ -105,7 +125,7 @@ def find_cluster(address: str | None) -> FoundCluster | None:
             found = _cluster_of(process)
             if (
                 found is not None
-                and wanted in (None, "auto", found.address)
+                and (not found.is_owned if is_open else wanted == found.address)
                 and _answers(found.address)
             ):
                 return found
@@ -126,7 +146,9 @@ def _cluster_of(raylet: psutil.Process) -> FoundCluster | None:
     addresses = [a.partition("=")[2] for a in raylet.cmdline() if a.startswith("--gcs-address=")]
     if not addresses or raylet.status() == psutil.STATUS_ZOMBIE:
         return None
-    return FoundCluster(addresses[0], raylet.environ().get("RAY_AUTH_MODE") == "token")
+    environment = raylet.environ()
+    wants_token = environment.get("RAY_AUTH_MODE") == "token"
+    return FoundCluster(addresses[0], wants_token, _OWNED in environment)
 
 
 def protect_token() -> None:
@@ -152,10 +174,14 @@ def plan_site(devices: tuple[str, ...], nodes: list[RayNode], here: str) -> tupl
 
     Raises:
         ConfigError: a device names a node that the cluster does not have.
+        ClusterLostError: this node is none of the cluster's any more.
     """
     by_id = {node.node_id: node for node in nodes}
     if here not in by_id:
-        raise ConfigError(f"this node {here[:12]} is not among the cluster's {len(nodes)} nodes")
+        raise ClusterLostError(
+            f"this node {here[:12]} is not among the {len(nodes)} nodes of the Ray cluster: it has "
+            "ended; start fomoe again"
+        )
     order, device_box = [here], []
     for device in devices:
         where = device.partition("@")[2]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 
 from fomoe.actors.client import Answer
 from fomoe.actors.launch import RunningEngine
@@ -17,30 +18,38 @@ from fomoe.actors.messages import LogitsRequest
 from fomoe.actors.process import log
 from fomoe.engine.plan import EnginePlan
 from fomoe.engine.requests import EngineStatus, Event, GenerateRequest
+from fomoe.errors import ClusterLostError
 from fomoe.model.buffers import F32
 
 _WATCH_S = 0.1
 _PAUSE_S = 1.0  # after a start that failed
 _MOST_RESTARTS = 3
 _WITHIN_S = 300.0
+_KINDS = ("driver", "gpu", "storage")  # of actors, as `fomoe_actor_restarts_total` has them
 
 
 class Supervisor:
     """An engine that outlives its actors; implements `Engine`.
 
-    `start` brings a new set of actors up. More than three restarts in five minutes mean that
-    starting again does not help: the engine then stays down and says why.
+    `start` brings a new set of actors up. Its status is "degraded" meanwhile. More than three
+    restarts in five minutes, or a cluster that has ended, mean that starting again does not help:
+    the status is then "stopped" for good, and says why.
     """
 
     def __init__(self, start: Callable[[], RunningEngine]) -> None:
         self._start = start
         self._engine = start()
         self._restarts: deque[float] = deque(maxlen=_MOST_RESTARTS)
-        self.restarts = 0
-        self._down: str | None = None
+        self._restarts_of: Counter[str] = Counter()
+        self._down: EngineStatus | None = None
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="fomoe-supervisor", daemon=True)
         self._watcher.start()
+
+    @property
+    def restarts(self) -> int:
+        """How often all actors were started again, or tried to be."""
+        return self._restarts_of.total()
 
     @property
     def ctx_size(self) -> int:
@@ -75,9 +84,12 @@ class Supervisor:
 
     def status(self) -> EngineStatus:
         """Return the newest status without blocking."""
-        if self._down is not None:
-            return EngineStatus(state="degraded", detail=self._down)
-        return self._engine.client.status()
+        status = self._down or self._engine.client.status()
+        restarts = {
+            f'fomoe_actor_restarts_total{{actor="{kind}"}}': float(self._restarts_of[kind])
+            for kind in _KINDS
+        }
+        return replace(status, counters=status.counters | restarts)
 
     def close(self) -> None:
         """Stop supervising, then the actors; bounded."""
@@ -93,22 +105,25 @@ class Supervisor:
 
     def _restart(self, reason: str) -> None:
         """Start until it works; a start that fails counts as a restart that did not help."""
-        self._down = f"{reason}; the engine starts again"
+        kind = next((kind for kind in _KINDS if reason.startswith(kind)), _KINDS[0])
+        self._down = EngineStatus(state="degraded", detail=f"{reason}; the engine starts again")
         self._engine.stop()
         while not self._closing.is_set():
             now = time.monotonic()
             if len(self._restarts) == _MOST_RESTARTS and now - self._restarts[0] < _WITHIN_S:
-                self._down = (
+                self._give_up(
                     f"{reason}; {_MOST_RESTARTS} restarts in {_WITHIN_S:.0f} s did not help: "
                     "see the actors' logs, then start fomoe again"
                 )
-                log.error("%s", self._down)
                 return
             self._restarts.append(now)
-            self.restarts += 1
+            self._restarts_of[kind] += 1
             log.error("starting all actors again: %s", reason)
             try:
                 self._engine = self._start()
+            except ClusterLostError as error:
+                self._give_up(str(error))
+                return
             except Exception as error:  # whatever it is: nobody else watches the engine
                 log.error("could not start again: %s", error)
                 reason = str(error)
@@ -119,3 +134,7 @@ class Supervisor:
             if self._closing.is_set():  # `close` did not wait that long
                 self._engine.stop()
             return
+
+    def _give_up(self, why: str) -> None:
+        self._down = EngineStatus(state="stopped", detail=why)
+        log.error("%s", why)

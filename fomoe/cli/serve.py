@@ -8,6 +8,7 @@ import shlex
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from types import FrameType
@@ -28,18 +29,21 @@ from fomoe.config import (
     notify_socket,
     runtime_dir,
 )
-from fomoe.engine.requests import PromptProgress
-from fomoe.errors import ConfigError
-from fomoe.gguf.reader import GGUFFile
+from fomoe.engine.requests import EngineStatus, PromptProgress
+from fomoe.errors import ConfigError, EngineError
+from fomoe.gguf.reader import GGUFFile, open_gguf
 from fomoe.model.archs import read_spec
 from fomoe.server.info import ServerInfo
 from fomoe.server.receipts import prompt_line, tier_line
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from fomoe.llm import LLM
 
 # Requests in flight get this long after SIGTERM; the systemd unit waits 15 s longer.
 DRAIN_S = 30
+WATCH_S = 0.5
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -82,8 +86,12 @@ def curl_line(url: str, *, needs_key: bool, is_demo: bool = False) -> str:
 
 
 def banner(model: ModelOptions) -> str:
-    """Return what is served; of the bundled model also what not to expect of it."""
-    size = model.path.stat().st_size
+    """Return what is served; of the bundled model also what not to expect of it.
+
+    Raises:
+        GGUFError: it is not there, or no model.
+    """
+    size = sum(open_gguf(model.path).shard_bytes)
     if model.is_demo:
         return (
             f"{model.path.name}: demo model, {round(size / 1e6)} MB, fluent but knows nothing; "
@@ -132,25 +140,63 @@ def _stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
+class HttpServer(uvicorn.Server):
+    """Answers until a signal, or until the engine has stopped for good."""
+
+    def __init__(self, app: FastAPI, status: Callable[[], EngineStatus]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S
+            )
+        )
+        self._status = status
+        self._over = threading.Event()
+
+    def answer(self, sock: socket.socket) -> None:
+        """Answer requests on a listening socket.
+
+        Raises:
+            EngineError: the engine has stopped.
+        """
+        watch = threading.Thread(target=self._watch, name="fomoe-engine-watch", daemon=True)
+        watch.start()
+        self.run(sockets=[sock])
+        self._over.set()
+        watch.join()
+        status = self._status()
+        if status.state == "stopped":
+            raise EngineError(status.detail)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal (uvicorn); says what is waited for."""
+        status = self._status()
+        count = status.running + status.queued
+        if count and not self.should_exit:
+            typer.echo(f"\nwaiting up to {DRAIN_S} s for {count} answers; Ctrl-C again ends them")
+        super().handle_exit(sig, frame)
+
+    def _watch(self) -> None:
+        while not self._over.wait(WATCH_S):
+            if self._status().state == "stopped":
+                self.should_exit = True
+                return
+
+
 def _answer_requests(llm: LLM, config: ServerConfig, sock: socket.socket) -> None:
     # Imported here because FastAPI takes half a second, which the other verbs can spare.
     from fomoe.server.app import create_app
 
     url, name = url_of(sock), llm.file.path.name
-    with announced(runtime_dir(), url=url, model=name):
-        app = create_app(llm.engine, llm.tokenizer, llm.chat, server_info(llm.file, config))
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S
-            )
-        )
-        typer.echo(llm.plan_text())
-        typer.echo(f"\n{llm.cluster_text()}")
-        needs_key, is_demo = config.api_key is not None, name == BUNDLED_MODEL
-        command = curl_line(url, needs_key=needs_key, is_demo=is_demo)
-        typer.echo(f"\nReady. Try it:\n{command}\n")
-        notify(notify_socket(), f"READY=1\nSTATUS=serving {name} on {url}")
-        server.run(sockets=[sock])
+    app = create_app(llm.engine, llm.tokenizer, llm.chat, server_info(llm.file, config))
+    typer.echo(llm.plan_text())
+    typer.echo(f"\n{llm.cluster_text()}")
+    needs_key, is_demo = config.api_key is not None, name == BUNDLED_MODEL
+    command = curl_line(url, needs_key=needs_key, is_demo=is_demo)
+    typer.echo(f"\nReady. Try it:\n{command}\n")
+    notify(notify_socket(), f"READY=1\nSTATUS=serving {name} on {url}")
+    try:
+        HttpServer(app, llm.engine.status).answer(sock)
+    finally:
         notify(notify_socket(), "STOPPING=1")
 
 
@@ -160,8 +206,12 @@ def serve(
     """Serve a model over an OpenAI-compatible API until Ctrl-C or `fomoe stop`."""
     config = server.config()
     _stop_on_sigterm()
-    with closing(listen(config.host, config.port)) as sock:
-        typer.echo(f"{banner(model)}\nstarting Ray and loading the model ...\n")
+    said = banner(model)
+    with (
+        closing(listen(config.host, config.port)) as sock,
+        announced(runtime_dir(), url=url_of(sock), model=model.path.name),
+    ):
+        typer.echo(f"{said}\nstarting Ray and loading the model ...\n")
         notify(notify_socket(), f"STATUS=loading {model.path.name}")
         with opened(model, engine, name="fomoe", trace=recording.trace) as llm:
             # Ray installs a handler of its own while it starts.

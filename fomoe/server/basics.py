@@ -27,7 +27,7 @@ def health_router(services: Services) -> APIRouter:
         """Say whether requests are answered; needs no key, so it says nothing else."""
         status = services.engine.status()
         body: dict[str, Any] = {"status": status.state, "progress": status.load_progress}
-        if status.state in ("ready", "degraded"):
+        if status.state in ("ready", "degraded"):  # whoever restarts what is unwell must not now
             return JsonResponse(body | {"status": "ok"})
         message = "Loading model" if status.state == "loading" else "the engine has stopped"
         return JsonResponse(ApiError(503, message).body | body, 503)

@@ -99,6 +99,8 @@ class Guard:
         if status.state == "loading":
             message = f"Loading model: {status.load_progress:.0%}"
             raise ApiError(503, message, headers=wait)
+        if status.state == "degraded":
+            raise ApiError(503, f"{status.detail}; try again later", headers=wait)
         if status.state == "stopped":
             raise ApiError(503, "the engine has stopped; restart the server", headers=wait)
         if self._pending > info.max_pending:

@@ -126,7 +126,7 @@ def _state(status: EngineStatus) -> dict[str, float]:
     return {
         "fomoe_requests_running": float(status.running),
         "fomoe_requests_queued": float(status.queued),
-        "fomoe_ready": float(status.state in ("ready", "degraded")),
+        "fomoe_ready": float(status.state == "ready"),
         "fomoe_load_progress": status.load_progress,
     }
 

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from concurrent.futures import Future
 
 import pytest
 from support import local_engine as support
@@ -128,3 +129,17 @@ class TestFailures:
         with local_engine(model_paths["small"], vram=1 << 24, ram=0) as engine:
             engine.stop()
             assert engine.client.status().state == "stopped"
+
+
+def test_what_an_actor_said_is_told_without_its_stack():
+    class OfRayError(Exception):
+        cause = StorageError("the trace cannot be written")
+
+    calls = [Future(), Future()]
+    calls[0].set_result(1)
+    calls[1].set_exception(OfRayError("a stack of forty lines"))
+    with pytest.raises(StorageError, match="cannot be written"):
+        bring_up._results(calls, 1.0)
+    OfRayError.cause = ValueError("nobody meant this")
+    with pytest.raises(OfRayError, match="forty lines"):
+        bring_up._results(calls, 1.0)

@@ -6,7 +6,7 @@ import pytest
 
 from fomoe.actors import placement
 from fomoe.actors.placement import RayNode, live_nodes, plan_site
-from fomoe.errors import ConfigError
+from fomoe.errors import ClusterLostError, ConfigError
 
 NODES = [
     RayNode("aa11" * 14, "10.0.0.1", "desk"),
@@ -55,7 +55,7 @@ def test_an_exact_name_beats_the_beginning_of_an_id():
 
 
 def test_this_node_must_be_in_the_cluster():
-    with pytest.raises(ConfigError, match="3 nodes"):
+    with pytest.raises(ClusterLostError, match=r"3 nodes .* start fomoe again"):
         plan_site(("cpu",), NODES, "dd" * 28)
 
 
@@ -106,3 +106,41 @@ class TestEnvironment:
         token.chmod(0o644)
         placement.protect_token()
         assert token.stat().st_mode & 0o777 == 0o600
+
+
+class Raylet:
+    """What psutil says of a raylet."""
+
+    def __init__(self, address, **environment):
+        self.info = {"name": "raylet"}
+        self._address, self._environment = address, environment
+
+    def cmdline(self):
+        return ["raylet", f"--gcs-address={self._address}"]
+
+    def status(self):
+        return "sleeping"
+
+    def environ(self):
+        return self._environment
+
+
+def test_a_cluster_that_a_process_started_for_itself_must_be_named(monkeypatch):
+    with placement.owned():
+        marked = {name: value for name, value in os.environ.items() if "FOMOE" in name}
+    assert marked
+    assert not marked.keys() & os.environ.keys()
+    others = Raylet("10.0.0.1:2", RAY_AUTH_MODE="token")
+    raylets = [Raylet("10.0.0.1:1", **marked), others]
+    monkeypatch.setattr(placement.psutil, "process_iter", lambda names: iter(raylets))
+    monkeypatch.setattr(placement, "_answers", lambda address: True)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for asked in (None, "auto"):
+        found = placement.find_cluster(asked)
+        assert (found.address, found.wants_token) == ("10.0.0.1:2", True)
+    assert placement.find_cluster("10.0.0.1:1").is_owned
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:1")
+    assert placement.find_cluster(None).address == "10.0.0.1:1"
+    monkeypatch.delenv("RAY_ADDRESS")
+    raylets.remove(others)
+    assert placement.find_cluster(None) is None

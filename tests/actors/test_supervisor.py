@@ -9,7 +9,7 @@ from support.local_model import finished, greedy, tokens_of
 
 from fomoe.actors import supervisor as supervisor_module
 from fomoe.actors.supervisor import Supervisor
-from fomoe.errors import StorageError
+from fomoe.errors import ClusterLostError, StorageError
 
 pytestmark = pytest.mark.timeout(40)
 
@@ -57,6 +57,12 @@ def wait_for(supervisor, condition, seconds=10.0):
         time.sleep(0.01)
 
 
+def restarts_of(supervisor):
+    counters = supervisor.status().counters
+    prefix = "fomoe_actor_restarts_total"
+    return {kind: counters[f'{prefix}{{actor="{kind}"}}'] for kind in ("driver", "gpu", "storage")}
+
+
 @pytest.mark.parametrize("name", ["gpu-0", "storage-0", "driver"])
 def test_a_death_ends_the_request_and_the_next_one_works(supervised, name, prompt, right):
     assert tokens_of(list(supervised.stream(greedy(prompt, 6)))) == right
@@ -74,6 +80,8 @@ def test_a_death_ends_the_request_and_the_next_one_works(supervised, name, promp
     assert finished(events).reason == "error"
     wait_for(supervised, lambda s: s.state == "ready" and supervised.restarts == 1)
     assert supervised.running is not before
+    kind = name.partition("-")[0]
+    assert restarts_of(supervised) == dict.fromkeys(("driver", "gpu", "storage"), 0) | {kind: 1}
     assert tokens_of(list(supervised.stream(greedy(prompt, 6)))) == right
     assert before.client.status().state == "stopped"
 
@@ -103,10 +111,19 @@ def test_it_gives_up_and_says_why(supervised, starts, prompt):
     kill(supervised)
     wait_for(supervised, lambda s: "did not help" in s.detail)
     status = supervised.status()
-    assert status.state == "degraded"
+    assert status.state == "stopped"
     assert "the drive is gone; 3 restarts" in status.detail
+    assert restarts_of(supervised) == {"driver": 0, "gpu": 3, "storage": 0}
     assert supervised.restarts == 3
     assert finished(list(supervised.stream(greedy(prompt, 1)))).reason == "error"
+
+
+def test_a_cluster_that_has_ended_is_not_asked_again(supervised, starts):
+    starts[1].extend([ClusterLostError("the Ray cluster has ended")] * 3)
+    kill(supervised)
+    wait_for(supervised, lambda s: s.state == "stopped")
+    assert supervised.status().detail == "the Ray cluster has ended"
+    assert supervised.restarts == 1
 
 
 def test_deaths_in_a_row_use_the_restarts_up(supervised):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from support.tiny_gguf import write_tiny
 from typer.testing import CliRunner, Result
 
 from fomoe import config
@@ -128,10 +129,15 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedLLM]:
     return ScriptedLLM
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "model.gguf")
+
+
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path: Path, tiny: Path) -> Path:
     path = tmp_path / "model.gguf"
-    path.touch()
+    path.symlink_to(tiny)
     return path
 
 

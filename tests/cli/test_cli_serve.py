@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from fomoe import config
 from fomoe.cli.notify import notify
 from fomoe.cli.options import ModelOptions
 from fomoe.cli.runfile import announced, running_servers, start_ticks, stop_server
-from fomoe.cli.serve import banner, curl_line, listen, server_info, url_of
-from fomoe.engine.requests import PromptProgress, Receipt
-from fomoe.errors import ConfigError
+from fomoe.cli.serve import HttpServer, banner, curl_line, listen, server_info, url_of
+from fomoe.engine.requests import EngineStatus, PromptProgress, Receipt
+from fomoe.errors import ConfigError, EngineError, FomoeError
 from fomoe.gguf.reader import open_gguf
 
 
@@ -69,11 +70,22 @@ def test_the_banner_tells_what_the_demo_model_is(
     monkeypatch.setattr(config, "__file__", str(tmp_path / "fomoe" / "config.py"))
     demo = tmp_path / "models" / config.BUNDLED_MODEL
     demo.parent.mkdir()
-    demo.write_bytes(bytes(2_400_000))
-    assert "demo model, 2 MB, fluent but knows nothing" in banner(ModelOptions())
-    other = tmp_path / "other.gguf"
-    other.write_bytes(bytes(3 << 20))
-    assert banner(ModelOptions(model=other)) == "other.gguf: 3.00 MiB"
+    write_tiny(demo)
+    megabytes = round(demo.stat().st_size / 1e6)
+    told = f"demo model, {megabytes} MB, fluent but knows nothing"
+    assert told in banner(ModelOptions())
+    other = write_tiny(tmp_path / "other.gguf", shard_tensors=20)
+    whole = sum(shard.stat().st_size for shard in tmp_path.glob("other*.gguf"))
+    assert banner(ModelOptions(model=other)) == f"{other.name}: {config.format_bytes(whole)}"
+
+
+@pytest.mark.parametrize("name", ["nowhere.gguf", "", "."])
+def test_a_model_that_is_not_there_is_named(fomoe: Callable[..., Any], llm: Any, name: str) -> None:
+    before = getattr(llm, "last", None)
+    result = fomoe("serve", name, "--port", 0)
+    assert isinstance(result.exception, FomoeError)
+    assert str(Path(name)) in str(result.exception)
+    assert getattr(llm, "last", None) is before
 
 
 def test_the_server_knows_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +108,33 @@ def test_the_server_knows_the_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     public = config.ServerConfig(host="0.0.0.0", api_key="k", model_name="mine")
     info = server_info(open_gguf(path), public)
     assert (info.model_id, info.api_key, info.allowed_hosts) == ("mine", "k", None)
+
+
+async def quiet(scope: Any, receive: Any, send: Any) -> None:
+    """An application that answers nothing."""
+
+
+def test_an_engine_that_has_stopped_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fomoe.cli.serve.WATCH_S", 0.01)
+    states = iter(["ready", "ready", "degraded"])
+
+    def status() -> EngineStatus:
+        return EngineStatus(state=next(states, "stopped"), detail="the drive is gone")
+
+    with (
+        closing(listen("127.0.0.1", 0)) as sock,
+        pytest.raises(EngineError, match="the drive is gone"),
+    ):
+        HttpServer(quiet, status).answer(sock)
+
+
+def test_a_signal_says_what_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    server = HttpServer(quiet, lambda: EngineStatus(state="ready", running=1, queued=2))
+    server.handle_exit(signal.SIGINT, None)
+    assert capsys.readouterr().out == "\nwaiting up to 30 s for 3 answers; Ctrl-C again ends them\n"
+    server.handle_exit(signal.SIGINT, None)
+    assert server.force_exit
+    assert capsys.readouterr().out == ""
 
 
 def test_systemd_hears_of_it(tmp_path: Path) -> None:

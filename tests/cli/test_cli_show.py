@@ -62,5 +62,6 @@ def test_the_verb_prints_a_table_or_json(fomoe: Callable[..., Any]) -> None:
     assert "in nvme" in table
 
 
-def test_a_file_that_is_no_model_is_refused(fomoe: Callable[..., Any], model: Path) -> None:
-    assert isinstance(fomoe("show", model).exception, GGUFError)
+def test_a_file_that_is_no_model_is_refused(fomoe: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "empty.gguf").touch()
+    assert isinstance(fomoe("show", tmp_path / "empty.gguf").exception, GGUFError)

@@ -190,7 +190,7 @@ def test_more_requests_than_there_is_room_for_are_sent_away(serve: Serve, stream
     [
         ("loading", 503, 503, 503),
         ("ready", 200, 200, 200),
-        ("degraded", 200, 503, 200),
+        ("degraded", 200, 503, 503),
         ("stopped", 503, 503, 503),
     ],
 )
