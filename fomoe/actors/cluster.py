@@ -22,7 +22,7 @@ from fomoe.actors.metrics import RayMetrics
 from fomoe.actors.names import NAMESPACE
 from fomoe.actors.storage import StorageActor
 from fomoe.config import EngineConfig
-from fomoe.errors import ConfigError, EngineError
+from fomoe.errors import ClusterLostError, ConfigError, EngineError
 from fomoe.gguf.reader import GGUFFile
 from fomoe.model.spec import ModelSpec
 
@@ -161,10 +161,15 @@ class Cluster:
 
         Raises:
             EngineError: an engine of that name runs on the cluster.
+            ClusterLostError: the cluster has ended; its calls would wait for a minute and then end
+                this process.
         """
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         ray = self._ray
+        address = ray.get_runtime_context().gcs_address
+        if not placement.answers(address):
+            raise ClusterLostError(f"the Ray cluster at {address} has ended; start fomoe again")
         here = ray.get_runtime_context().get_node_id()
         nodes = placement.live_nodes(ray.nodes())
         site, node_ids = placement.plan_site(config.devices, nodes, here)

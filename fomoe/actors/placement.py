@@ -126,13 +126,13 @@ def find_cluster(address: str | None) -> FoundCluster | None:
             if (
                 found is not None
                 and (not found.is_owned if is_open else wanted == found.address)
-                and _answers(found.address)
+                and answers(found.address)
             ):
                 return found
     return None
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
     """Whether the cluster's head can be reached; a raylet outlives its head by seconds."""
     host, _, port = address.rpartition(":")
     try:

@@ -106,7 +106,8 @@ class Supervisor:
     def _restart(self, reason: str) -> None:
         """Start until it works; a start that fails counts as a restart that did not help."""
         kind = next((kind for kind in _KINDS if reason.startswith(kind)), _KINDS[0])
-        self._down = EngineStatus(state="degraded", detail=f"{reason}; the engine starts again")
+        said = "" if "started again" in reason else "; the engine starts again"
+        self._down = EngineStatus(state="degraded", detail=reason + said)
         self._engine.stop()
         while not self._closing.is_set():
             now = time.monotonic()

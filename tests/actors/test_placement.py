@@ -1,12 +1,14 @@
 """Which box a device goes to, and what Ray's environment must say before it is imported."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
 from fomoe.actors import placement
+from fomoe.actors.cluster import Cluster
 from fomoe.actors.placement import RayNode, live_nodes, plan_site
-from fomoe.errors import ClusterLostError, ConfigError
+from fomoe.errors import ClusterLostError, ConfigError, EngineError
 
 NODES = [
     RayNode("aa11" * 14, "10.0.0.1", "desk"),
@@ -133,7 +135,7 @@ def test_a_cluster_that_a_process_started_for_itself_must_be_named(monkeypatch):
     others = Raylet("10.0.0.1:2", RAY_AUTH_MODE="token")
     raylets = [Raylet("10.0.0.1:1", **marked), others]
     monkeypatch.setattr(placement.psutil, "process_iter", lambda names: iter(raylets))
-    monkeypatch.setattr(placement, "_answers", lambda address: True)
+    monkeypatch.setattr(placement, "answers", lambda address: True)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for asked in (None, "auto"):
         found = placement.find_cluster(asked)
@@ -144,3 +146,13 @@ def test_a_cluster_that_a_process_started_for_itself_must_be_named(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS")
     raylets.remove(others)
     assert placement.find_cluster(None) is None
+
+
+def test_what_ray_complains_of_is_one_line():
+    def refuse(**options):
+        raise RuntimeError("Version mismatch: the cluster was started with 2.1")
+
+    cluster = object.__new__(Cluster)
+    cluster._ray = SimpleNamespace(init=refuse)
+    with pytest.raises(EngineError, match="Ray did not start: Version mismatch"):
+        cluster._init(address="local")

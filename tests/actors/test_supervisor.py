@@ -91,7 +91,7 @@ def test_a_request_during_the_restart_ends_with_an_error(supervised, starts, pro
     start = supervised._start
     supervised._start = lambda: (hold.wait(10), start())[1]
     kill(supervised)
-    wait_for(supervised, lambda s: "starts again" in s.detail)
+    wait_for(supervised, lambda s: "started again" in s.detail)
     assert supervised.status().state == "degraded"
     end = finished(list(supervised.stream(greedy(prompt, 6, request_id="early"))))
     assert end.reason == "error"
