@@ -260,6 +260,7 @@ def _await_fill(engine: RunningEngine, on_progress: Callable[[float, str], None]
             engine.client.report(EngineStatus(state="ready"))
             return
         if engine.client.status().state == "degraded":
+            _results([engine.handles[DRIVER].call("progress")], _CALL_S)  # raises why, if it can
             raise EngineError(engine.client.status().detail)
         time.sleep(0.02)
 
