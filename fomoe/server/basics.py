@@ -92,6 +92,11 @@ def model_router(services: Services) -> APIRouter:
         """Refuse: generation models give no useful embeddings."""
         raise ApiError(501, "embeddings are not supported; fomoe generates text only")
 
+    @router.post("/v1/responses")
+    async def responses() -> Response:
+        """Refuse: it keeps conversations, and nothing is kept here."""
+        raise ApiError(501, "/v1/responses is not supported; use /v1/chat/completions")
+
     return router
 
 

@@ -68,11 +68,18 @@ def test_other_tokens_and_texts_are_refused(serve: Serve, path: str, body: Any) 
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_embeddings_are_refused_clearly(serve: Serve) -> None:
-    response = serve("a").post("/v1/embeddings", {"input": "a", "model": "tiny"})
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/v1/embeddings", "embeddings are not supported; fomoe generates text only"),
+        ("/v1/responses", "/v1/responses is not supported; use /v1/chat/completions"),
+    ],
+)
+def test_what_is_not_there_is_refused_clearly(serve: Serve, path: str, message: str) -> None:
+    response = serve("a").post(path, {"input": "a", "model": "tiny"})
     assert response.status_code == 501
     assert response.json()["error"] == {
-        "message": "embeddings are not supported; fomoe generates text only",
+        "message": message,
         "type": "not_supported_error",
         "param": None,
         "code": 501,

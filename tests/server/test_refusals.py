@@ -18,7 +18,14 @@ from fomoe.model.chat import ChatTemplate
 
 Serve = Callable[..., Server]
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
-PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/embeddings")
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
+)
 ALLOWED_ABOVE_500 = {501, 503}
 
 
@@ -27,6 +34,7 @@ ALLOWED_ABOVE_500 = {501, 503}
     [
         ("messages", "Hi"),
         ("messages", None),
+        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
         ("temperature", "0.5"),
         ("temperature", -0.1),
         ("temperature", 5.1),
@@ -82,6 +90,7 @@ ALLOWED_ABOVE_500 = {501, 503}
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "a"}}),
         ("chat_template_kwargs", {"chat_template": "x"}),
         ("chat_template_kwargs", {"add_generation_prompt": False}),
         ("chat_template_kwargs", {"enable_thinking": "maybe"}),
@@ -98,6 +107,23 @@ def test_wrong_values_are_refused_by_name(serve: Serve, field: str, value: Any) 
     assert error["param"].startswith(field)
     assert error["code"] == 400
     assert server.engine.asked == []
+
+
+def test_the_choices_that_constrain_nothing_are_taken(serve: Serve) -> None:
+    for field, value in [
+        ("response_format", {"type": "text"}),
+        ("tool_choice", "auto"),
+        ("tool_choice", "none"),
+        ("best_of", 1),
+        ("a_field_of_tomorrow", 1),
+    ]:
+        assert serve("a").post("/v1/chat/completions", CHAT | {field: value}).status_code == 200
+
+
+def test_text_behind_the_answer_is_refused(serve: Serve) -> None:
+    response = serve("a").complete(suffix="b")
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "suffix"
 
 
 @pytest.mark.parametrize(
