@@ -19,7 +19,9 @@ from fomoe.sim.policies import Policy, parse_policy
 from fomoe.sim.replay import Mapper, Score
 from fomoe.sim.replay import replay as scores_of
 from fomoe.sim.report import bounds_of, figures_of, gap_of, table_of
-from fomoe.traces import Trace
+from fomoe.traces import Trace, TraceFacts
+
+_PARTS = (10, 6, 4)  # of a layer's experts one in so many is held unless told otherwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +59,13 @@ class Asked:
         ),
     ] = "lru,lfru,belady"
     capacity: Annotated[
-        str, typer.Option(metavar="N[,N...]", help="Experts that each layer may hold.")
-    ] = "50,86,128"
+        str | None,
+        typer.Option(
+            metavar="N[,N...]",
+            help="Experts that each layer may hold; by default a tenth, a sixth and a quarter of "
+            "those that it has.",
+        ),
+    ] = None
     warmup: Annotated[
         int, typer.Option(metavar="N", min=0, help="First tokens of a text that are not scored.")
     ] = 0
@@ -68,7 +75,10 @@ class Asked:
     ] = False
 
 
-def _capacities(text: str) -> list[int]:
+def _capacities(text: str | None, facts: TraceFacts) -> list[int]:
+    """Return the capacities asked for, or some that suit the model."""
+    if text is None:
+        return sorted({max(facts.top_k, facts.n_experts // part) for part in _PARTS})
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -119,7 +129,7 @@ def replay(
     """Score caching and routing policies on a trace: bytes by cause, and what they lose."""
     read = Trace.open(trace)
     read.verify()
-    policies, capacities = _policies(asked.policy), _capacities(asked.capacity)
+    policies, capacities = _policies(asked.policy), _capacities(asked.capacity, read.facts)
     started = time.perf_counter()
     scores = list(
         scores_of(read, policies, capacities, warmup=asked.warmup, mapper=workers.mapper())

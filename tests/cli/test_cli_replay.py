@@ -16,14 +16,19 @@ from fomoe.traces import Synthesis, TraceFacts, TraceWriter
 Fomoe = Callable[..., Result]
 
 
-@pytest.fixture(scope="module")
-def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("replay") / "t"
-    facts = TraceFacts(model="m", n_layers=3, n_experts=64, top_k=4, expert_bytes=(10, 10, 20))
+def trace_at(path: Path, *, n_experts: int = 64) -> Path:
+    facts = TraceFacts(
+        model="m", n_layers=3, n_experts=n_experts, top_k=4, expert_bytes=(10, 10, 20)
+    )
     with TraceWriter(path, facts) as writer:
         for passage, rows in Synthesis(facts=facts, texts=6, tokens=40, domains=2).passages():
             writer.append(passage, rows)
     return path
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trace_at(tmp_path_factory.mktemp("replay") / "t")
 
 
 def test_figures_as_json(fomoe: Fomoe, trace: Path) -> None:
@@ -68,6 +73,23 @@ def test_what_people_read(fomoe: Fomoe, trace: Path) -> None:
     assert lines[0].split()[:3] == ["capacity", "policy", "demand"]
     assert [line.split()[1] for line in lines[1:4]] == ["lru", "lfru", "belady"]
     assert lines[-1].startswith("720 tokens in ")
+
+
+@pytest.mark.parametrize(
+    ("n_experts", "capacities"),
+    [
+        (96, [9, 16, 24]),
+        (20, [4, 5]),  # no fewer than a token takes, and none of them twice
+        (8, [4]),
+    ],
+)
+def test_capacities_follow_the_model_unless_given(
+    fomoe: Fomoe, tmp_path: Path, n_experts: int, capacities: list[int]
+) -> None:
+    path = trace_at(tmp_path / "t", n_experts=n_experts)
+    result = fomoe("replay", path, "--policy", "car=0.5", "--json")
+    assert result.exit_code == 0, result.output
+    assert [each["capacity"] for each in json.loads(result.output)["results"]] == capacities
 
 
 def test_lossy_policies_alone_need_nothing_to_be_held_to(fomoe: Fomoe, trace: Path) -> None:
