@@ -128,11 +128,28 @@ async def _on_http(_request: Request, error: Exception) -> Response:
 async def _on_validation(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(where)[:200] or None
+    param = _field(first, error.body)
     problem = str(first["msg"])
     if first["type"] == "json_invalid":
         problem, param = f"the body is not valid JSON: {first['ctx']['error']}", None
     elif param is None:
         problem = "the body must be a JSON object"
     return error_response(ApiError(400, f"{param}: {problem}" if param else problem, param=param))
+
+
+def _field(error: Mapping[str, Any], body: Any) -> str | None:
+    """Return the path of a field as the client wrote it, None for the whole body.
+
+    Where a field may be one of several types, pydantic's path names the type that was tried, too;
+    that is no part of the body and is left out.
+    """
+    names, value = [], body
+    for part in error["loc"][1:]:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        names.append(str(part))
+    if error["type"] == "missing":
+        names += [str(part) for part in error["loc"][1:][-1:]]
+    return ".".join(names)[:200] or None

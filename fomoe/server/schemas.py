@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
 
 MAX_INT = 2**31 - 1
 MAX_CHOICES = 16
@@ -16,8 +18,38 @@ MAX_LOGPROBS = 20
 MAX_BIASES = 4096
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_INT)]
-Stop = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+
+
+def _checked_stops(value: Any, check: Callable[[Any], Any]) -> Any:
+    """Check `stop`; the errors of its two types, one by one, would say half of what is allowed."""
+    try:
+        return check(value)
+    except ValidationError as error:
+        # The last type that was tried is the list, so this is an item of it where one is wrong.
+        wrong = error.errors()[-1]["input"]
+        got = f"{len(value):,} strings" if isinstance(value, list) and wrong is value else ""
+        raise PydanticCustomError(
+            "stop",
+            "give at most {strings} strings of at most {chars} characters each; got {got}",
+            {"strings": MAX_STOPS, "chars": f"{MAX_STOP_CHARS:,}", "got": got or _told(wrong)},
+        ) from None
+
+
+def _told(value: Any) -> str:
+    """Say what a value is that is no string, or too long a one."""
+    if isinstance(value, str):
+        is_long = len(value) > MAX_STOP_CHARS
+        return f"one of {len(value):,} characters" if is_long else "half of a surrogate pair"
+    names = {bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+_Stop = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
+Stops = Annotated[
+    _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None,
+    WrapValidator(_checked_stops),
+]
 
 
 class Body(BaseModel):
@@ -55,7 +87,7 @@ class GenerationBody(Body):
         None, max_length=MAX_BIASES
     )
     seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stops = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_BIASES)] | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None

@@ -109,6 +109,65 @@ def test_wrong_values_are_refused_by_name(serve: Serve, field: str, value: Any) 
     assert server.engine.asked == []
 
 
+@pytest.mark.parametrize(
+    ("stop", "got"),
+    [
+        (["a"] * 17, "17 strings"),
+        ("a" * 1001, "one of 1,001 characters"),
+        (["a", "b" * 2000], "one of 2,000 characters"),
+        ([1], "a number"),
+        (["a", None], "null"),
+        ([["a"]], "a list"),
+        (["a", "\ud800"], "half of a surrogate pair"),
+        (True, "a boolean"),
+        ({"a": "b"}, "an object"),
+    ],
+)
+def test_stops_are_refused_with_what_is_allowed(serve: Serve, stop: Any, got: str) -> None:
+    error = serve("a").complete(stop=stop).json()["error"]
+    allowed = "give at most 16 strings of at most 1,000 characters each"
+    assert error["message"] == f"stop: {allowed}; got {got}"
+    assert error["param"] == "stop"
+
+
+def test_stops_at_the_limits_are_taken(serve: Serve) -> None:
+    for stop in ("", "a" * 1000, [], [""], ["a" * 1000] * 16, None):
+        assert serve("b").complete(stop=stop).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        ("tool_choice", 5, "tool_choice"),
+        ("tool_choice", ["auto"], "tool_choice"),
+        ("stop_token_ids", [1, "a"], "stop_token_ids.1"),
+        ("logit_bias", {"5": "a"}, "logit_bias.5"),
+        ("stream_options", {"include_usage": "yes"}, "stream_options.include_usage"),
+        ("tools", "f", "tools"),
+        ("messages", [{"role": "user", "content": 5}], "messages.0.content"),
+        ("messages", [{"role": "user", "content": ["a", {}]}], "messages.0.content.1"),
+    ],
+)
+def test_a_field_is_named_as_the_client_wrote_it(
+    serve: Serve, field: str, value: Any, param: str
+) -> None:
+    error = serve("a").post("/v1/chat/completions", CHAT | {field: value}).json()["error"]
+    assert error["param"] == param
+
+
+def test_the_fields_of_other_bodies_are_named_too(serve: Serve) -> None:
+    server = serve("a")
+    for path, body, param in [
+        ("/v1/chat/completions", {}, "messages"),
+        ("/v1/completions", {"body": 1}, "prompt"),
+        ("/v1/completions", {"prompt": {"a": 1}}, "prompt"),
+        ("/v1/completions", {"prompt": [1, "a"]}, "prompt"),
+        ("/detokenize", {"tokens": [1, "a"]}, "tokens.1"),
+        ("/tokenize", {"content": ["a"]}, "content"),
+    ]:
+        assert server.post(path, body).json()["error"]["param"] == param
+
+
 def test_the_choices_that_constrain_nothing_are_taken(serve: Serve) -> None:
     for field, value in [
         ("response_format", {"type": "text"}),
