@@ -144,22 +144,40 @@ class Tokenizer:
 
 
 class TokenStream:
-    """Decodes tokens as they come; a character split over tokens comes out with its last one."""
+    """Decodes tokens as they come; a character split over tokens comes out with its last one.
+
+    Attributes:
+        n_chars: Characters that came out.
+        begin: Characters before the one in which the last token begins.
+    """
 
     def __init__(self, token_bytes: Callable[[int], bytes], skipped: frozenset[int]) -> None:
         self._token_bytes = token_bytes
         self._skipped = skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.n_chars = 0
+        self.begin = 0
 
     def push(self, token_id: int) -> str:
         """Return the text that this token completes; may be empty."""
+        self.begin = self.n_chars
         if token_id in self._skipped:
             return ""
-        return self._decoder.decode(self._token_bytes(token_id))
+        data = self._token_bytes(token_id)
+        text = self._decoder.decode(data[:1])
+        if text:
+            # The last of these is the first byte's own, unless that one waits for more bytes; one
+            # before it is a character that the byte broke.
+            self.begin += len(text) - (not self._decoder.getstate()[0])
+        text += self._decoder.decode(data[1:])
+        self.n_chars += len(text)
+        return text
 
     def finish(self) -> str:
         """Return what is left: U+FFFD for an unfinished character, else nothing."""
-        return self._decoder.decode(b"", final=True)
+        text = self._decoder.decode(b"", final=True)
+        self.n_chars += len(text)
+        return text
 
 
 def _without(text: str, shield: str) -> str:

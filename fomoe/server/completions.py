@@ -170,7 +170,7 @@ class CompletionAnswer(Answer):
     def _scores(self, index: int, event: PromptLogprobs) -> dict[str, Any]:
         """Return the log probabilities of the prompt's own tokens."""
         prompt = self.run.jobs[index].request.prompt
-        return self._choices[index].logprobs.part(prompt, event.logprobs, event.top)
+        return self._choices[index].logprobs.prompt(prompt, event.logprobs, event.top)
 
     def _generated(self, delta: Delta) -> dict[str, Any] | None:
         """Return the log probabilities of generated tokens where they were asked for."""

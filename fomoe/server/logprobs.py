@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fomoe.engine.requests import TokenEvent
-from fomoe.model.tokenizer import Tokenizer
+from fomoe.model.tokenizer import Tokenizer, TokenStream
 
 # JSON has no infinity; this is what vLLM sends for a probability of zero.
 LOWEST = -9999.0
@@ -27,20 +27,45 @@ class CompletionLogprobs:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._offset = 0
+        self._stream = tokenizer.stream(skip_special=True)  # as the answer's text is decoded
+        self._echoed = 0
 
-    def part(
+    def prompt(
         self,
         tokens: Sequence[int],
         logprobs: Sequence[float | None],
         top: Sequence[Sequence[tuple[int, float]]],
     ) -> dict[str, Any]:
-        """Return the lists for some more tokens."""
+        """Return the lists for the prompt, whose text precedes what is generated."""
+        stream = self._tokenizer.stream()
+        lists = self._lists(stream, tokens, logprobs, top)
+        stream.finish()
+        self._echoed = stream.n_chars
+        return lists
+
+    def generated(self, tokens: Sequence[TokenEvent]) -> dict[str, Any]:
+        """Return the lists for some more generated tokens."""
+        lists = self._lists(
+            self._stream,
+            [one.token for one in tokens],
+            [one.logprob for one in tokens],
+            [one.top for one in tokens],
+        )
+        lists["text_offset"] = [self._echoed + offset for offset in lists["text_offset"]]
+        return lists
+
+    def _lists(
+        self,
+        stream: TokenStream,
+        tokens: Sequence[int],
+        logprobs: Sequence[float | None],
+        top: Sequence[Sequence[tuple[int, float]]],
+    ) -> dict[str, Any]:
         texts, offsets = [], []
         for token in tokens:
+            stream.push(token)
             texts.append(token_text(self._tokenizer, token))
-            offsets.append(self._offset)
-            self._offset += len(self._tokenizer.decode([token]))
+            offsets.append(stream.begin)
         return {
             "tokens": texts,
             "token_logprobs": [None if one is None else finite(one) for one in logprobs],
@@ -50,14 +75,6 @@ class CompletionLogprobs:
             ],
             "text_offset": offsets,
         }
-
-    def generated(self, tokens: Sequence[TokenEvent]) -> dict[str, Any]:
-        """Return the lists for generated tokens."""
-        return self.part(
-            [one.token for one in tokens],
-            [one.logprob for one in tokens],
-            [one.top for one in tokens],
-        )
 
     def _alternatives(
         self, token: int, own: float, best: Sequence[tuple[int, float]]

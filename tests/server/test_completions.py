@@ -75,6 +75,47 @@ def test_scoring_as_lm_eval_does_it(serve: Serve) -> None:
     assert all(request.echo for request in server.engine.asked)
 
 
+def check_offsets(choice: dict[str, Any], ids: list[int]) -> None:
+    """Every offset is where the token's text begins, or the character that it is a part of."""
+    text, offsets = choice["text"], choice["logprobs"]["text_offset"]
+    for token, offset in zip(ids, offsets, strict=True):
+        raw = small_tokenizer().token_bytes(token)
+        own = small_tokenizer().decode([token])
+        assert raw in text[offset].encode() if "\ufffd" in own else text.startswith(own, offset)
+
+
+def test_offsets_count_characters_that_span_tokens_once(serve: Serve) -> None:
+    prompt = "a 🦊 fox éü"
+    ids = small_tokenizer().encode(prompt)
+    choice = serve("b").complete(prompt, echo=True, logprobs=0, max_tokens=0).json()["choices"][0]
+    assert choice["text"] == prompt
+    check_offsets(choice, ids)
+    fox = small_tokenizer().encode("🦊")
+    at = next(i for i in range(len(ids)) if ids[i : i + len(fox)] == fox)
+    assert len(fox) == 4
+    assert choice["logprobs"]["text_offset"][at : at + 5] == [2, 2, 2, 2, 3]
+
+
+def test_offsets_go_on_from_the_prompt_over_the_parts_of_a_stream(serve: Serve) -> None:
+    said = small_tokenizer().encode(" 🦊é<")
+    half = small_tokenizer().encode("🦊")[:2]
+    # A prompt and an answer that end inside a character, and a control token without text.
+    script = [*said, IM_START, *said, *half]
+    prompt = small_tokenizer().encode("Grüße 🦊") + half
+    server = serve(lambda request: script)
+    options: dict[str, Any] = {"echo": True, "logprobs": 0, "max_tokens": 50, "ignore_eos": True}
+    whole = server.complete(prompt, **options).json()["choices"][0]
+    assert whole["text"] == "Grüße 🦊\ufffd 🦊é< 🦊é<\ufffd"
+    starts = [8, 9, 9, 9, 9, 10, 11, 12, 12, 13, 13, 13, 13, 14, 15, 16, 16]
+    assert whole["logprobs"]["text_offset"][len(prompt) :] == starts
+    values = frames(server.complete(prompt, **options, stream=True))
+    parts = [part["logprobs"] or {} for v in values[:-1] for part in v["choices"]]
+    streamed = [offset for part in parts for offset in part.get("text_offset", [])]
+    assert streamed == whole["logprobs"]["text_offset"]
+    without = server.complete(prompt, **options | {"echo": False}).json()["choices"][0]
+    assert without["logprobs"]["text_offset"] == [start - 8 for start in starts]
+
+
 def test_only_scoring(serve: Serve) -> None:
     server = serve("abc")
     server.engine.ctx_size = 3

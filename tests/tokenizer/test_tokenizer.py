@@ -66,6 +66,38 @@ def test_streaming_gives_the_text_of_decoding_at_once(ids: list[int]) -> None:
         assert "".join(pieces) + stream.finish() == tokenizer.decode(ids, skip_special=skip)
 
 
+@given(TEXTS.filter(bool), st.lists(st.integers(0, 391), max_size=6))
+def test_each_token_begins_in_its_character(text: str, noise: list[int]) -> None:
+    tokenizer = small_tokenizer()
+    ids = tokenizer.encode(text)
+    stream, data = tokenizer.stream(), b""
+    for token_id in ids:
+        stream.push(token_id)
+        assert stream.begin == len(data.decode(errors="ignore"))
+        data += tokenizer.token_bytes(token_id)
+    # Bytes that are no text become U+FFFD, whole tokens between them lie where they say.
+    noisy = tokenizer.decode(noise + ids)
+    stream = tokenizer.stream()
+    for token_id in noise + ids:
+        stream.push(token_id)
+        own = tokenizer.decode([token_id])
+        assert "\ufffd" in own or noisy.startswith(own, stream.begin)
+    stream.finish()
+    assert stream.n_chars == len(noisy)
+
+
+def test_a_token_that_breaks_a_character_begins_behind_it() -> None:
+    tokenizer = small_tokenizer()
+    one, two = tokenizer.encode("🇩")[:2], tokenizer.encode("a🇩")[:2]
+    stream = tokenizer.stream()
+    begins = []
+    for token_id in one + two + tokenizer.encode("b"):
+        stream.push(token_id)
+        begins.append(stream.begin)
+    assert tokenizer.decode(one + two + tokenizer.encode("b")) == "\ufffda\ufffdb"
+    assert begins == [0, 0, 1, 2, 3]
+
+
 def test_a_split_character_comes_with_its_last_token() -> None:
     tokenizer = small_tokenizer()
     ids = tokenizer.encode("🇩")
