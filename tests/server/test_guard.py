@@ -42,6 +42,7 @@ def test_every_route_but_health_asks_for_the_key(serve: Serve) -> None:
         "/v1/completions",
         "/v1/models",
         "/v1/models/x",
+        "/v1/responses",
         "/v1/embeddings",
         "/tokenize",
         "/detokenize",
