@@ -86,6 +86,11 @@ def context_error(n_prompt: int, n_ctx: int) -> ApiError:
     )
 
 
+def stopping_error() -> ApiError:
+    """Return the answer to a request that is not done when the server ends."""
+    return ApiError(503, "the server is stopping; send the request again once it is back")
+
+
 def to_json(value: Any) -> bytes:
     """Return compact JSON in UTF-8; half a surrogate pair becomes its JSON escape."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Iterable
 
@@ -9,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fomoe.config import is_loopback
-from fomoe.server.errors import ApiError, error_response
+from fomoe.server.errors import ApiError, error_response, stopping_error
 from fomoe.server.services import Services
 
 OPEN_PATH = "/health"
@@ -53,6 +54,11 @@ class Guard:
             await self._app(scope, self._bounded(receive), watched)
         except ApiError as refusal:
             await error_response(refusal)(scope, receive, watched)
+        except asyncio.CancelledError:
+            # The server stops, and the request is so young that nothing has been answered.
+            if code != GONE:
+                raise
+            await error_response(stopping_error())(scope, receive, watched)
         finally:
             self._pending -= counted
             self._services.metrics.responded(_endpoint(scope), code)

@@ -6,19 +6,20 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from fomoe.errors import FomoeError
-from fomoe.server.errors import api_error, error_response, to_json
-from fomoe.server.tasks import end_tasks
+from fomoe.server.errors import api_error, error_response, stopping_error, to_json
+from fomoe.server.tasks import end_tasks, in_this_task
 
 Frames = AsyncGenerator[bytes, None]
 
 DONE = b"data: [DONE]\n\n"
+LAST_S = 1.0  # for what a stopping server still says to a client
 
 log = logging.getLogger(__name__)
 
@@ -40,18 +41,46 @@ def comment(text: str) -> bytes:
 
 
 class Watched(Response, ABC):
-    """Base of the responses here: runs `work`, and cancels it when the client disconnects."""
+    """Base of the responses here: runs `work`, and cancels it when the client disconnects.
+
+    A server that stops cancels the request itself; its client is told so.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request (ASGI)."""
-        work = asyncio.create_task(self.work(scope, receive, send))
+
+        async def noted(message: Message) -> None:
+            await send(message)
+            self._begun = True
+
+        work = asyncio.create_task(self.work(scope, receive, noted))
         gone = asyncio.create_task(_disconnected(receive))
+        stopping = False
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            await end_tasks((work, gone))
+        except asyncio.CancelledError:
+            stopping = True
+        while not (work.done() and gone.done()):
+            # The event loop cancels once more before it closes.
+            with suppress(asyncio.CancelledError):
+                await end_tasks((work, gone))
         if not work.cancelled():
             work.result()
+        elif stopping:
+            await in_this_task(self._give_up(scope, receive, send), LAST_S)
+
+    async def _give_up(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._begun:
+            await self.cut(send)
+        else:
+            await error_response(stopping_error())(scope, receive, send)
+
+    async def cut(self, send: Send) -> None:
+        """End an answer that has begun; one of known length can only be left as it is."""
 
     @abstractmethod
     async def work(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,6 +141,11 @@ class EventStream(Watched):
         except Exception as error:
             await self._send(send, frame(api_error(error).body))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def cut(self, send: Send) -> None:
+        """Say in a last frame that the server stops."""
+        last = frame(stopping_error().body)
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _send(self, send: Send, data: bytes) -> None:
         sending = asyncio.create_task(_sent(send, data))

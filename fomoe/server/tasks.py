@@ -1,9 +1,10 @@
-"""Ends asyncio tasks for certain."""
+"""Ends asyncio tasks for certain, and says last words while they end."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
+from contextlib import suppress
 from typing import Any
 
 _AGAIN_S = 0.1
@@ -23,3 +24,19 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
         for task in done:
             if not task.cancelled():
                 task.exception()
+
+
+async def in_this_task(work: Coroutine[Any, Any, None], timeout_s: float) -> None:
+    """Await work for a while; a cancellation, too, ends it quietly.
+
+    An event loop that closes cancels all tasks, a new one before its first step. Work that need not
+    wait for anything gets done here all the same.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    timer = asyncio.get_running_loop().call_later(timeout_s, task.cancel)
+    try:
+        with suppress(asyncio.CancelledError):
+            await work
+    finally:
+        timer.cancel()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import socket
 import struct
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from typing import Any
 
 import httpx
@@ -16,6 +18,8 @@ import pytest
 from fake_engine import FakeEngine
 from server_harness import Server, frames, listening, saying, wait_until
 from support.small_vocab import small_tokenizer
+
+from fomoe.engine.requests import Event, GenerateRequest
 
 Serve = Callable[..., Server]
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -180,3 +184,64 @@ def test_the_server_stops_with_streams_open(serve: Serve) -> None:
         next(lines)
         wait_until(lambda: engine.said > 3)
     assert not engine.running
+
+
+class SlowToLeave(FakeEngine):
+    """Takes a while to end a request, during which a closing event loop cancels once more."""
+
+    async def _events(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        try:
+            async for event in super()._events(request):
+                yield event
+        finally:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.3)
+
+
+@pytest.mark.parametrize("engine_of", [FakeEngine, SlowToLeave])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_requests_that_outlive_the_server_get_an_error(
+    serve: Serve, capfd: pytest.CaptureFixture[str], path: str, engine_of: type[FakeEngine]
+) -> None:
+    engine = engine_of(endless(), delay=0.01)
+    body = CHAT | {"prompt": "Hi", "max_tokens": 2000}
+
+    def answer(url: str, stream: bool) -> httpx.Response:
+        return httpx.post(url + path, json=body | {"stream": stream}, timeout=20)
+
+    with ThreadPoolExecutor() as threads:
+        with listening(serve(engine=engine).app, timeout_graceful_shutdown=0.2) as url:
+            answers = [threads.submit(answer, url, stream) for stream in (True, False)]
+            wait_until(lambda: len(engine.running) == 2 and engine.said > 10)
+        streamed, plain = (one.result() for one in answers)
+    assert streamed.status_code == 200
+    begun, _, last = streamed.text.rpartition("data: ")
+    assert begun.count('data: {"id":') > 3
+    assert "[DONE]" not in streamed.text
+    assert last.endswith("}\n\n")
+    assert plain.status_code == 503
+    for error in (json.loads(last)["error"], plain.json()["error"]):
+        assert (error["type"], error["code"]) == ("unavailable_error", 503)
+        assert "the server is stopping" in error["message"]
+    assert not engine.running
+    assert len(engine.cancelled) == 2
+    printed = capfd.readouterr().err
+    assert "Cancel 2 running task(s)" in printed
+    assert "Traceback" not in printed
+
+
+def test_requests_that_are_not_read_yet_get_an_error_too(
+    serve: Serve, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = request_bytes(CHAT)
+    with listening(serve("a").app, timeout_graceful_shutdown=0.2) as url:
+        client = connect(url)
+        client.sendall(data[:-5])
+        time.sleep(0.2)
+    with closing(client), client.makefile("rb") as file:
+        head, _, body = file.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503")
+    assert json.loads(body)["error"]["code"] == 503
+    printed = capfd.readouterr().err
+    assert "Cancel 1 running task(s)" in printed
+    assert "Traceback" not in printed
