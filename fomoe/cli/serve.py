@@ -146,7 +146,11 @@ class HttpServer(uvicorn.Server):
     def __init__(self, app: FastAPI, status: Callable[[], EngineStatus]) -> None:
         super().__init__(
             uvicorn.Config(
-                app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S
+                app,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=DRAIN_S,
             )
         )
         self._status = status
