@@ -96,9 +96,9 @@ class RayHandle:
 class Cluster:
     """A connection to a Ray cluster, started here where none was found.
 
-    `address` None looks for a running cluster first. A cluster that was there before is left as
-    it was; one that was started here ends with `close`. `classes` are what each role runs, for
-    those who put a faulty one in its place.
+    `address` None or "auto" looks for a running cluster first. A cluster that was there before is
+    left as it was; one that was started here ends with `close`. `classes` are what each role runs,
+    for those who put a faulty one in its place.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -119,7 +119,7 @@ class Cluster:
         options: dict[str, Any] = {
             "namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR,
         }  # fmt: skip
-        if found is not None or address not in (None, "local"):
+        if found is not None or address not in (None, "auto", "local"):
             self._connect(found.address if found is not None else str(address), options)
             return
         with placement.owned():
@@ -168,7 +168,7 @@ class Cluster:
 
         ray = self._ray
         address = ray.get_runtime_context().gcs_address
-        if not placement.answers(address):
+        if placement.has_ended(address):
             raise ClusterLostError(f"the Ray cluster at {address} has ended; start fomoe again")
         here = ray.get_runtime_context().get_node_id()
         nodes = placement.live_nodes(ray.nodes())

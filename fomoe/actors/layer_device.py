@@ -139,6 +139,7 @@ class LayerServer:
             return False
         routes = self._routes(do, layer)
         self._model.back_hits(layer, routes, late)
+        self._model.runtime.record(self._computed, self._model.stream)
         return True
 
     def _bring(self, step: int) -> bool:
@@ -185,9 +186,13 @@ class LayerServer:
         Raises:
             DeviceError: it is not after two minutes.
         """
-        started = time.perf_counter_ns()
+        started = idle = time.perf_counter_ns()
+        is_idle = not self._has_hits
         while True:
             bell = self._fabric.bell()
+            if not is_idle:  # while hits are computed nobody waits
+                is_idle = self._model.runtime.done(self._computed)
+                idle = time.perf_counter_ns()
             if ready():
                 break
             self._copies.advance()
@@ -198,7 +203,7 @@ class LayerServer:
             if nap and not self._copies.under_way and not ready():
                 self._fabric.wait(bell, _SPIN_US, _WAIT_MS)
         if nap:  # not for the device's own work
-            self._waited += time.perf_counter_ns() - started
+            self._waited += time.perf_counter_ns() - idle
 
     def _begin(self, do: int, tokens: int, position: int, state: int) -> None:
         model, ids = self._model, self._mine.tokens[:tokens]

@@ -59,7 +59,7 @@ class LayerTraffic:
         self.looks_ahead = ahead and self.moves
         self._governor = governor
         self._guesses = [0] * placed.topology.n_layers  # reads asked for, until the layer's step
-        self._step: _Asked | None = None  # none that is to be timed
+        self._asked: dict[int, _Asked] = {}  # by layer, until it is answered
         self._answered = time.monotonic()
         self._links = links
         self._placed = placed
@@ -74,7 +74,7 @@ class LayerTraffic:
         counts, now = self._placed.planner.arrays.counts, time.monotonic()
         guessed = int(counts[GUESSED])
         demanded = reads - guessed - int(counts[BACKGROUND])
-        self._step = _Asked(now, now - self._answered, demanded, guessed)
+        self._asked[layer] = _Asked(now, now - self._answered, demanded, guessed)
         in_vain, self._guesses[layer] = self._guesses[layer] - guessed, 0
         if in_vain > 0:
             self.reads.drop_guesses(layer)
@@ -82,7 +82,7 @@ class LayerTraffic:
     def answered(self, layer: int, waited_s: float) -> None:
         """A step was answered, which may be a prompt's; its device waited so long for storage."""
         self._answered = time.monotonic()
-        step, self._step = self._step, None
+        step = self._asked.pop(layer, None)
         if layer and step:  # before the first one lies the end of the token before
             took = self._answered - step.at
             self._governor.step(step.window_s, took, waited_s, step.reads, step.guessed)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import psutil
 from fomoe.actors.launch import Box, Site
 from fomoe.errors import ClusterLostError, ConfigError
 
-_PROBE_S = 1.0
+_PROBE_S, _PROBES = 1.0, 5
 TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 _OWNED = "RAY_STARTED_BY_FOMOE"  # in the environment of a cluster that ends with its process
 
@@ -136,9 +137,19 @@ def answers(address: str) -> bool:
     """Whether the cluster's head can be reached; a raylet outlives its head by seconds."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=_PROBE_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()
     except (OSError, ValueError):
         return False
+    return True
+
+
+def has_ended(address: str) -> bool:
+    """Whether the cluster's head is not reached within some seconds; it may be busy, or restart."""
+    for attempt in range(_PROBES):
+        if answers(address):
+            return False
+        if attempt + 1 < _PROBES:
+            time.sleep(_PROBE_S)
     return True
 
 

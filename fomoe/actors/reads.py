@@ -107,9 +107,8 @@ class Reads:
         self._governor.leave(layer, expert)
 
     def evict(self, layer: int, expert: int) -> None:
-        """Note that an expert makes room: whoever guessed it has read it in vain."""
+        """Note that an expert makes room; what a guess paid for it comes back if it is dropped."""
         self.unproven[layer, expert] = Tier.DEVICE
-        self._governor.leave(layer, expert)
 
     def drop_guesses(self, layer: int) -> None:
         """Let storage forget the layer's prefetches that it has not begun to read."""

@@ -115,7 +115,7 @@ class Governor:
         charged[experts] = False
 
     def leave(self, layer: int, expert: int) -> None:
-        """A prompt has an expert leave, or read ahead: what a decode step paid for it is spent."""
+        """A prompt has an expert read ahead: what a decode step paid for it before is spent."""
         self.arrays.charged[layer, expert] = False
 
     def step(self, window_s: float, took_s: float, stall_s: float, reads: int, used: int) -> None:

@@ -214,6 +214,21 @@ def test_a_read_that_fails_behind_a_cancelled_pass_is_nobody_else_s(
         at_rest(engine)
 
 
+@pytest.mark.parametrize("n_devices", [1, 2])
+def test_each_step_is_timed_by_its_own_answer(model_paths, prompt, n_devices):
+    path = model_paths["mixed"]
+    with local_engine(
+        path, devices=("hip:0",) * n_devices, prefetch_budget=1.0, prefill_chunk=16,
+        **budgets(path, n_devices, 0.3, 0.45),
+    ) as engine:  # fmt: skip
+        traffic, timed = engine.handles["driver"].actor._hands.host.traffic, []
+        traffic._governor.step = lambda *figures: timed.append(figures)
+        receipt = finished(list(engine.client.stream(greedy(prompt, 16)))).receipt
+        assert not traffic._asked
+    assert len(timed) == 15 * 3  # of four layers; the first one's answer ends a token, too
+    assert sum(reads for *_, reads, _ in timed) <= receipt.reads_nvme
+
+
 def test_a_prompt_of_one_token_is_not_timed_as_a_decode_step(model_paths):
     path = model_paths["mixed"]
     with local_engine(

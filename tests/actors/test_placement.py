@@ -1,6 +1,7 @@
 """Which box a device goes to, and what Ray's environment must say before it is imported."""
 
 import os
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -146,6 +147,28 @@ def test_a_cluster_that_a_process_started_for_itself_must_be_named(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS")
     raylets.remove(others)
     assert placement.find_cluster(None) is None
+    assert placement.find_cluster("auto") is None
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_head_that_is_back_after_a_while_has_not_ended(monkeypatch, host):
+    monkeypatch.setattr(placement, "_PROBE_S", 0.02)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as gone:
+        port = gone.getsockname()[1]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    assert placement.has_ended(address)
+    back, sleeps = [], []
+
+    def sleep(seconds):
+        sleeps.append(seconds)
+        if len(sleeps) == 2:
+            back.append(socket.create_server((host, port), family=family))
+
+    monkeypatch.setattr(placement.time, "sleep", sleep)
+    assert not placement.has_ended(address)
+    assert len(sleeps) == 2
+    back[0].close()
 
 
 def test_what_ray_complains_of_is_one_line():

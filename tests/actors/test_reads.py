@@ -76,3 +76,20 @@ def test_the_slot_s_next_read_is_another(reads, said):
     said.append(DROPPED.pack(LAYER, EXPERT, SLOT, GENERATION + 1))
     reads.settle()
     assert reads._counters.nvme_bytes == 0
+
+
+def test_a_guess_that_a_prompt_evicts_unread_is_paid_back_to_its_own_cause(reads, said):
+    ask(reads, Priority.PREFETCH)
+    reads.evict(LAYER, EXPERT)
+    said.append(DROPPED.pack(LAYER, EXPERT, SLOT, GENERATION))
+    reads.settle()
+    counters = reads._counters
+    assert (counters.nvme_bytes, counters.prefetch_bytes, counters.prompt_bytes) == (0, 0, 0)
+
+
+def test_one_that_a_prompt_reads_ahead_again_is_the_prompt_s(reads, said):
+    reads._counters.prompt_bytes = NBYTES
+    reads.guess(LAYER, EXPERT)
+    said.append(DROPPED.pack(LAYER, EXPERT, SLOT, GENERATION))
+    reads.settle()
+    assert (reads._counters.prefetch_bytes, reads._counters.prompt_bytes) == (NBYTES, 0)
