@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from operator import index
 from pathlib import Path
 from types import TracebackType
@@ -61,7 +63,7 @@ class LLM:
 
     Args:
         path: GGUF file, any shard; None takes the bundled model.
-        devices: One name per device, e.g. `["cpu", "cpu"]`.
+        devices: One name per device, e.g. `["cpu", "cpu"]` or "cpu,cpu".
         vram_budget: Bytes (or text such as "4GiB") for each device's expert slots.
         ram_budget: The same for each node's RAM tier.
         quality: What answers are held to, e.g. "kl=0.01" (see `fomoe.quality`); None leaves it to
@@ -81,7 +83,7 @@ class LLM:
         self,
         path: Path | str | None = None,
         *,
-        devices: list[str] | tuple[str, ...] = ("cpu",),
+        devices: str | list[str] | tuple[str, ...] = ("cpu",),
         vram_budget: int | str | None = None,
         ram_budget: int | str | None = None,
         quality: str | None = None,
@@ -97,7 +99,7 @@ class LLM:
         options["routing"] = _routing(options.get("routing", RoutingConfig()), quality, model)
         config = EngineConfig(
             model=model,
-            devices=tuple(devices),
+            devices=tuple(devices.split(",") if isinstance(devices, str) else devices),
             budgets=Budgets(vram_bytes=_size(vram_budget), ram_bytes=_size(ram_budget)),
             **options,
         )
@@ -121,6 +123,9 @@ class LLM:
         except BaseException:
             self.cluster.close()
             raise
+        # The engine's threads must not meet the end of the interpreter.
+        self._at_exit = partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     @property
     def engine(self) -> Supervisor:
@@ -251,6 +256,7 @@ class LLM:
 
     def close(self) -> None:
         """Stop the actors; a cluster that was there before stays as it was."""
+        atexit.unregister(self._at_exit)
         engine, self._engine = self._engine, None
         if "chat" in self.__dict__:
             self.chat.close()
@@ -298,3 +304,10 @@ def _contract(quality: str | None, car: float | None) -> str | None:
 
 def _size(value: int | str | None) -> int | None:
     return parse_bytes(value) if isinstance(value, str) else value
+
+
+def _close(llm: weakref.ref[LLM]) -> None:
+    """Close an LLM that nobody has closed; there may be none any more."""
+    found = llm()
+    if found is not None:
+        found.close()

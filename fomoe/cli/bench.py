@@ -162,16 +162,21 @@ def _decode_figures(receipts: list[Receipt], sizes: Sizes, rates: Rates) -> dict
         "tokens": steps,
         "tokens_per_s": _spread([1e3 * steps / r.generated_ms for r in receipts]),
         "parts_ms": parts,
-        "hits": {
-            "device": sum(r.hits_device for r in receipts),
-            "ram": sum(r.hits_ram for r in receipts),
-            "nvme": sum(r.reads_nvme for r in receipts),
-        },
+        "hits": _outcomes(receipts),
         "contract": _contract_figures(receipts, steps),
         "weight_bytes_per_token": weights,
         "share_of_memory": weights / seconds / rates.memory if rates.memory else 0.0,
         "nvme_bytes_per_token": read,
     }
+
+
+def _outcomes(receipts: list[Receipt]) -> dict[str, int]:
+    """Return activations of generated tokens by outcome; exact ones are never substituted."""
+    total = Counter[str]()
+    for receipt in receipts:
+        total.update(receipt.outcomes)
+    is_exact = receipts[0].mode == "exact"
+    return {name: n for name, n in total.items() if not (is_exact and name == "substituted")}
 
 
 def _contract_figures(receipts: list[Receipt], steps: int) -> dict[str, Any]:
@@ -293,14 +298,18 @@ def bench(
     machine: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write the machine's figures for `fomoe plan --machine FILE`."
+            metavar="FILE",
+            help="Write the machine's figures for `fomoe plan --machine FILE`: runs a model that "
+            "fits, with memory for all experts and, unless budgets are given, shows that run; then "
+            "for half.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure prefill and decode: medians, tiers, and shares of the machine's own rates."""
     if machine is not None:
-        check_target(machine, work.generate, model.device_names())
+        is_exact = engine.contract.is_exact
+        check_target(machine, work.generate, model.device_names(), is_exact=is_exact)
     memory = psutil.virtual_memory()
     all_of = model if machine is None or model.has_budget else part_of(model, 1)
     figures = _measure(all_of, engine, work, recording.trace, waterfall=waterfall)

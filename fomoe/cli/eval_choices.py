@@ -67,7 +67,10 @@ class ChoiceOptions:
         for path in self.data:
             if path.name in found:
                 raise ConfigError(f"two sets are called {path.name}, which names them; rename one")
-            every = parse_questions(_lines(path))
+            try:
+                every = parse_questions(_lines(path))
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from None
             own = [q for q in every if self.part == "all" or q.is_tuning == (self.part == "tune")]
             if len(own[: self.questions]) < 2:
                 raise ConfigError(f"{path}: {len(own)} questions of part {self.part}, 2 are needed")
@@ -125,9 +128,9 @@ def _lines(path: Path) -> list[str]:
         if path.suffix == ".xz":
             with lzma.open(path, "rt", encoding="utf-8") as file:
                 return list(file)
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line ends
     except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+        raise ConfigError(f"cannot be read: {error}") from None
 
 
 def _table(figures: dict[str, dict[str, ChoiceFigures]]) -> str:

@@ -12,6 +12,7 @@ import typer
 
 from fomoe.cli.opening import opened
 from fomoe.cli.options import EngineOptions, ModelOptions
+from fomoe.cli.output import check_output, writing
 from fomoe.errors import ConfigError
 
 
@@ -35,14 +36,13 @@ def logits(
     output: Annotated[Path, typer.Option(metavar="FILE.npy", help="Where the array goes.")],
     as_json: Annotated[bool, typer.Option("--json", help="Describe the result as JSON.")] = False,
 ) -> None:
-    """Write the logits of each token, float32 [tokens, vocabulary], as a NumPy file."""
+    """Write the logits of each token as a NumPy file: float32, tokens x vocabulary."""
     ids = parse_tokens(tokens)
-    if not output.parent.is_dir():
-        raise ConfigError(f"{output.parent} is no directory; make it or choose another --output")
+    check_output(output)
     engine = dataclasses.replace(engine, ctx_size=max(engine.ctx_size, len(ids)))
     with opened(model, engine) as llm:
         values = llm.logits(ids)
-    with output.open("wb") as file:
+    with writing(output), output.open("wb") as file:
         np.save(file, values)
     if as_json:
         typer.echo(json.dumps({"output": str(output), "shape": list(values.shape)}))

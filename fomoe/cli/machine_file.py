@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from fomoe.cli.options import ModelOptions
+from fomoe.cli.output import check_output, writing
 from fomoe.devices import is_gpu
 from fomoe.errors import ConfigError
 from fomoe.gguf.extents import ExpertTable
@@ -31,12 +32,17 @@ def part_of(model: ModelOptions, parts: int) -> ModelOptions:
     return replace(model, vram_budget=slots // parts // len(model.device_names()), ram_budget=0)
 
 
-def check_target(path: Path, generate: int, devices: Sequence[str] = ("cpu",)) -> None:
-    """Refuse, before anything is measured, what could not be written.
+def check_target(
+    path: Path, generate: int, devices: Sequence[str] = ("cpu",), *, is_exact: bool = True
+) -> None:
+    """Refuse, before anything is measured, what could not be written or would not be true.
 
     Raises:
-        ConfigError: devices are GPUs, no tokens are generated, or the file has no folder.
+        ConfigError: devices are GPUs, no tokens are generated, experts are substituted, or the file
+            cannot be there.
     """
+    if not is_exact:
+        raise ConfigError("--machine measures exact runs: leave --quality and --car out")
     if any(map(is_gpu, devices)):
         raise ConfigError(
             f"--machine measures cpu devices, not {', '.join(devices)}; write the file of a "
@@ -44,8 +50,7 @@ def check_target(path: Path, generate: int, devices: Sequence[str] = ("cpu",)) -
         )
     if not generate:
         raise ConfigError("--machine measures decoding too: generate tokens (-n 64)")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path.parent} is no directory; make it or choose another --machine")
+    check_output(path, "--machine")
 
 
 def write_machine(
@@ -67,10 +72,8 @@ def write_machine(
     with DirectReader(file.shards, ExpertTable.from_gguf(file)) as reader:
         reads = expert_read_times(reader)
     text = machine_toml(measurements(figures, shape_of_file(model), reads, free_bytes))
-    try:
+    with writing(path):
         path.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def measurements(

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import typer
 
 from fomoe.cli.options import parse_size
+from fomoe.config import environment
 from fomoe.errors import ConfigError
 from fomoe.routing import CacheAwareRouting, PriceRouting
 from fomoe.sim.calibration import RECALLS, RowResult, calibrate, read_calibration
@@ -73,15 +74,20 @@ class PlanOptions:
     def read_shape(self) -> ModelShape:
         """Return the model's sizes.
 
+        A model that an environment variable names gives way to --shape.
+
         Raises:
             ConfigError: both or neither of file and name are given.
         """
-        if (self.model is None) == (self.shape is None):
+        model = self.model
+        if self.shape is not None and str(model) == environment().get("model"):
+            model = None
+        if (model is None) == (self.shape is None):
             raise ConfigError("give a model file, or --shape NAME: one of them")
         if self.shape is not None:
             return shape_by_name(self.shape)
-        assert self.model is not None, "one of them is given"
-        return shape_of_file(self.model)
+        assert model is not None, "one of them is given"
+        return shape_of_file(model)
 
     def read_rule(self) -> Rule | None:
         """Return the routing rule, None for the exact experts.
@@ -154,6 +160,7 @@ def plan(
 
 
 def _figures(twin: Twin, machine: Machine) -> dict[str, Any]:
+    prompts = [n for n in _PROMPTS if n <= twin.question.context]
     fit = twin.fit(machine)
     outcomes = [twin.outcome(machine, corner) for corner in corners(machine)]
     binds = outcomes[1].binds
@@ -166,7 +173,7 @@ def _figures(twin: Twin, machine: Machine) -> dict[str, Any]:
         "predicted": {
             "hits": {tier: _around([t[i] for t in texts]) for i, tier in enumerate(_TIERS)},
             "tokens_per_s": dataclasses.asdict(twin.speed(machine)),
-            "prompt_s": {n: dataclasses.asdict(twin.prompt(machine, n)) for n in _PROMPTS},
+            "prompt_s": {n: dataclasses.asdict(twin.prompt(machine, n)) for n in prompts},
             "binds": binds,
             "binds_share": _around([outcome.share(binds) for outcome in outcomes]),
             "upgrades_tokens_per_s": {

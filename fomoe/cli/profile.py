@@ -15,6 +15,7 @@ import typer
 
 from fomoe.cli.opening import opened, progress_bar
 from fomoe.cli.options import EngineOptions, ModelOptions
+from fomoe.cli.output import check_output, writing
 from fomoe.engine.requests import Finished, GenerateRequest
 from fomoe.errors import ConfigError, EngineError
 from fomoe.residency import frequencies_of, pack_profile
@@ -43,8 +44,7 @@ def profile(
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{text}: {error}; give a text in UTF-8") from None
-    if not output.parent.is_dir():
-        raise ConfigError(f"{output.parent} is no directory; make it or choose another --output")
+    check_output(output)
     engine = dataclasses.replace(engine, quality=None, car=None)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".profile-") as directory:
         trace = Path(directory) / "trace"
@@ -53,7 +53,8 @@ def profile(
         counts, seen = _counted(Trace.open(trace))
     if not seen:
         raise ConfigError(f"{text} has no tokens; give a longer text")
-    output.write_bytes(pack_profile(frequencies_of(counts, seen)))
+    with writing(output):
+        output.write_bytes(pack_profile(frequencies_of(counts, seen)))
     used = int(np.count_nonzero(counts))
     if as_json:
         typer.echo(json.dumps({"output": str(output), "tokens": seen, "experts": used}))

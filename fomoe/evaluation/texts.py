@@ -126,7 +126,7 @@ def windows(
             found.append(Window(each.name, domain, ids[:prefix], ids[prefix : prefix + scored + 1]))
     if len(found) < 2:
         raise ConfigError(
-            f"{len(found)} of {len(documents)} documents have {prefix + scored + 1} tokens; "
-            "shorten --prefix or --scored, or give more text"
+            f"{len(found)} of {len(documents)} documents have {prefix + scored + 1} tokens, 2 are "
+            "needed; shorten --prefix or --scored, or give more text"
         )
     return found

@@ -107,6 +107,21 @@ def test_what_cannot_start_says_why(model_paths, change, error, message):
         LLM(model_paths["small"], **options)
 
 
+def test_an_engine_that_nobody_closed_ends_with_its_program(model_paths):
+    """In the middle of an answer, with threads in native code."""
+    code = (
+        "from fomoe.llm import LLM\n"
+        "if __name__ == '__main__':\n"
+        f"    llm = LLM({str(model_paths['small'])!r}, devices='cpu,cpu', vram_budget=1 << 24,\n"
+        "              ram_budget=0, ctx_size=4096, threads=1, launcher='processes')\n"
+        "    stream = llm.stream([1, 2, 3], max_tokens=4000, ignore_eos=True)\n"
+        "    print(next(stream))\n"
+        "    raise SystemExit(7)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 7, done.stderr
+
+
 def test_neither_ray_nor_servers_are_imported():
     code = (
         "import sys\n"

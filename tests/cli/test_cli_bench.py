@@ -150,6 +150,14 @@ def test_memory_is_read_at_a_plausible_rate(monkeypatch: pytest.MonkeyPatch) -> 
     assert 1e7 < module.memory_read_rate(1) < 1e13
 
 
+def test_substituted_activations_are_outcomes_of_a_contract() -> None:
+    receipt = Receipt(mode="car=0.35", hits_device=6, hits_ram=3, reads_nvme=1, substituted=2)
+    assert module._outcomes([receipt, receipt]) == {
+        "device": 12, "ram": 6, "nvme": 2, "substituted": 4,
+    }  # fmt: skip
+    assert module._outcomes([Receipt(hits_device=1)]) == {"device": 1, "ram": 0, "nvme": 0}
+
+
 def test_a_contracts_cost_is_told_per_token() -> None:
     receipts = [
         Receipt(

@@ -181,7 +181,8 @@ def test_choices_pairs_each_set_by_question(
     rows = [{"query": f"question {i}", "choices": ["xzx", "bcd"], "gold": 1} for i in range(9)]
     packed, plain = tmp_path / "mc.jsonl.xz", tmp_path / "words.jsonl"
     packed.write_bytes(lzma.compress("\n".join(map(json.dumps, rows)).encode()))
-    plain.write_text("\n".join(json.dumps({"text": f"say {i} ! !"}) for i in range(4)))
+    lines = (json.dumps({"text": f"say\u2028 {i} ! !"}, ensure_ascii=False) for i in range(4))
+    plain.write_text("\n".join(lines))
     arguments = (
         "eval", "choices", model, "--data", packed, "--data", plain, "--policy", "car=0.9",
         "--part", "all",
@@ -212,7 +213,7 @@ def test_choices_refuses_what_is_no_set(
     for path in (two, same):
         path.write_text("\n".join(json.dumps({"text": f"a {i} b"}) for i in range(3)))
     for path, more, message in (
-        (broken, (), "cannot be read"),
+        (broken, (), "broken.jsonl.xz: cannot be read"),
         (one, (), "2 are needed"),
         (two, ("--data", same), "two sets are called two.jsonl"),
         (two, ("--quality", "car=0.5"), "named with --policy"),

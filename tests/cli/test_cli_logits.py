@@ -24,6 +24,12 @@ def test_the_array_is_written_and_described(
     assert array.argmax(axis=1).tolist() == [2, 3, 251]
 
 
+def test_what_cannot_be_written_is_named(fomoe: Callable[..., Any], llm: Any, model: Path) -> None:
+    result = fomoe("logits", model, "--tokens", "1", "--output", "/dev/full")
+    assert isinstance(result.exception, ConfigError)
+    assert "/dev/full: cannot be written (No space left on device)" in str(result.exception)
+
+
 def test_the_context_grows_with_the_tokens(
     fomoe: Callable[..., Any], llm: Any, model: Path, tmp_path: Path
 ) -> None:

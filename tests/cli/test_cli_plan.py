@@ -170,3 +170,17 @@ def test_the_calibration_table_lists_rows_constants_and_sources(monkeypatch):
         assert row["predicted"]["replayed"] == [1.0, 1.3]
     assert any(line.startswith("constant desktop.drive0.rate: ") for line in lines)
     assert any(line.startswith("constant fitted.layer_s: ") for line in lines)
+
+
+def test_what_is_asked_for_wins_over_a_variable(monkeypatch, tmp_path):
+    path = write_tiny(tmp_path / "m.gguf")
+    monkeypatch.setenv("FOMOE_MODEL", str(path))
+    assert json.loads(run("--shape", "35b-a3b", "--json").output)["model"] == "35b-a3b"
+    assert json.loads(run("--json").output)["model"] != "35b-a3b"
+    with pytest.raises(ConfigError, match="one of them"):
+        run(str(tmp_path / "other.gguf"), "--shape", "35b-a3b")
+
+
+def test_prompts_that_the_context_cannot_hold_are_not_predicted():
+    figures = json.loads(run("--shape", "35b-a3b", "--ctx-size", "1000", "--json").output)
+    assert set(figures["predicted"]["prompt_s"]) == {"512"}

@@ -76,3 +76,7 @@ def test_what_cannot_be_read_or_written_is_named(fomoe, engine, tmp_path):
         raise fomoe("profile", "--text", text, "-o", tmp_path / "out").exception
     with pytest.raises(ConfigError, match="no directory"):
         raise fomoe("profile", "--text", text, "-o", tmp_path / "none" / "out").exception
+    asked = len(engine)
+    with pytest.raises(ConfigError, match="is a directory"):
+        raise fomoe("profile", "--text", text, "-o", tmp_path).exception
+    assert len(engine) == asked, "it is refused before anything runs"

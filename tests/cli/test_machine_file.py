@@ -63,6 +63,10 @@ def test_refuses_at_once_what_could_not_be_written(tmp_path):
     check_target(tmp_path / "here.toml", 64)
     with pytest.raises(ConfigError, match="is no directory"):
         check_target(tmp_path / "none" / "here.toml", 64)
+    with pytest.raises(ConfigError, match="is a directory"):
+        check_target(tmp_path, 64)
+    with pytest.raises(ConfigError, match="exact runs: leave --quality"):
+        check_target(tmp_path / "here.toml", 64, is_exact=False)
     with pytest.raises(ConfigError, match="generate tokens"):
         check_target(tmp_path / "here.toml", 0)
     with pytest.raises(ConfigError, match="cpu devices, not cuda:0, cuda:1"):
