@@ -173,10 +173,10 @@ class HttpServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal (uvicorn); says what is waited for."""
-        status = self._status()
-        count = status.running + status.queued
+        count = len(self.server_state.tasks)
         if count and not self.should_exit:
-            typer.echo(f"\nwaiting up to {DRAIN_S} s for {count} answers; Ctrl-C again ends them")
+            what = "an answer" if count == 1 else f"{count} answers"
+            typer.echo(f"\nwaiting up to {DRAIN_S} s for {what}; Ctrl-C again ends it")
         super().handle_exit(sig, frame)
 
     def _watch(self) -> None:

@@ -129,9 +129,10 @@ def test_an_engine_that_has_stopped_ends_the_server(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_signal_says_what_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
-    server = HttpServer(quiet, lambda: EngineStatus(state="ready", running=1, queued=2))
+    server = HttpServer(quiet, lambda: EngineStatus(state="ready"))
+    server.server_state.tasks = {object(), object()}
     server.handle_exit(signal.SIGINT, None)
-    assert capsys.readouterr().out == "\nwaiting up to 30 s for 3 answers; Ctrl-C again ends them\n"
+    assert capsys.readouterr().out == "\nwaiting up to 30 s for 2 answers; Ctrl-C again ends it\n"
     server.handle_exit(signal.SIGINT, None)
     assert server.force_exit
     assert capsys.readouterr().out == ""
