@@ -167,10 +167,10 @@ class Cluster:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         ray = self._ray
-        address = ray.get_runtime_context().gcs_address
+        context = ray.get_runtime_context()
+        address, here = context.gcs_address, context.get_node_id()
         if placement.has_ended(address):
             raise ClusterLostError(f"the Ray cluster at {address} has ended; start fomoe again")
-        here = ray.get_runtime_context().get_node_id()
         nodes = placement.live_nodes(ray.nodes())
         site, node_ids = placement.plan_site(config.devices, nodes, here)
 

@@ -146,7 +146,9 @@ class LayerServer:
         """Let the compute stream wait for a step's copies; False where they will never come."""
         copies = self._copies
         if not copies.has_begun(step):
-            self._wait(lambda: copies.has_begun(step) or step <= self._aborted, "an expert's bytes")
+            self._waited += self._wait(
+                lambda: copies.has_begun(step) or step <= self._aborted, "an expert's bytes"
+            )
             if not copies.has_begun(step):
                 return False
         copies.hold(step, self._model.stream)
@@ -159,7 +161,7 @@ class LayerServer:
             self._finish_computing()
         copies.advance_steps()
         if not copies.has_ended(step):
-            self._wait(lambda: copies.has_ended(step), "a copy")
+            self._waited += self._wait(lambda: copies.has_ended(step), "a copy")
 
     def _watch_loads(self, step: int) -> None:
         """See a step's copies end, so that others may use the link while this device computes."""
@@ -180,8 +182,10 @@ class LayerServer:
         self._wait(lambda: copies.has_ended(step), "a copy")
         self._to_driver.send(Tag.DONE, DONE.pack(step, 1, 0, 0, 0), (), _SEND_BOUND_S)
 
-    def _wait(self, ready: Callable[[], bool], what: str, *, nap: bool = True) -> None:
+    def _wait(self, ready: Callable[[], bool], what: str, *, nap: bool = True) -> int:
         """Bring copies on their way, and hear what comes, until `ready`.
+
+        Returns the nanoseconds in which no hits were computed meanwhile.
 
         Raises:
             DeviceError: it is not after two minutes.
@@ -202,8 +206,7 @@ class LayerServer:
                 raise DeviceError(f"{what} has not come within {_BOUND_S:.0f} s")
             if nap and not self._copies.under_way and not ready():
                 self._fabric.wait(bell, _SPIN_US, _WAIT_MS)
-        if nap:  # not for the device's own work
-            self._waited += time.perf_counter_ns() - idle
+        return time.perf_counter_ns() - idle
 
     def _begin(self, do: int, tokens: int, position: int, state: int) -> None:
         model, ids = self._model, self._mine.tokens[:tokens]
@@ -317,10 +320,7 @@ class LayerServer:
             given = load_acquire_u64(word, 0) >= awaited
             return given or step <= self._aborted or self._fabric.peer_dead(name)
 
-        before, started = self._waited, time.perf_counter_ns()
-        self._wait(is_over, f"what {name} gives")
-        self._waited = before
-        self._idle += time.perf_counter_ns() - started
+        self._idle += self._wait(is_over, f"what {name} gives")
         return bool(load_acquire_u64(word, 0) >= awaited)
 
     def _answer(self, step: int, do: int, rows: int, compute_ns: int, wait_ns: int) -> None:

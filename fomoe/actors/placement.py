@@ -146,10 +146,10 @@ def answers(address: str) -> bool:
 def has_ended(address: str) -> bool:
     """Whether the cluster's head is not reached within some seconds; it may be busy, or restart."""
     for attempt in range(_PROBES):
+        if attempt:
+            time.sleep(_PROBE_S)
         if answers(address):
             return False
-        if attempt + 1 < _PROBES:
-            time.sleep(_PROBE_S)
     return True
 
 

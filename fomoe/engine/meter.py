@@ -21,7 +21,7 @@ class HostCounters:
     `nvme_bytes`, all that was read, `prompt_bytes` were read by prompts, `prefetch_bytes` ahead of
     the router, `background_bytes` for what was wanted earlier and `shadow_bytes` by shadow steps.
     `prefetched` are the prefetches of decode steps: asked for, `_used` by the step that they were
-    for, `_dropped` before their read began; `prefetch_*` count those of prompts, too.
+    for, `_dropped` before their read began; `prefetch_issued` counts those of prompts, too.
     `computed_in_ram` are experts of decode steps that the processor computed beside a GPU.
     """
 
