@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from support import cpu_layers
+from support.cpu_runtime import CpuRuntime
 from support.local_engine import local_engine, slot_bytes
 from support.tiny_gguf import write_tiny
 
@@ -89,7 +90,7 @@ class Card:
             self.queues[stream].append(op)
 
 
-class CardRuntime(cpu_layers.CpuRuntime):
+class CardRuntime(CpuRuntime):
     """One process's driver of a card; bytes move at once, their time passes on the card."""
 
     def __init__(self, card: Card, copy_s: float) -> None:

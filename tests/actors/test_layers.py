@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 from support import cpu_layers
+from support.cpu_runtime import CpuRuntime
 from support.local_engine import local_engine
 from support.local_model import finished, greedy, tokens_of, told
 
@@ -218,7 +219,7 @@ class TestFaults:
         def run_away(self, *args, **options):
             raise DeviceError("out of everything")
 
-        monkeypatch.setattr(cpu_layers.CpuRuntime, "copy", run_away)
+        monkeypatch.setattr(CpuRuntime, "copy", run_away)
         with (
             pytest.raises(DeviceError, match="gpu-0: hip:3: out of everything"),
             local_engine(model_paths["small"], devices=("hip:3",), vram=VRAM),
